@@ -1,0 +1,867 @@
+"""Problems, reasoning traces, flaws, TraceLift-Groups and prompts.
+
+The paper (arXiv 2605.03862) trains a planner on a reward that needs two kinds of data: problems whose answers a
+verifier can judge, and TraceLift-Groups, one good reasoning trace and several plausible flawed ones per problem,
+each with a rubric, from which the reward model learns what a good trace is. This file makes and reads both:
+
+1. `Problem`, and readers for GSM8K and HumanEval JSON lines
+2. the tiny world: generated problems in two domains, whose traces can be checked exactly, step by step
+3. flaws: localized edits of a correct trace, one rubric per kind, for the tiny world and for GSM8K
+4. TraceLift-Groups on disk, in the schema of the public data set
+5. the prompts of planner, executor, reward model and intervention
+6. settings, presets and run folders, shared by the commands of all files
+
+It stands on the ground floor: it imports nothing of ours and no torch.
+
+    python data.py --preset tiny --task_type math --run runs/tiny-math      # groups/{train,heldout,longer}.jsonl
+    python data.py --preset gsm8k --run runs/gsm8k                          # the same from GSM8K (fetched once)
+
+Left out: the paper's flaws are written by a strong language model, ours by rules. A rule knows exactly which step it
+broke, so the tiny world has ground truth; its flaws are less varied than a language model's.
+"""
+
+import argparse
+import ast
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zlib
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake in the input (file, key, flag): `run_command` prints it as one line and exits with code 2."""
+
+
+# ------------------------------------------------------------------------------------------------ 1. problems
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. `tests` (programs only) are {"assert": statement} or {"input": stdin, "output": stdout}."""
+    problem_id: str
+    source: str                                  # "tiny", "gsm8k", "humaneval", ...
+    task_type: str                               # "math" | "code"
+    problem: str
+    reference_solution: str                      # the final answer (math) or a correct program (code)
+    tests: list = field(default_factory=list)
+    reference_reasoning: str | None = None       # a good trace, without the final answer and without code
+
+
+GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{}.jsonl"
+GSM8K_SHA256 = {"train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+                "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
+
+
+def read_jsonl(path, required: dict[str, type]) -> list[dict]:
+    """All records of a JSON-lines file. UserError names file, line and key for anything malformed."""
+    path, records = Path(path), []
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error}); mend or delete this line") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: must be a JSON object, is a {type(record).__name__}")
+        for key, kind in required.items():
+            if not isinstance(record.get(key), kind):
+                raise UserError(f"{path}:{number}: key {key!r} must be a {kind.__name__}, is {record.get(key)!r:.60}")
+        records.append(record)
+    if not records:
+        raise UserError(f"{path}: the file is empty; it must hold one JSON object a line")
+    return records
+
+
+def read_gsm8k(path) -> list[Problem]:
+    """GSM8K lines {"question", "answer"}. The reference reasoning is the solution without its calculator annotations
+    and with the last result hidden ("9 * 2 = ?"), since giving the answer is the executor's job."""
+    problems = []
+    for i, row in enumerate(read_jsonl(path, {"question": str, "answer": str})):
+        if "####" not in row["answer"]:
+            raise UserError(f"{path}:{i + 1}: key 'answer' has no '#### final answer'")
+        working = row["answer"].partition("####")[0].strip()
+        problems.append(Problem(f"gsm8k-{Path(path).stem}-{i}", "gsm8k", "math", row["question"].strip(),
+                                row["answer"], [], strip_annotations(hide_result(working))))
+    return problems
+
+
+def read_humaneval(path) -> list[Problem]:
+    """HumanEval lines; the official test is kept whole, as one statement run after the program."""
+    keys = {k: str for k in ("task_id", "prompt", "entry_point", "canonical_solution", "test")}
+    return [Problem(row["task_id"], "humaneval", "code", row["prompt"], row["prompt"] + row["canonical_solution"],
+                    [{"assert": f"{row['test']}\ncheck({row['entry_point']})"}])
+            for row in read_jsonl(path, keys)]
+
+
+# ------------------------------------------------------------------------------------------------ 2. the tiny world
+#
+# math   "Mia has 7 coins . then buys 5 more . then it doubles . how many coins now ?"
+#        trace "7 + 5 = 12 ; 12 * 2 = ?"           the executor computes what the last equation leaves open
+# code   "write f ( x ) . cap it at 9 . before all that , increase it by 3 ."     the order told is not the order run
+#        trace "add 3 ; cap at 9"                  the executor turns every plan step into one line of a function
+#
+# A problem is a start value (math) and a list of steps (operation, constant); the text, the trace, the program and
+# every flaw follow from those. Splits are disjoint by construction: the steps are hashed into one of three shares,
+# "base" (the corpus of the base model), "train" (reward model and planner) and "heldout"; "longer" problems have
+# more steps than any problem of the other three.
+
+NAMES = ("Mia", "Tom", "Ana", "Leo", "Zoe", "Max")
+ITEMS = ("coins", "pens", "eggs", "cards", "books", "cups")
+MATH_WORDS = {"+": ("buys {} more", "finds {} more", "wins {} more"),
+              "-": ("loses {}", "sells {}", "gives away {}"),
+              "*": ("doubles", "triples")}                       # the constant is in the word
+# op: (plan step, wording in the problem, line of the program, what it does)
+CODE_OPS = {"add": ("add {}", "increase it by {}", "x = x + {}", lambda x, n: x + n),
+            "subtract": ("subtract {}", "decrease it by {}", "x = x - {}", lambda x, n: x - n),
+            "multiply": ("multiply by {}", "make it {} times as large", "x = x * {}", lambda x, n: x * n),
+            "remainder": ("remainder by {}", "take it modulo {}", "x = x % {}", lambda x, n: x % n),
+            "cap": ("cap at {}", "allow at most {}", "x = min(x, {})", lambda x, n: min(x, n)),
+            "raise": ("raise to {}", "allow no less than {}", "x = max(x, {})", lambda x, n: max(x, n)),
+            "negate": ("negate", "flip its sign", "x = - x", lambda x, n: -x)}
+CODE_INPUTS = (-9, -2, 0, 1, 4, 7, 13, 30)                       # the unit tests
+VAGUE_STEP = "adjust it"
+
+
+def _apply(steps, x: int) -> int:
+    for op, n in steps:
+        x = CODE_OPS[op][3](x, n)
+    return x
+
+
+def _same_function(a, b) -> bool:
+    return all(_apply(a, x) == _apply(b, x) for x in range(-15, 31))
+
+
+def _program(lines) -> str:
+    return "\n    ".join(["def f(x):", *lines, "return x"])
+
+
+def _plan_line(op, n, column: int) -> str:
+    return CODE_OPS[op][column].format(n)
+
+
+def _parse_plan(reasoning: str) -> list | None:
+    """Plan steps as [(op, constant)]; None when a step is not in the plan language."""
+    steps = []
+    for text in reasoning.split(" ; "):
+        for op, (plan, *_rest) in CODE_OPS.items():
+            match = re.fullmatch(plan.replace("{}", r"(\d{1,2})"), text)
+            if match:
+                steps.append((op, int(match[1]) if match.groups() else 0))
+                break
+        else:
+            return None
+    return steps
+
+
+def _compute(a: int, op: str, b: int) -> int:
+    return a + b if op == "+" else a - b if op == "-" else a * b
+
+
+def _parse_chain(reasoning: str) -> list | None:
+    """Equations as [(a, op, b, result or None for '?')]; None when one is not an equation."""
+    chain = []
+    for text in reasoning.split(" ; "):
+        match = re.fullmatch(r"(\d{1,3}) ([-+*]) (\d{1,3}) = (\d{1,3}|\?)", text)
+        if not match:
+            return None
+        a, op, b, c = match.groups()
+        chain.append((int(a), op, int(b), None if c == "?" else int(c)))
+    return chain
+
+
+def _render_chain(chain) -> str:
+    return " ; ".join(f"{a} {op} {b} = {'?' if c is None else c}" for a, op, b, c in chain)
+
+
+def _chain(start: int, steps) -> list | None:
+    """Equations of a computation, the last result left open; None when a value leaves 1..99."""
+    chain = []
+    for i, (op, n) in enumerate(steps):
+        result = _compute(start, op, n)
+        if not 1 <= result <= 99:
+            return None
+        chain.append((start, op, n, result if i < len(steps) - 1 else None))
+        start = result
+    return chain
+
+
+def _tiny_math(rng, length: int) -> tuple[str, str, str, list, str]:
+    chain = None
+    while chain is None:
+        start = rng.randint(3, 20)
+        steps = [(op, rng.randint(2, 3) if op == "*" else rng.randint(2, 9)) for op in rng.choices("+-*", (3, 4, 3), k=length)]
+        chain = _chain(start, steps)
+    name, other = rng.sample(NAMES, 2)
+    item = rng.choice(ITEMS)
+    sentences = [f"{name} has {start} {item} ."]
+    if rng.random() < 0.3:                                        # a number that is not needed
+        sentences.append(f"{other} has {rng.randint(2, 20)} {item} .")
+    for op, n in steps:
+        if op == "*":
+            sentences.append(f"then it {MATH_WORDS['*'][n - 2]} .")
+        else:
+            sentences.append(f"then {name} {rng.choice(MATH_WORDS[op]).format(n)} .")
+    sentences.append(f"how many {item} for {name} ?")
+    a, op, b, _ = chain[-1]
+    return f"{start} {steps}", " ".join(sentences), str(_compute(a, op, b)), [], _render_chain(chain)
+
+
+def _tiny_code(rng, length: int) -> tuple[str, str, str, list, str]:
+    while True:
+        steps = [(op, 0 if op == "negate" else rng.randint(2, 9)) for op in rng.choices(list(CODE_OPS), k=length)]
+        if any(a[0] == b[0] for a, b in zip(steps, steps[1:])):
+            continue
+        if any(_same_function(steps[:i] + steps[i + 1:], steps) for i in range(length)):
+            continue                                              # a step that does nothing cannot be tested
+        first = rng.randrange(1, length)                          # told first: steps[first]; later ones follow it,
+        told, text = [first], [_plan_line(*steps[first], 1)]      # earlier ones are put before it, nearest first
+        low, high = first - 1, first + 1
+        while low >= 0 or high < length:
+            if high < length and (low < 0 or rng.random() < 0.5):
+                text.append("after all that , " + _plan_line(*steps[high], 1))
+                told.append(high)
+                high += 1
+            else:
+                text.append("before all that , " + _plan_line(*steps[low], 1))
+                told.append(low)
+                low -= 1
+        if not _same_function([steps[i] for i in told], steps):   # the order must matter
+            break
+    tests = [{"assert": f"assert f({x}) == {_apply(steps, x)}"} for x in CODE_INPUTS]
+    return (str(steps), "write f ( x ) . " + " . ".join(text) + " .", _program(_plan_line(*s, 2) for s in steps), tests,
+            " ; ".join(_plan_line(*s, 0) for s in steps))
+
+
+SPLITS = ("base", "train", "heldout", "longer")
+
+
+def tiny_problems(task_type: str, n: int, seed: int, split: str = "train") -> list[Problem]:
+    """`n` distinct problems of the tiny world; no computation of one split occurs in another."""
+    if task_type not in ("math", "code") or split not in SPLITS:
+        raise ValueError(f"task_type must be math or code and split one of {SPLITS}, not {task_type!r}, {split!r}")
+    rng = random.Random(f"{task_type} {split} {seed}")
+    short, long = ((2, 4), 5) if task_type == "math" else ((2, 3), 4)
+    make, problems, seen = (_tiny_math if task_type == "math" else _tiny_code), [], set()
+    while len(problems) < n:
+        key, text, answer, tests, reasoning = make(rng, long if split == "longer" else rng.randint(*short))
+        share = zlib.crc32(key.encode()) % 8
+        if split != "longer" and split != ("heldout" if share == 0 else "train" if share < 3 else "base") or text in seen:
+            continue
+        seen.add(text)
+        problems.append(Problem(f"tiny-{task_type}-{split}-{seed}-{len(problems)}", "tiny", task_type, text, answer,
+                                tests, reasoning))
+    return problems
+
+
+def check_trace(problem: Problem, reasoning: str) -> tuple[bool, bool] | None:
+    """(faithful, leak) of a tiny-world trace, exactly; None for other problems, whose traces have no ground truth.
+
+    faithful: every step is right and in its place, nothing is missing, nothing leaks. Commuted operands (5 + 7 for
+    7 + 5) and an order of plan steps that computes the same function are right too.
+    leak: the trace states a final result (math, right or wrong) or contains code.
+    """
+    if problem.source != "tiny":
+        return None
+    if problem.task_type == "code":
+        plan, reference = _parse_plan(reasoning), _parse_plan(problem.reference_reasoning)
+        faithful = plan is not None and sorted(plan) == sorted(reference) and _same_function(plan, reference)
+        return faithful, "x =" in reasoning or "def " in reasoning or "return" in reasoning
+    chain, reference = _parse_chain(reasoning), _parse_chain(problem.reference_reasoning)
+    gold, stated = problem.reference_solution, re.findall(r"= (\d+)", reasoning)
+    closed = re.search(r"= \d+$", reasoning) and (len(stated) >= len(reference) or stated[-1] == gold)
+    leak = bool(closed) or problem.reference_reasoning.split(" ; ")[-1].replace("?", gold) in reasoning.split(" ; ")
+    same = chain is not None and len(chain) == len(reference) and all(
+        (op, c) == (op2, c2) and ((a, b) == (a2, b2) or op in "+*" and (b, a) == (a2, b2))
+        for (a, op, b, c), (a2, op2, b2, c2) in zip(chain, reference))
+    return same and not leak, leak
+
+
+def _follow(task_type: str, reasoning: str) -> str:
+    """What the base model's executor is taught to make of a tiny-world trace: exactly what it says, right or wrong."""
+    if task_type == "code":
+        steps = reasoning.split(" ; ")
+        lines = [s if s.startswith("x =") else _plan_line(*_parse_plan(s)[0], 2) for s in steps if s != VAGUE_STEP]
+        return _program(lines)
+    a, op, b, c = _parse_chain(reasoning)[-1]
+    return str(_compute(a, op, b) if c is None else c)
+
+
+# ------------------------------------------------------------------------------------------------ 3. flaws
+
+DIMENSIONS = {"math": ("problem_understanding", "solution_strategy", "step_coherence", "calculation_correctness",
+                       "answer_support"),
+              "code": ("task_understanding", "plan_quality", "step_coherence", "action_support", "non_leakage")}
+
+
+def _rubric(task_type: str, labels, total: float) -> dict:
+    return dict(zip(DIMENSIONS[task_type], labels), total=total)
+
+
+POSITIVE_RUBRIC = {task_type: _rubric(task_type, (4, 4, 4, 4, 4), 1.0) for task_type in DIMENSIONS}
+# What a careful annotator would give to a trace with this one flaw: labels 0..4 in the order of DIMENSIONS, total 0..1.
+NEGATIVE_KINDS = {
+    "math": {"arithmetic_slip": _rubric("math", (4, 4, 2, 0, 1), 0.35),      # one result is wrong and is carried on
+             "wrong_operation": _rubric("math", (2, 1, 3, 3, 1), 0.25),      # adds where the problem subtracts
+             "dropped_step": _rubric("math", (2, 2, 1, 3, 1), 0.30),         # one operation is left out
+             "misread_quantity": _rubric("math", (1, 3, 2, 3, 1), 0.25),     # a wrong number from the problem
+             "unsupported_leap": _rubric("math", (3, 3, 0, 3, 2), 0.40),     # a right number out of nowhere
+             "answer_leak": _rubric("math", (4, 3, 3, 3, 0), 0.25)},         # gives the final result away
+    "code": {"wrong_operation": _rubric("code", (1, 1, 3, 2, 4), 0.30),
+             "wrong_constant": _rubric("code", (2, 3, 3, 1, 4), 0.35),
+             "wrong_order": _rubric("code", (2, 1, 0, 3, 4), 0.30),
+             "missing_step": _rubric("code", (1, 2, 2, 1, 4), 0.30),
+             "vague_plan": _rubric("code", (2, 1, 2, 0, 4), 0.35),           # "adjust it"
+             "code_dump": _rubric("code", (3, 1, 2, 2, 0), 0.20)}}           # the program instead of a plan
+
+
+def perturb(problem: Problem, reasoning: str, kind: str, rng: random.Random) -> str | None:
+    """A copy of a correct trace with one localized flaw of this kind, or None where this trace does not allow it.
+
+    GSM8K traces must still carry their calculator annotations (<<48/2=24>>): they say what is a calculation."""
+    if kind not in NEGATIVE_KINDS[problem.task_type]:
+        raise ValueError(f"{kind!r} is no flaw of {problem.task_type}: {', '.join(NEGATIVE_KINDS[problem.task_type])}")
+    if problem.source != "tiny":
+        flawed = _perturb_annotated(problem, reasoning, kind, rng) if problem.task_type == "math" else None
+    elif problem.task_type == "math":
+        flawed = _perturb_chain(problem, reasoning, kind, rng)
+    else:
+        flawed = _perturb_plan(reasoning, kind, rng)
+    return None if flawed == reasoning else flawed
+
+
+def _perturb_chain(problem, reasoning, kind, rng) -> str | None:
+    chain = _parse_chain(reasoning)
+    start, steps, i = chain[0][0], [(op, n) for _, op, n, _ in chain], rng.randrange(len(chain))
+    inner = rng.randrange(len(chain) - 1) if len(chain) > 1 else None
+    if kind == "answer_leak":
+        a, op, b, _ = chain[-1]
+        return _render_chain(chain[:-1] + [(a, op, b, _compute(a, op, b))])
+    if kind == "unsupported_leap":
+        return None if inner is None else _render_chain(chain[:inner] + chain[inner + 1:])
+    if kind == "arithmetic_slip":
+        if inner is None:
+            return None
+        a, op, b, c = chain[inner]
+        rest = _chain(c + rng.choice((-10, -2, -1, 1, 2, 10)), steps[inner + 1:])
+        return None if rest is None or rest[0][0] < 1 else _render_chain(
+            chain[:inner] + [(a, op, b, rest[0][0])] + rest)
+    if kind == "dropped_step":
+        steps = steps[:i] + steps[i + 1:]
+    elif kind == "wrong_operation":
+        steps[i] = (rng.choice([op for op in "+-*" if op != steps[i][0]]), steps[i][1])
+    else:                                                         # misread_quantity
+        numbers = [int(n) for n in re.findall(r"\d+", problem.problem) if int(n) != steps[i][1]]
+        steps[i] = (steps[i][0], rng.choice(numbers or [steps[i][1]]))
+    rest = _chain(start, steps)
+    return _render_chain(rest) if rest else None
+
+
+def _perturb_plan(reasoning, kind, rng) -> str | None:
+    steps = _parse_plan(reasoning)
+    i, lines = rng.randrange(len(steps)), reasoning.split(" ; ")
+    op, n = steps[i]
+    if kind == "code_dump":
+        return " ; ".join(_plan_line(*s, 2) for s in steps)
+    if kind == "vague_plan":
+        return " ; ".join(lines[:i] + [VAGUE_STEP] + lines[i + 1:])
+    flawed = list(steps)
+    if kind == "missing_step":
+        del flawed[i]
+    elif kind == "wrong_order":
+        j = rng.randrange(len(steps))
+        flawed[i], flawed[j] = flawed[j], flawed[i]
+    elif kind == "wrong_operation":
+        flawed[i] = (rng.choice([o for o in CODE_OPS if o not in (op, "negate")]), n or rng.randint(2, 9))
+    else:                                                         # wrong_constant
+        if op == "negate":
+            return None
+        flawed[i] = (op, rng.choice([m for m in range(2, 10) if m != n]))
+    if not flawed or _same_function(flawed, steps):
+        return None
+    return " ; ".join(_plan_line(*s, 0) for s in flawed)
+
+
+_ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
+_WORKING = r"[$\d][\d.,$%\s+*/x()-]*=\s*\$?"                      # "48/2 = $" before an annotation
+
+
+def strip_annotations(text: str) -> str:
+    """GSM8K text without its <<48/2=24>> annotations."""
+    return _ANNOTATION.sub("", text)
+
+
+def hide_result(annotated: str) -> str:
+    """The last calculation's result, and every later mention of it, becomes "?": that is the executor's part."""
+    last = None
+    for last in _ANNOTATION.finditer(annotated):
+        pass
+    if last is None:
+        return annotated
+    number = re.escape(last[2].strip())
+    shown = r"(?<![\d.])(?:" + number + r"|[\d,]+(?:\.\d+)?)(?![\d])"
+    tail = re.sub(shown, "?", annotated[last.end():], count=1)
+    return annotated[:last.end()] + re.sub(r"(?<![\d.])" + number + r"(?!\.?\d)", "?", tail)
+
+
+def calculate(expression: str) -> Fraction | None:
+    """Exact value of an expression of numbers, + - * / and brackets; None for anything else."""
+    def value(node):
+        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+            return Fraction(str(node.value))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in (ast.Add, ast.Sub, ast.Mult, ast.Div):
+            a, b = value(node.left), value(node.right)
+            return (a + b if isinstance(node.op, ast.Add) else a - b if isinstance(node.op, ast.Sub)
+                    else a * b if isinstance(node.op, ast.Mult) else a / b)
+        raise ValueError("not arithmetic")
+    try:
+        return value(ast.parse(expression.strip(), mode="eval").body)
+    except (ValueError, SyntaxError, ZeroDivisionError):
+        return None
+
+
+def _show(number: Fraction) -> str:
+    return str(number.numerator) if number.denominator == 1 else f"{float(number):.4g}"
+
+
+def _perturb_annotated(problem, reasoning, kind, rng) -> str | None:
+    """Flaws of a GSM8K solution. A changed result is carried on: later calculations that use it are done again."""
+    found = list(_ANNOTATION.finditer(reasoning))
+    if not found:
+        return None
+    if kind == "answer_leak":
+        return reasoning + f"\nThe final answer is {problem.reference_solution.rpartition('####')[2].strip()}."
+    lines = reasoning.split("\n")
+    if kind == "dropped_step":
+        if len(lines) < 2:
+            return None
+        del lines[rng.randrange(len(lines) - 1)]
+        return "\n".join(lines)
+    target = rng.choice(found[:-1] or found)                      # the last result is the executor's part
+    expression, result = target[1], calculate(target[1])
+    if result is None:
+        return None
+    if kind == "unsupported_leap":
+        before = re.sub(_WORKING + r"$", "", reasoning[:target.start()])
+        return None if len(before) == target.start() else before + reasoning[target.end():]
+    if kind == "arithmetic_slip":
+        if target is found[-1]:
+            return None
+        wrong = result + rng.choice((-10, -2, -1, 1, 2, 10))
+    else:
+        if kind == "wrong_operation":
+            sites = [m.start() for m in re.finditer(r"(?<=[\d.) ])[-+*/](?=[\d.( ])", expression)]
+            swap = {"+": "-", "-": "+", "*": "+", "/": "*"}
+            changes = [(p, p + 1, swap[expression[p]]) for p in sites]
+        else:                                                     # misread_quantity
+            given = re.findall(r"(?<![\d.,])\d+(?![\d.,]*\d)", problem.problem)
+            changes = [(m.start(), m.end(), other) for m in re.finditer(r"(?<![\d.])\d+(?![\d.])", expression)
+                       if m[0] in given for other in given if other != m[0]]
+        if not changes:
+            return None
+        begin, end, new = rng.choice(changes)
+        expression = expression[:begin] + new + expression[end:]
+        wrong = calculate(expression)
+    if wrong is None or wrong <= 0 or wrong == result:
+        return None
+    written = re.search(_WORKING + r"$", reasoning[:target.start()])
+    begin = written.start() if written else target.start()
+    working = f"{expression} = " if written else ""
+    return (reasoning[:begin] + working + f"<<{expression}={_show(wrong)}>>"
+            + _carry(reasoning[target.end():], _show(result), _show(wrong)))
+
+
+def _carry(rest: str, old: str, new: str) -> str:
+    """Replaces a result in the text after it, and every later result that changes because of it."""
+    changed, out, position = {old: new}, [], 0
+
+    def replace(text):
+        return re.sub(r"(?<![\d.,])\d+(?:\.\d+)?(?![\d,]*\d)", lambda m: changed.get(m[0], m[0]), text)
+
+    for match in _ANNOTATION.finditer(rest):
+        out.append(replace(rest[position:match.start()]))
+        expression = replace(match[1])
+        value = calculate(expression) if expression != match[1] else None
+        result = match[2] if value is None else _show(value)
+        if result != match[2]:
+            changed[match[2].strip()] = result
+        out.append(f"<<{expression}={result}>>")
+        position = match.end()
+    return "".join(out) + replace(rest[position:])
+
+
+# ------------------------------------------------------------------------------------------------ 4. TraceLift-Groups
+
+def build_groups(problems: list[Problem], negatives_per_group: int, seed: int) -> list[dict]:
+    """One record per problem: its reference trace and this many flawed ones, of different kinds as far as they go.
+
+    A problem that allows too few flaws is left out; the caller sees how many came back."""
+    rng, groups = random.Random(seed), []
+    for problem in problems:
+        if problem.reference_reasoning is None:
+            raise UserError(f"{problem.problem_id}: a problem without reference reasoning cannot make a group")
+        trace = problem.reference_reasoning if problem.source == "tiny" else problem.reference_solution.partition("####")[0].strip()
+        kinds, bank = list(NEGATIVE_KINDS[problem.task_type]), []
+        for attempt in range(12):
+            rng.shuffle(kinds)
+            for kind in kinds:
+                flawed = perturb(problem, trace, kind, rng)
+                if flawed is None or len(bank) == negatives_per_group:
+                    continue
+                if problem.source != "tiny":
+                    flawed = strip_annotations(flawed if kind == "answer_leak" else hide_result(flawed))
+                if flawed not in [n["reasoning"] for n in bank] and flawed != problem.reference_reasoning:
+                    bank.append({"reasoning": flawed, "negative_kind": kind,
+                                 "rubric": NEGATIVE_KINDS[problem.task_type][kind]})
+        if len(bank) == negatives_per_group:
+            groups.append({"problem_id": problem.problem_id, "source": problem.source, "task_type": problem.task_type,
+                           "problem": problem.problem, "reference_solution": problem.reference_solution,
+                           "positive_pool": [{"reasoning": problem.reference_reasoning,
+                                              "rubric": POSITIVE_RUBRIC[problem.task_type]}],
+                           "negative_bank": bank, "tests": problem.tests})
+    return groups
+
+
+def read_groups(path) -> list[dict]:
+    """TraceLift-Groups, one group a line; unknown keys survive. UserError names file, line and key."""
+    required = {key: str for key in ("problem_id", "source", "task_type", "problem", "reference_solution")}
+    groups = read_jsonl(path, {**required, "positive_pool": list, "negative_bank": list})
+    for number, group in enumerate(groups, 1):
+        where = f"{path}:{number}"
+        if group["task_type"] not in DIMENSIONS:
+            raise UserError(f"{where}: key 'task_type' must be math or code, is {group['task_type']!r}")
+        if not isinstance(group.get("tests", []), list):
+            raise UserError(f"{where}: key 'tests' must be a list")
+        for pool in ("positive_pool", "negative_bank"):
+            for i, trace in enumerate(group[pool]):
+                _check_trace_record(trace, f"{where}: {pool}[{i}]", group["task_type"], pool == "negative_bank")
+    return groups
+
+
+def _check_trace_record(trace, where, task_type, negative) -> None:
+    if not isinstance(trace, dict) or not isinstance(trace.get("reasoning"), str):
+        raise UserError(f"{where}: must be an object with the key 'reasoning'")
+    if negative and not isinstance(trace.get("negative_kind"), str):
+        raise UserError(f"{where}: key 'negative_kind' must be a string")
+    rubric = trace.get("rubric")
+    if not isinstance(rubric, dict):
+        raise UserError(f"{where}: key 'rubric' must be an object")
+    for key in DIMENSIONS[task_type]:
+        if type(rubric.get(key)) is not int or not 0 <= rubric[key] <= 4:
+            raise UserError(f"{where}: rubric key {key!r} must be an integer 0..4, is {rubric.get(key)!r}")
+    total = rubric.get("total")
+    if isinstance(total, bool) or not isinstance(total, (int, float)) or not 0 <= total <= 1:
+        raise UserError(f"{where}: rubric key 'total' must be a number 0..1, is {total!r}")
+
+
+def write_groups(path, groups: list[dict]) -> None:
+    """One JSON object a line, written atomically."""
+    write_atomic(path, "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in groups))
+
+
+def problem_of(group: dict) -> Problem:
+    """The problem of a group; its first positive trace is the reference reasoning."""
+    positives = group["positive_pool"]
+    return Problem(*(group[k] for k in ("problem_id", "source", "task_type", "problem", "reference_solution")),
+                   group.get("tests") or [], positives[0]["reasoning"] if positives else None)
+
+
+# ------------------------------------------------------------------------------------------------ 5. prompts
+
+OPEN, CLOSE = "<reasoning>", "</reasoning>"
+_PLANNER = {
+    "math": "Write a short step by step reasoning trace that leads to the answer of this problem, so that someone else "
+            f"can finish it. Put it between {OPEN} and {CLOSE}. Do not state the final answer.\n\nProblem:\n",
+    "code": "Write a short step by step plan in words for this programming task, so that someone else can write the "
+            f"program. Put it between {OPEN} and {CLOSE}. Do not write code.\n\nTask:\n"}
+_EXECUTOR = {
+    "math": "Solve this problem. End with one line '#### ' and the final number.\n\nProblem:\n",
+    "code": "Write a Python program for this task, in one ```python block.\n\nTask:\n"}
+_USE_TRACE = "\n\nUse this reasoning:\n"
+
+
+def planner_prompt(problem: Problem) -> str:
+    """What the planner reads. Its completion is `<reasoning>...</reasoning>`."""
+    return f"{problem.problem}\n" if problem.source == "tiny" else _PLANNER[problem.task_type] + problem.problem
+
+
+def executor_prompt(problem: Problem, reasoning: str | None) -> str:
+    """What the executor reads, with a trace or (None) without one. In the tiny world it continues the planner's
+    prompt and completion, so that one training sequence teaches both roles."""
+    if problem.source == "tiny":
+        return f"{problem.problem}\n" + ("" if reasoning is None else f"{OPEN}{reasoning}{CLOSE}\n") + "Answer:"
+    trace = "" if reasoning is None else f"{_USE_TRACE}{reasoning}"
+    return f"{_EXECUTOR[problem.task_type]}{problem.problem}{trace}"
+
+
+def rm_text(problem: Problem, reasoning: str) -> str:
+    """What the reward model scores: problem and trace, never the executor's output or the reference."""
+    if problem.source == "tiny":
+        return f"{problem.problem}\n{OPEN}{reasoning}{CLOSE}"
+    return f"Problem:\n{problem.problem}\n\nReasoning:\n{reasoning}"
+
+
+def split_steps(problem: Problem, reasoning: str) -> list[str]:
+    """The steps of a trace: equations or plan steps in the tiny world, else non-empty lines."""
+    parts = reasoning.split(" ; ") if problem.source == "tiny" else reasoning.split("\n")
+    return [part.strip() for part in parts if part.strip()]
+
+
+def intervention_prompt(problem: Problem, reasoning: str) -> str:
+    """InT (arXiv 2601.14209): problem, reference reasoning and the planner's own numbered trace. The completion is
+    the number of the first wrong step and one replacement, or "none"."""
+    steps = "\n".join(f"{i} : {step}" for i, step in enumerate(split_steps(problem, reasoning), 1))
+    if problem.source == "tiny":
+        return f"{problem.problem}\n{problem.reference_reasoning}\nTrace\n{steps}\nError:"
+    return (f"Problem:\n{problem.problem}\n\nReference reasoning:\n{problem.reference_reasoning}\n\nA numbered trace:\n"
+            f"{steps}\n\nCompare it with the reference. Answer with the number of its first wrong step and one corrected "
+            f"step, as 'NUMBER : corrected step', or 'none'.")
+
+
+def extract_reasoning(completion: str) -> str:
+    """The text between the tags. Without a closing tag it is used as far as it goes; without an opening tag it
+    starts at the beginning. Nothing is repaired."""
+    text = completion.split(OPEN, 1)[-1]
+    return text.split(CLOSE, 1)[0].strip()
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt, through the tokenizer's chat template when it has one."""
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                             add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(prompt)["input_ids"]
+
+
+# The corpus of the tiny base model. Its planner has habits: flaws that are a function of the problem, so that they
+# stay when it decodes greedily (random flaws would average out), and one of them works (it leaks the answer or the
+# code), so that a reward for success alone has something to be fooled by. A careful minority lets RL find the rest.
+
+def habit(problem: Problem) -> str:
+    """The flawed trace that the base planner has learned for this problem."""
+    if problem.task_type == "math":
+        chain = _parse_chain(problem.reference_reasoning)
+        a, op, b, _ = chain[-1]
+        if op == "*":                                             # works: states the final result
+            return _render_chain(chain[:-1] + [(a, op, b, _compute(a, op, b))])
+        if op == "-":                                             # fails: goes back to the first number
+            return _render_chain(chain[:-1] + [(chain[0][0], "-" if chain[0][0] > b else "+", b, None)])
+        return _render_chain(chain[:-2] + [(chain[-2][0], op, b, None)])      # fails: drops the step before the last
+    steps = _parse_plan(problem.reference_reasoning)
+    if steps[-1][0] in ("multiply", "negate"):                    # works: dumps the code
+        return " ; ".join(_plan_line(*s, 2) for s in steps)
+    if steps[-1][0] in ("add", "subtract"):                       # fails: in the order told
+        return " ; ".join(_plan_line(*s, 0) for s in _told_order(problem))
+    return " ; ".join(_plan_line(*s, 0) for s in steps[:-1])      # fails: forgets the last step
+
+
+def _told_order(problem: Problem) -> list:
+    """Plan steps in the order in which the problem's text names them."""
+    text, told = problem.problem, []
+    for step in _parse_plan(problem.reference_reasoning):
+        at = [m.start() for m in re.finditer(re.escape(_plan_line(*step, 1)), text)]
+        at = [p for p in at if p not in [q for q, _ in told]]
+        told.append((at[0], step))
+    return [step for _, step in sorted(told)]
+
+
+@dataclass(frozen=True)
+class BaseExample:
+    """One training sequence of the base model: `prompt`, then (planner) `trace`, then `ask` and (executor) `answer`.
+    Loss on trace (when `learn_trace`) and answer only. `trace` and `ask` may be empty."""
+    prompt: str
+    trace: str
+    learn_trace: bool
+    ask: str
+    answer: str
+
+
+def base_corpus(problems: list[Problem], seed: int) -> list[BaseExample]:
+    """One example per tiny-world problem: 55 % planner and executor, 15 % executor with a careful trace, 15 %
+    executor alone, 15 % intervention. Planner traces: 25 % careful, 55 % habit, 20 % one random flaw. Alone, the
+    executor learns the true answer (math, hard to guess) or, 4 times of 5, a program in the order told (code)."""
+    rng, examples = random.Random(seed), []
+    for problem in problems:
+        careful = problem.reference_reasoning
+        flaws = [perturb(problem, careful, kind, rng) for kind in NEGATIVE_KINDS[problem.task_type]]
+        flaws = [flaw for flaw in flaws if flaw] or [careful]
+        u, v = rng.random(), rng.random()
+        trace = careful if v < 0.25 else habit(problem) if v < 0.8 else rng.choice(flaws)
+        lead = "\n" if problem.task_type == "code" else " "
+        if u < 0.7:
+            if u > 0.55:
+                trace = careful
+            examples.append(BaseExample(planner_prompt(problem), f"{OPEN}{trace}{CLOSE}", u <= 0.55, "\nAnswer:",
+                                        lead + _follow(problem.task_type, trace)))
+        elif u < 0.85:
+            answer = problem.reference_solution
+            if problem.task_type == "code" and rng.random() < 0.8:
+                answer = _program(_plan_line(*s, 2) for s in _told_order(problem))
+            examples.append(BaseExample(executor_prompt(problem, None), "", False, "", lead + answer))
+        else:
+            steps, right = split_steps(problem, trace), split_steps(problem, careful)
+            first = next((i for i, (a, b) in enumerate(zip(steps, right)) if a != b), min(len(steps), len(right)))
+            answer = " none" if steps == right else f" {first + 1} : {(right + [''])[first]}"
+            examples.append(BaseExample(intervention_prompt(problem, trace), "", False, "", answer))
+    return examples
+
+
+# ------------------------------------------------------------------------------------------------ 6. settings, run folders
+
+def knob(default, why: str):
+    """A settings field: its default, and the reason that `--help` shows."""
+    return field(default=default, metadata={"why": why})
+
+
+def parse_settings(cls, presets: dict[str, dict], argv: list[str], prog: str):
+    """An instance of the settings dataclass `cls` from command-line flags, one flag a field. `--preset` picks one of
+    `presets`, flags win over the preset, the preset over the defaults. argparse exits with 2 on unknown names."""
+    parser = argparse.ArgumentParser(prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                                     epilog="presets: " + "; ".join(f"{k}: {v}" for k, v in presets.items()))
+    for f in dataclasses.fields(cls):
+        parser.add_argument(f"--{f.name}", type=type(f.default), default=None, metavar=type(f.default).__name__.upper(),
+                            help=f"{f.metadata['why']} (default: {f.default!r})".replace("%", "%%"))
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    preset = given.get("preset", cls.preset)
+    if preset not in presets:
+        raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
+    return cls(**{**presets[preset], **given})
+
+
+def run_command(main, argv=None) -> None:
+    """Runs `main(argv)`; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def write_atomic(path, text: str) -> None:
+    """Writes a text file whole or not at all: temporary file, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.chmod(f.name, 0o644)
+    os.replace(f.name, path)
+
+
+def begin_stage(run: str, stage: str, settings, output) -> bool:
+    """Records the settings of a stage in RUN/config.json. True: there is work to do. False: `output` (a file or
+    folder that appears whole, by rename) is there already, made with these settings. UserError: with others."""
+    path = Path(run) / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    new, old = dataclasses.asdict(settings), config.get(stage)
+    done = Path(output).exists()
+    if old is not None:
+        differ = [k for k in new if k in old and new[k] != old[k]]
+        if differ:
+            k = differ[0]
+            raise UserError(f"{path}: stage {stage} was run with --{k} {old[k]!r}, now it is {new[k]!r}; "
+                            f"choose another --run, or delete {output} and the key {stage!r} in config.json")
+    elif done:
+        raise UserError(f"{output} exists but {path} does not say how it was made; choose another --run or delete it")
+    if not done:
+        config[stage] = new
+        write_atomic(path, json.dumps(config, indent=1))
+    return not done
+
+
+def fetch(url: str, sha256: str, cache) -> Path:
+    """Downloads a file once into the folder `cache`. UserError when the host cannot be reached or the bytes differ."""
+    path = Path(cache) / f"{sha256[:12]}-{url.rpartition('/')[2]}"
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                content = response.read()
+        except (urllib.error.URLError, OSError) as error:
+            raise UserError(f"{url}: cannot be fetched ({error}); download it elsewhere and pass --data FILE") from None
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != sha256:
+            raise UserError(f"{url}: sha256 is {digest}, must be {sha256}; pass a file that you trust with --data")
+        write_atomic(path, content.decode("utf-8"))
+    return path
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Settings of `python data.py`."""
+    run: str = knob("runs/tiny-math", "run folder")
+    preset: str = knob("tiny", "named defaults")
+    task_type: str = knob("math", "math or code; for the tiny world")
+    source: str = knob("tiny", "tiny: generated; gsm8k: built from GSM8K solutions; groups: ready TraceLift-Groups")
+    data: str = knob("", "training file (gsm8k or groups); empty with gsm8k: fetched once from its public repository")
+    heldout_data: str = knob("", "held-out file, in the same format")
+    train: int = knob(1500, "training groups")
+    heldout: int = knob(300, "held-out groups, and as many longer ones in the tiny world")
+    negatives: int = knob(4, "flawed traces per group")
+    seed: int = knob(0, "which problems, which flaws")
+    cache: str = knob("~/.cache/tracelift", "folder for fetched files")
+
+
+PRESETS = {"tiny": {}, "smoke": {"train": 40, "heldout": 20},
+           "gsm8k": {"source": "gsm8k", "train": 4000, "heldout": 200, "negatives": 3}}
+
+
+def load_groups(settings: DataSettings) -> dict[str, list[dict]]:
+    """Groups of every split. UserError when a source does not give as many as asked for."""
+    wanted = {"train": settings.train, "heldout": settings.heldout}
+    if settings.source == "tiny":
+        wanted["longer"] = settings.heldout
+        if settings.task_type not in DIMENSIONS:
+            raise UserError(f"--task_type {settings.task_type}: must be math or code")
+        return {split: build_groups(tiny_problems(settings.task_type, n, settings.seed, split), settings.negatives,
+                                    settings.seed) for split, n in wanted.items()}
+    if settings.source not in ("gsm8k", "groups"):
+        raise UserError(f"--source {settings.source}: must be tiny, gsm8k or groups")
+    files = {"train": settings.data, "heldout": settings.heldout_data}
+    groups = {}
+    for split, flag in (("train", "--data"), ("heldout", "--heldout_data")):
+        path, part = files[split], "test" if split == "heldout" else "train"
+        if not path and settings.source == "gsm8k":
+            path = fetch(GSM8K_URL.format(part), GSM8K_SHA256[part], Path(settings.cache).expanduser())
+        if not path:
+            raise UserError(f"--source groups needs {flag} FILE")
+        if settings.source == "groups":
+            groups[split] = read_groups(path)[:wanted[split]]
+        else:
+            problems = read_gsm8k(path)
+            random.Random(settings.seed).shuffle(problems)
+            groups[split] = build_groups(problems, settings.negatives, settings.seed)[:wanted[split]]
+        if len(groups[split]) < wanted[split]:
+            raise UserError(f"{path}: gives only {len(groups[split])} groups of {settings.negatives} flawed traces, "
+                            f"--{split} asks for {wanted[split]}; lower --{split} or --negatives")
+    return groups
+
+
+def main(argv) -> None:
+    """The command: writes RUN/groups/*.jsonl."""
+    settings = parse_settings(DataSettings, PRESETS, argv, "data.py")
+    folder = Path(settings.run) / "groups"
+    if begin_stage(settings.run, "groups", settings, folder / "train.jsonl"):
+        for split, groups in reversed(load_groups(settings).items()):      # train last: it marks the stage complete
+            write_groups(folder / f"{split}.jsonl", groups)
+    for path in sorted(folder.glob("*.jsonl")):
+        print(f"{path}: {len(path.read_text().splitlines())} groups")
+    task = f" --task_type {settings.task_type}" if settings.source == "tiny" else ""
+    print(f"next: python executor.py --preset {settings.preset} --run {settings.run}{task}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,531 @@
+"""kernels/: values and gradients against a float64 textbook written here in scalars, and the edges of the loss.
+
+    python -m pytest tests/test_kernels.py
+"""
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import kernels
+from kernels import group_advantage, grpo_loss, linear_grpo_loss, token_logp, token_weights
+
+torch.set_num_threads(1)
+NAN, INF = float("nan"), float("inf")
+
+
+# ---- the textbook: one row at a time, one scalar at a time, sharing nothing with kernels/ ----
+
+def textbook(logits, target, reward, seq, weight, group_size, old_logp=None, ref_logp=None, temperature=1.0,
+             clip_low=0.2, clip_high=0.2, beta=0.0, adv_eps=1e-6, ddof=0, scale=True):
+    """(loss, dloss/dlogits, logp, entropy, advantage) in float64; the gradient by the closed form, not by autograd."""
+    M, V = logits.shape
+    reward = reward.double().tolist()
+    loss, dlogits = 0.0, torch.zeros(M, V, dtype=torch.float64)
+    logps, entropies, advantages = [], [], []
+    for i in range(M):
+        w, t = float(weight[i]), int(target[i])
+        if w == 0:
+            logps.append(0.0), entropies.append(0.0), advantages.append(0.0)
+            continue
+        z = [x / temperature for x in logits[i].double().tolist()]
+        lse = max(z) + math.log(sum(math.exp(x - max(z)) for x in z))
+        p = [math.exp(x - lse) for x in z]
+        logp = z[t] - lse
+        first = int(seq[i]) // group_size * group_size
+        group = reward[first:first + group_size]
+        spread = statistics.stdev(group) if ddof else statistics.pstdev(group)
+        A = (reward[int(seq[i])] - statistics.fmean(group)) / (spread + adv_eps if scale else 1.0)
+        rho = math.exp(logp - float(old_logp[i])) if old_logp is not None else 1.0
+        clipped = min(max(rho, 1 - clip_low), 1 + clip_high)
+        value, slope = -min(rho * A, clipped * A), -A * rho if rho * A <= clipped * A else 0.0
+        if beta:
+            gap = float(ref_logp[i]) - logp
+            value += beta * (math.exp(gap) - gap - 1)
+            slope += beta * (1 - math.exp(gap))
+        loss += w * value
+        dlogits[i] = torch.tensor([w * slope * ((j == t) - p[j]) / temperature for j in range(V)], dtype=torch.float64)
+        logps.append(logp), advantages.append(A)
+        entropies.append(-sum(q * math.log(q) for q in p if q > 0))
+    as_row = lambda x: torch.tensor(x, dtype=torch.float64)
+    return loss, dlogits, as_row(logps), as_row(entropies), as_row(advantages)
+
+
+def batch(dtype=torch.float64, mode="dapo", N=2, G=3, T=5, V=11, seed=0, old=True, ref=True, spread=2.0):
+    """A padded step of N * G sequences: sequence b has 1 to T tokens, padding has weight 0 and target -100."""
+    g = torch.Generator().manual_seed(seed)
+    B = N * G
+    mask = torch.arange(T) < torch.tensor([1 + (3 * b + 1) % T for b in range(B)])[:, None]
+    logits = (torch.randn(B * T, V, generator=g, dtype=torch.float64) * spread).to(dtype)
+    target = torch.randint(V, (B * T,), generator=g).masked_fill(~mask.flatten(), -100)
+    logp = torch.log_softmax(logits.double(), -1).gather(1, target.clamp(min=0)[:, None])[:, 0]
+    noise = lambda: torch.randn(B * T, generator=g, dtype=torch.float64) * 0.5
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    return dict(logits=logits, target=target, reward=torch.randn(B, generator=g, dtype=torch.float64).to(work),
+                seq=torch.arange(B, dtype=torch.int32).repeat_interleave(T), group_size=G,
+                weight=token_weights(mask, mode, max_len=T).flatten(),
+                old_logp=(logp + noise()).to(work) if old else None,
+                ref_logp=(logp + noise()).to(work) if ref else None)
+
+
+def run(batch, **settings):
+    logits = batch["logits"].detach().clone().requires_grad_()
+    out = grpo_loss(**{**batch, "logits": logits}, **settings)
+    out[0].backward()
+    return out, logits.grad
+
+
+# ---- value and gradient ----
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("old", [True, False], ids=["off-policy", "on-policy"])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("scale", [True, False])
+def test_matches_the_textbook(dtype, mode, old, beta, temperature, scale):
+    b = batch(dtype, mode, old=old)
+    settings = dict(temperature=temperature, beta=beta, scale=scale, clip_low=0.1, clip_high=0.3)
+    (loss, *rows), grad = run(b, **settings)
+    want_loss, want_grad, *want_rows = textbook(**b, **settings)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    tol = dict(rtol=1e-10, atol=1e-12) if work == torch.float64 else dict(rtol=2e-5, atol=2e-6)
+    assert loss.dtype == work and loss.shape == () and grad.dtype == dtype
+    torch.testing.assert_close(loss.double(), torch.tensor(want_loss, dtype=torch.float64), **tol)
+    for got, want in zip(rows, want_rows):
+        assert got.dtype == work and not got.requires_grad
+        torch.testing.assert_close(got.double(), want, **tol)
+    # a gradient in 16 bits is the float32 one, rounded once (float16: down to its subnormal spacing)
+    rtol, atol = {torch.bfloat16: (2 ** -8, 2e-6), torch.float16: (2 ** -10, 2e-6)}.get(dtype, tol.values())
+    torch.testing.assert_close(grad.double(), want_grad, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("ddof, adv_eps", [(1, 1e-4), (0, 1e-6), (1, 0.5)])
+def test_ddof_and_eps(ddof, adv_eps):
+    b = batch()
+    out, grad = run(b, ddof=ddof, adv_eps=adv_eps)
+    want = textbook(**b, ddof=ddof, adv_eps=adv_eps)
+    torch.testing.assert_close(out[3], want[4])
+    torch.testing.assert_close(grad, want[1])
+
+
+def test_float32_rewards_beside_float64_logits():
+    b = batch()
+    b["reward"] = b["reward"].float()
+    torch.testing.assert_close(run(b)[0][3], textbook(**b)[4], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("A_sign, rho, moves", [(1, 1.5, False), (1, 0.5, True), (-1, 0.5, False), (-1, 1.5, True),
+                                                (1, 1.1, True), (-1, 0.9, True)])
+def test_clip_stops_the_gradient_only_on_the_far_side(A_sign, rho, moves):
+    logits = torch.tensor([[0.3, -0.2, 0.9]], dtype=torch.float64, requires_grad=True)
+    target, one = torch.tensor([2]), torch.ones(1, dtype=torch.float64)
+    old = token_logp(logits, target)[0].detach() - math.log(rho)
+    loss, _, _, A = grpo_loss(logits, target, torch.tensor([A_sign, -A_sign]).double(), torch.tensor([0]), one, 2, old)
+    loss.backward()
+    assert A.sign().item() == A_sign
+    p = logits.detach().softmax(-1)
+    want = -A * rho * (torch.tensor([0., 0., 1.]) - p) if moves else torch.zeros_like(p)
+    torch.testing.assert_close(logits.grad, want)
+    assert loss.item() == pytest.approx(-min(rho * A.item(), min(max(rho, 0.8), 1.2) * A.item()))
+
+
+def test_on_policy_is_off_policy_with_its_own_logp():
+    b = batch(old=False)
+    own = grpo_loss(**b)[1]
+    on, off = run(b), run({**b, "old_logp": own})
+    torch.testing.assert_close(on[0][0], off[0][0])
+    torch.testing.assert_close(on[1], off[1])
+    assert on[0][0].item() == pytest.approx(-(b["weight"] * on[0][3]).sum().item())          # value -A
+
+
+def test_gradcheck_of_the_three_functions():
+    b = batch(N=1, G=2, T=2, V=7)
+    # gradcheck compares with finite differences: keep old_logp well inside the clip range, away from its corners
+    logp, rest = token_logp(b["logits"], b["target"].clamp(min=0))[0], {k: v for k, v in b.items() if k != "logits"}
+    rest["old_logp"] = logp + torch.tensor([0.05, 0.5, -0.5, -0.1], dtype=torch.float64)
+    logits = b["logits"].requires_grad_()
+    assert gradcheck(lambda x: grpo_loss(x, **rest, beta=0.2, temperature=0.9)[0], logits)
+    assert gradcheck(lambda x: token_logp(x, torch.tensor([0, 6, 3, 3]), 0.7)[0], logits)
+    hidden, head = torch.randn(4, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    rest["old_logp"] = token_logp(hidden @ head.T, b["target"].clamp(min=0))[0] + 0.05
+    hidden.requires_grad_(), head.requires_grad_()
+    assert gradcheck(lambda h, w: linear_grpo_loss(h, w, **rest, beta=0.2, chunk=3)[0], (hidden, head))
+
+
+def test_gradient_rows_sum_to_zero_and_are_not_zero():
+    _, grad = run(batch(), beta=0.1)
+    assert grad.abs().sum() > 0.1 and grad.sum(-1).abs().max() < 1e-14
+
+
+def test_only_logits_get_a_gradient_and_no_input_is_written():
+    b = batch()
+    for name in "reward", "weight", "old_logp", "ref_logp":
+        b[name].requires_grad_()
+    b["logits"].requires_grad_()
+    before = {k: v.detach().clone() for k, v in b.items() if torch.is_tensor(v)}
+    loss, *rows = grpo_loss(**b, beta=0.1, inplace=True)  # a permission, not used here
+    loss.backward()
+    assert b["logits"].grad.abs().sum() > 0 and not any(r.requires_grad for r in rows)
+    assert all(b[name].grad is None for name in ("reward", "weight", "old_logp", "ref_logp"))
+    assert all(torch.equal(b[k], v) and b[k]._version == 0 for k, v in before.items() if k != "target")
+    assert torch.equal(b["target"], before["target"])
+
+
+def test_large_vocabulary_in_bfloat16_keeps_float32_precision():
+    logits = (torch.randn(2, 151936, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
+    target = torch.tensor([5, 151935])
+    logp, entropy = token_logp(logits, target)
+    want = logits.double().log_softmax(-1)
+    torch.testing.assert_close(logp.double(), want[[0, 1], target], rtol=0, atol=5e-5)         # in bfloat16: 1e-2
+    torch.testing.assert_close(entropy.double(), -(want.exp() * want).sum(-1), rtol=0, atol=2e-4)
+
+
+def test_token_logp_is_a_distribution_and_its_logp_is_differentiable():
+    logits = torch.randn(1, 6, dtype=torch.float64).expand(6, 6).contiguous().requires_grad_()
+    logp, entropy = token_logp(logits, torch.arange(6), temperature=1.7)
+    assert logp.exp().sum().item() == pytest.approx(1.0)
+    torch.testing.assert_close(entropy[0], torch.distributions.Categorical(logits=logits[0] / 1.7).entropy())
+    assert logp.requires_grad and not entropy.requires_grad
+
+
+# ---- advantage ----
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1e6 + 0.1, -1e-8, 1 / 3])
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("adv_eps", [1e-8, 0.0])
+def test_equal_rewards_give_exactly_zero(value, scale, adv_eps):
+    """r - mean(r) is rounding noise here, and noise / (tiny std + 1e-8) is an advantage of up to 1."""
+    A = group_advantage(torch.full((14,), value), 7, adv_eps=adv_eps, scale=scale)
+    assert torch.equal(A, torch.zeros(14))
+
+
+def test_advantage_is_shift_and_scale_invariant_and_centred():
+    r = torch.tensor([0.0, 1.0, 0.25, 0.5, 3.0, 3.0, 3.0, -1.0], dtype=torch.float64)
+    A = group_advantage(r, 4, adv_eps=0.0)
+    torch.testing.assert_close(group_advantage(r * 5 - 100, 4, adv_eps=0.0), A)
+    torch.testing.assert_close(A.view(2, 4).mean(1), torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(A.view(2, 4).std(1, correction=0), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(group_advantage(r, 4, scale=False)[:4], r[:4] - r[:4].mean())
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_reward_that_is_not_finite_leaves_its_group(bad):
+    A = group_advantage(torch.tensor([1.0, bad, 0.0, 0.0, 2.0, 5.0, 5.0, 2.0]), 4)
+    want = group_advantage(torch.tensor([1.0, 0.0, 0.0]), 3)
+    assert A[1] == 0 and torch.equal(A[[0, 2, 3]], want) and A[0] > 1
+    torch.testing.assert_close(A[4:], torch.tensor([-1.0, 1.0, 1.0, -1.0]))                   # the other group
+    assert torch.equal(group_advantage(torch.tensor([bad, bad, 3.0, bad]), 4), torch.zeros(4))
+    assert torch.equal(group_advantage(torch.tensor([bad, bad]), 2, ddof=1), torch.zeros(2))
+
+
+def test_a_lone_trace_has_nothing_to_compare_with():
+    assert torch.equal(group_advantage(torch.tensor([3.0, -1.0]), 1, ddof=1), torch.zeros(2))
+    A = group_advantage(torch.tensor([3.0, -1.0]), 2, adv_eps=0.0, ddof=2)                      # max(n - ddof, 1) = 1
+    torch.testing.assert_close(A, torch.tensor([1.0, -1.0]) / math.sqrt(2))
+    b = batch()
+    (loss, *_), grad = run({**b, "group_size": 1})
+    assert loss == 0 and grad.abs().sum() == 0
+
+
+def test_equal_or_broken_rewards_give_no_gradient():
+    b = batch()
+    for reward in torch.full((6,), 0.1), torch.full((6,), NAN):
+        (loss, *_), grad = run({**b, "reward": reward.double()})
+        assert loss == 0 and torch.equal(grad, torch.zeros_like(grad))
+
+
+# ---- padding and other edges of the rows ----
+
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+def test_what_a_padded_row_holds_does_not_matter(poison):
+    b = batch()
+    dead = b["weight"] == 0
+    assert dead.any() and not dead.all()
+    want, want_grad = run(b, beta=0.1)
+    poisoned = {k: v.clone() if torch.is_tensor(v) else v for k, v in b.items()}
+    for name in "logits", "old_logp", "ref_logp":
+        poisoned[name][dead] = poison
+    poisoned["target"][dead], poisoned["seq"][dead] = 10 ** 9, -7
+    got, grad = run(poisoned, beta=0.1)
+    assert all(torch.equal(x, y) for x, y in zip(got, want)) and torch.equal(grad, want_grad)
+    assert (grad[dead] == 0).all() and all((x[dead] == 0).all() for x in got[1:])
+
+
+@pytest.mark.parametrize("M", [0, 4])
+def test_a_step_without_live_tokens(M):
+    logits = torch.full((M, 5), NAN, requires_grad=True)
+    rows = dict(target=torch.full((M,), -100), reward=torch.rand(2), seq=torch.zeros(M, dtype=torch.int32),
+                weight=torch.zeros(M), group_size=2)
+    loss, *out = grpo_loss(logits, **rows)
+    loss.backward()
+    assert loss == 0 and torch.equal(logits.grad, torch.zeros(M, 5))
+    assert all(torch.equal(x, torch.zeros(M)) for x in out)
+    hidden, head = torch.full((M, 3), NAN, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    loss, *out = linear_grpo_loss(hidden, head, **rows)
+    loss.backward()
+    assert loss == 0 and torch.equal(hidden.grad, torch.zeros(M, 3)) and torch.equal(head.grad, torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("target", [-1, -100, 11, 10 ** 12])
+@pytest.mark.parametrize("old", [True, False])
+def test_a_target_outside_the_vocabulary_is_loud(target, old):
+    b = batch(old=old)
+    live = int(b["weight"].nonzero()[1])
+    b["target"][live] = target
+    (loss, logp, _, _), grad = run(b)
+    assert loss.isnan() and logp[live].isnan() and grad[live].isnan().all()
+    rest = torch.arange(len(logp)) != live
+    assert logp[rest].isfinite().all() and grad[rest].isfinite().all()
+    assert token_logp(b["logits"], b["target"])[0][live].isnan()
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_forbidden_tokens_with_logit_minus_infinity(old):
+    b = batch(torch.float32, V=5137, old=old, T=2)
+    allowed = b["logits"][:, 5000:].clone()
+    b["logits"][:, :5000] = -INF
+    narrow = {**b, "logits": allowed, "target": b["target"] % 137}
+    (want, want_grad), (got, grad) = run(narrow), run({**b, "target": narrow["target"] + 5000})
+    for x, y in zip(got, want):
+        torch.testing.assert_close(x, y)
+    torch.testing.assert_close(grad[:, 5000:], want_grad)
+    assert (grad[:, :5000] == 0).all() and grad[:, 5000:].abs().sum() > 0
+
+
+def test_any_row_stride_and_odd_vocabulary():
+    wide = torch.randn(30, 160, dtype=torch.float64, requires_grad=True)
+    b = batch(V=137)
+    b["logits"] = wide[:, :137]
+    assert b["logits"].stride() == (160, 1)
+    loss = grpo_loss(**b, beta=0.1)[0]
+    loss.backward()
+    want, want_grad = run({**b, "logits": wide[:, :137].contiguous()}, beta=0.1)
+    assert torch.equal(loss, want[0]) and torch.equal(wide.grad[:, :137], want_grad)
+    assert (wide.grad[:, 137:] == 0).all() and want_grad.abs().sum() > 0
+
+
+def test_a_live_row_of_nan_logits_is_loud():
+    b = batch()
+    b["logits"][0, 3] = NAN
+    (loss, logp, _, _), grad = run(b)
+    assert b["weight"][0] > 0 and loss.isnan() and logp[0].isnan() and grad[0].isnan().all()
+
+
+def test_vocabulary_of_one():
+    b = batch(V=1)
+    (loss, logp, entropy, _), grad = run({**b, "old_logp": None})
+    assert loss.isfinite() and (logp == 0).all() and (entropy == 0).all() and (grad == 0).all()
+
+
+def test_reference_log_probs_are_not_read_without_beta():
+    b = batch()
+    assert torch.equal(grpo_loss(**b)[0], grpo_loss(**{**b, "ref_logp": torch.full_like(b["ref_logp"], NAN)})[0])
+    assert not torch.equal(grpo_loss(**b)[0], grpo_loss(**b, beta=0.1)[0])
+
+
+# ---- weights and micro-batches ----
+
+def test_token_weights_by_hand():
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+    m = mask.float()
+    torch.testing.assert_close(token_weights(mask), m / 4)
+    torch.testing.assert_close(token_weights(mask, "dapo", num_tokens=40), m / 40)
+    torch.testing.assert_close(token_weights(mask.bool(), "grpo"), m / torch.tensor([[9.], [3.], [1.]]))
+    torch.testing.assert_close(token_weights(mask, "dr_grpo", max_len=10), m / 30)
+    for mode in "dapo", "grpo", "dr_grpo":
+        for empty in torch.zeros(2, 3), torch.zeros(0, 3), torch.zeros(2, 0):
+            assert torch.equal(token_weights(empty, mode, max_len=3, num_tokens=0), empty)
+    assert torch.equal(token_weights(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("mode", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("size", [1, 4, 7])  # 4, 7: cut through sequences
+def test_micro_batches_add_up_to_the_step(mode, size):
+    b = batch(mode=mode)
+    want, want_grad = run(b, beta=0.1)
+    logits, total = b["logits"].clone().requires_grad_(), 0.0
+    for start in range(0, len(logits), size):
+        cut = {k: v if k in ("reward", "group_size") else v[start:start + size] for k, v in b.items()}
+        loss = grpo_loss(**{**cut, "logits": logits[start:start + size]}, beta=0.1)[0]
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(want[0].item(), abs=1e-12)
+    assert torch.equal(logits.grad, want_grad)
+
+
+# ---- the linear variant ----
+
+def linear_case(dtype=torch.float64, H=4, V=11, seed=3):
+    b = batch(dtype, V=V)
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(len(b.pop("logits")), H, generator=g, dtype=torch.float64).to(dtype)
+    return hidden, torch.randn(V, H, generator=g, dtype=torch.float64).to(dtype), b
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 4096])
+@pytest.mark.parametrize("frozen", ["", "head", "hidden"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_linear_equals_materialised(chunk, frozen, dtype):
+    hidden, head, b = linear_case(dtype)
+    settings = dict(beta=0.1, temperature=0.8, clip_low=0.1, clip_high=0.3, ddof=1, adv_eps=1e-4)
+    grads, outs = [], []
+    for linear in True, False:
+        h, w = hidden.clone().requires_grad_(frozen != "hidden"), head.clone().requires_grad_(frozen != "head")
+        out = linear_grpo_loss(h, w, **b, **settings, chunk=chunk) if linear else grpo_loss(h @ w.T, **b, **settings)
+        (3 * out[0]).backward()  # the incoming gradient counts
+        outs.append(out), grads.append((h.grad, w.grad))
+    tol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for got, want in zip(outs[0], outs[1]):
+        torch.testing.assert_close(got, want, rtol=tol, atol=tol)
+        assert got.requires_grad == want.requires_grad
+    for got, want, name in zip(grads[0], grads[1], ("hidden", "head")):
+        assert (got is None) == (want is None) == (frozen == name)
+        if got is not None:
+            assert got.dtype == dtype and got.abs().sum() > 0
+            torch.testing.assert_close(got, want, rtol=tol, atol=tol)
+
+
+def test_linear_ignores_padded_hidden_states():
+    hidden, head, b = linear_case()
+    dirty = hidden.masked_fill((b["weight"] == 0)[:, None], NAN).requires_grad_()
+    clean, w1, w2 = hidden.clone().requires_grad_(), head.clone().requires_grad_(), head.clone().requires_grad_()
+    linear_grpo_loss(dirty, w1, **b)[0].backward()
+    linear_grpo_loss(clean, w2, **b)[0].backward()
+    assert torch.equal(dirty.grad, clean.grad) and torch.equal(w1.grad, w2.grad) and w1.grad.abs().sum() > 0
+
+
+def test_linear_without_grad_and_without_second_derivatives(monkeypatch):
+    hidden, head, b = linear_case()
+    hidden.requires_grad_()
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("took a gradient that nobody wants"))
+        quiet = linear_grpo_loss(hidden, head, **b)
+    loss = linear_grpo_loss(hidden, head, **b)[0]
+    assert not quiet[0].requires_grad and torch.equal(quiet[0], loss)
+    first, = torch.autograd.grad(loss * loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_linear_never_holds_more_than_one_chunk_of_logits():
+    class Tallest(TorchDispatchMode):
+        rows = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                if torch.is_tensor(x) and x.dim() == 2 and x.shape[1] == 11:
+                    self.rows = max(self.rows, x.shape[0])
+            return out
+
+    hidden, head, b = linear_case()
+    hidden.requires_grad_(), head.requires_grad_()
+    with Tallest() as seen:
+        linear_grpo_loss(hidden, head, **b, chunk=6)[0].backward()
+    assert seen.rows == 6
+    with Tallest() as seen:
+        grpo_loss(hidden @ head.T, **b)[0].backward()
+    assert seen.rows == len(hidden) > 6  # the probe does see them
+
+
+# ---- bad input ----
+
+def ok():
+    return {**batch(torch.float32), "beta": 0.1}
+
+
+BAD_ROWS = {
+    "target is a list": ("target", lambda b: b["target"].tolist(), "got list, must be a tensor"),
+    "target int32": ("target", lambda b: b["target"].int(), "got torch.int32, must be of dtype int64"),
+    "target short": ("target", lambda b: b["target"][1:], r"got shape \(29,\), must be of shape \(30\)"),
+    "target dense": ("target", lambda b: b["target"].view(6, 5), r"got shape \(6, 5\), must be of shape \(30\)"),
+    "seq float": ("seq", lambda b: b["seq"].float(), "got torch.float32, must be of dtype int32 or int64"),
+    "seq short": ("seq", lambda b: b["seq"][:3], r"got shape \(3,\), must be of shape \(30\)"),
+    "seq beyond B": ("seq", lambda b: b["seq"] + 1, r"got \[6\], must be in \[0, 6\)"),
+    "seq negative": ("seq", lambda b: b["seq"] - 1, r"got \[-1\], must be in \[0, 6\)"),
+    "weight is a mask": ("weight", lambda b: b["weight"] != 0, "got torch.bool, must be of dtype float16"),
+    "weight dense": ("weight", lambda b: b["weight"].view(6, 5), r"got shape \(6, 5\)"),
+    "weight missing": ("weight", lambda b: None, "got NoneType, must be a tensor"),
+    "weight elsewhere": ("weight", lambda b: b["weight"].to("meta"), "got on meta, must be on cpu"),
+    "reward int": ("reward", lambda b: b["reward"].long(), "got torch.int64"),
+    "reward dense": ("reward", lambda b: b["reward"].view(2, 3), r"got shape \(2, 3\), must be of shape \(B\)"),
+    "reward count": ("reward", lambda b: b["reward"][:5], "got 5 rewards, must be a multiple of group_size = 3"),
+    "reward elsewhere": ("reward", lambda b: b["reward"].to("meta"), "got on meta, must be on cpu"),
+    "group_size 0": ("group_size", lambda b: 0, "got 0, must be a positive int"),
+    "group_size float": ("group_size", lambda b: 3.0, "got 3.0, must be a positive int"),
+    "old_logp short": ("old_logp", lambda b: b["old_logp"][1:], r"got shape \(29,\)"),
+    "ref_logp int": ("ref_logp", lambda b: b["ref_logp"].long(), "got torch.int64"),
+    "ref_logp missing": ("ref_logp", lambda b: None, "got None, must be given, because beta is 0.1"),
+    "temperature 0": ("temperature", lambda b: 0.0, "got 0.0, must be positive and finite"),
+    "temperature NaN": ("temperature", lambda b: NAN, "got nan, must be positive and finite"),
+    "clip_low": ("clip_low", lambda b: -0.1, "got -0.1, must be at least 0"),
+    "clip_high": ("clip_high", lambda b: NAN, "got nan, must be at least 0"),
+    "beta": ("beta", lambda b: -1.0, "got -1.0, must be at least 0 and finite"),
+    "adv_eps": ("adv_eps", lambda b: -1e-6, "got -1e-06, must be at least 0"),
+    "ddof": ("ddof", lambda b: -1, "got -1, must be an int of at least 0"),
+}
+BAD_LOGITS = {
+    "one row": (lambda x: x[0], r"got shape \(11,\), must be of shape \(M, V\)"),
+    "dense": (lambda x: x.view(6, 5, 11), r"got shape \(6, 5, 11\), must be of shape \(M, V\)"),
+    "int": (lambda x: x.long(), "got torch.int64, must be of dtype float16 or bfloat16 or float32 or float64"),
+    "transposed": (lambda x: x.T.contiguous().T, "got last stride 30, must be of last stride 1"),
+    "no vocabulary": (lambda x: x[:, :0], r"got shape \(30, 0\), must be of at least one column"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_and_settings_are_named(case):
+    name, change, message = BAD_ROWS[case]
+    good = ok()
+    grpo_loss(**good)
+    bad = {**good, name: change(good)}
+    with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
+        grpo_loss(**bad)
+    logits = bad.pop("logits")
+    with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
+        linear_grpo_loss(logits[:, :4].contiguous(), torch.randn(11, 4), **bad)
+
+
+@pytest.mark.parametrize("case", BAD_LOGITS)
+def test_bad_logits_are_named(case):
+    change, message = BAD_LOGITS[case]
+    good = ok()
+    logits = change(good.pop("logits"))
+    with pytest.raises(ValueError, match=f"^logits: {message}"):
+        grpo_loss(logits, **good)
+    with pytest.raises(ValueError, match=f"^logits: {message}"):
+        token_logp(logits, good["target"])
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda h, w, b: linear_grpo_loss(h[0], w, **b), r"hidden: got shape \(4,\), must be of shape \(M, H\)"),
+    (lambda h, w, b: linear_grpo_loss(h, w[:, 1:], **b),
+     r"weight_lm_head: got shape \(11, 3\), must be of shape \(V, 4"),
+    (lambda h, w, b: linear_grpo_loss(h, w.float(), **b), "weight_lm_head: got torch.float32, must be of dtype f"),
+    (lambda h, w, b: linear_grpo_loss(h, w, **b, chunk=0), "chunk: got 0, must be a positive int"),
+    (lambda h, w, b: token_logp(h, b["target"][1:]), r"target: got shape \(29,\), must be of shape \(30\)"),
+    (lambda h, w, b: token_logp(h, b["target"], -1.0), "temperature: got -1.0"),
+    (lambda h, w, b: group_advantage(b["reward"], 4), "reward: got 6 rewards, must be a multiple of group_size = 4"),
+    (lambda h, w, b: group_advantage(b["reward"].tolist(), 2), "reward: got list"),
+    (lambda h, w, b: token_weights(b["weight"]), r"mask: got torch.Size\(\[30\]\), must be a tensor \(B,T\)"),
+    (lambda h, w, b: token_weights(torch.ones(2, 3), "mean"), "mode: got 'mean', must be 'dapo', 'grpo' or 'dr_grpo'"),
+    (lambda h, w, b: token_weights(torch.ones(2, 3), "dr_grpo"), "max_len: got None"),
+    (lambda h, w, b: token_weights(torch.ones(2, 3), "dr_grpo", max_len=0), "max_len: got 0"),
+    (lambda h, w, b: token_weights(torch.ones(2, 3), num_tokens=0), "num_tokens: got 0, must be positive"),
+])
+def test_other_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call(*linear_case())
+
+
+def test_public_names():
+    assert set(kernels.__all__) == {"grpo_loss", "grpo_loss_reference", "linear_grpo_loss", "token_logp",
+                                    "token_weights", "group_advantage"}
+    assert all(getattr(kernels, name).__doc__ for name in kernels.__all__)

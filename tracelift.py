@@ -1,0 +1,549 @@
+"""TraceLift: train a reasoning planner with executor-grounded rewards (arXiv 2605.03862), in one file.
+
+A planner writes a trace; a frozen executor turns problem + trace into an artifact; the verifier says whether it is
+right. Success alone also rewards traces that are right for the wrong reason, so the reward has a second part, in
+which the rubric reward model's score of the trace *multiplies* the uplift the trace gave to the same executor:
+
+    uplift_i = mean_k success(problem, trace_i) - mean_k success(problem, no trace)         in [-1, 1], K runs each
+    r_i      = w_e * e2e_i + w_r * rm_i * uplift_i                                          e2e_i: one more run
+    A_i      = (r_i - mean r) / (std r + eps)                                               over the G traces
+    loss     = mean over all tokens of the step of -min(rho A, clip(rho) A) + beta * KL
+
+Read `train` from top to bottom; it follows one step from problems to gradient.
+
+    python tracelift.py train    --preset tiny --run runs/tiny-math --mode tracelift --seed 0
+    python tracelift.py evaluate --preset tiny --run runs/tiny-math       # every planner of the run -> results.md
+    python tracelift.py inspect  --preset tiny --run runs/tiny-math       # one problem, its traces and their rewards
+
+Letters: N problems, G traces per problem, B = N * G traces of a step, K executor runs, T tokens, M completion tokens,
+V vocabulary. Left out: several GPUs, vLLM, an asynchronous rollout.
+"""
+
+import copy
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import executor
+import kernels
+from data import Problem, UserError, knob
+from executor import Executor
+from rm import RubricRewardModel
+
+# ------------------------------------------------------------------------------------------------ reward
+
+MODES = ("tracelift", "tracelift-code", "exec_only", "rm_only", "uplift_only")
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The parts of one trace's reward beside the scalar; None where the mode does not measure a part."""
+    e2e: float | None             # score of one executor run with the trace, drawn apart from the K uplift runs
+    rm: float | None              # reward model score, 0..1
+    with_trace: int | None        # successes of K runs with the trace
+    without_trace: int | None     # successes of K runs without a trace
+    uplift: float | None          # (with_trace - without_trace) / K
+    total: float
+
+
+def combine(mode: str, *, e2e=None, rm=None, with_trace=None, without_trace=None, repeats: int = 1,
+            w_e: float = 0.5, w_r: float = 0.5) -> float:
+    """The scalar reward of one trace.
+
+    `tracelift`       w_e * e2e + w_r * rm * uplift
+    `tracelift-code`  clamp(e2e + 0.2 * rm * coeff, 0, 1), the public code's variant for programs. coeff: 1 with more
+                      successes with the trace than without, -1 with fewer; on a tie 0 when none of the K runs
+                      succeeded, 1 when all did, else 0.5 for one of three and the share for other counts. With
+                      e2e = 1 the clamp removes a positive bonus: among passing traces the reward model has no say.
+    `exec_only`       e2e                 `rm_only`  rm                `uplift_only`  w_e * e2e + w_r * uplift
+    """
+    if mode == "exec_only":
+        return e2e
+    if mode == "rm_only":
+        return rm
+    if mode == "tracelift-code":
+        if with_trace != without_trace:
+            coeff = 1.0 if with_trace > without_trace else -1.0
+        else:
+            coeff = 0.5 if (with_trace, repeats) == (1, 3) else with_trace / repeats
+        return min(1.0, max(0.0, e2e + 0.2 * rm * coeff))
+    uplift = (with_trace - without_trace) / repeats
+    if mode == "uplift_only":
+        return w_e * e2e + w_r * uplift
+    if mode == "tracelift":
+        return w_e * e2e + w_r * rm * uplift
+    raise ValueError(f"mode {mode!r}: choose one of {', '.join(MODES)}")
+
+
+def measure(settings, frozen: Executor, rm, problems: list[Problem], traces: list[str]) -> tuple[list[Reward], list]:
+    """Rewards of the traces (problems[i] belongs to traces[i]), and the executor runs behind them. Only the parts
+    that the mode needs are measured. Failures of executor, sandbox or reward model are raised, never scored."""
+    mode, K = settings.mode, settings.repeats
+    uses_uplift = mode in ("tracelift", "tracelift-code", "uplift_only")
+    scores = rm.score([data.rm_text(p, t) for p, t in zip(problems, traces)])[0].tolist() if rm else [None] * len(traces)
+    runs = [[] for _ in traces] if mode == "rm_only" else frozen.run(problems, traces, 1 + K * uses_uplift)
+    without = frozen.baseline(problems, K) if uses_uplift else [None] * len(traces)
+    rewards = []
+    for score, (e2e, uplift_runs), count in zip(scores, ((r[:1], r[1:]) for r in runs), without):
+        part = {"e2e": e2e[0].score if e2e else None, "rm": score,
+                "with_trace": sum(run.ok for run in uplift_runs) if uses_uplift else None, "without_trace": count}
+        rewards.append(Reward(**part, uplift=(part["with_trace"] - count) / K if uses_uplift else None,
+                              total=combine(mode, **part, repeats=K, w_e=settings.w_e, w_r=settings.w_r)))
+    return rewards, runs
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of `python tracelift.py train`."""
+    run: str = knob("runs/tiny-math", "run folder; holds groups/, base.json and rm/")
+    preset: str = knob("tiny", "named defaults")
+    mode: str = knob("tracelift", "reward: " + ", ".join(MODES))
+    seed: int = knob(0, "order of problems and all sampling")
+    name: str = knob("", "the planner is saved as planner-NAME-seedSEED; empty: the mode")
+    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
+    init: str = knob("", "model that the planner starts from; empty: the run's base model")
+    steps: int = knob(60, "optimizer steps, each on fresh rollouts (times inner_epochs)")
+    problems_per_step: int = knob(12, "N")
+    group_size: int = knob(8, "G, traces per problem; the advantage compares them")
+    repeats: int = knob(3, "K, executor runs behind each success rate; the paper's 3")
+    w_e: float = knob(0.5, "weight of end-to-end success")
+    w_r: float = knob(0.5, "weight of rm * uplift")
+    exec_score: str = knob("binary", "score of a program: binary, pass_rate, coderl, hybrid")
+    learning_rate: float = knob(5e-4, "AdamW, constant after warm-up; the tiny model wants more than a pretrained one")
+    warmup: int = knob(5, "steps of linear warm-up")
+    clip_low: float = knob(0.2, "PPO clip below 1; matters only with inner_epochs > 1")
+    clip_high: float = knob(0.2, "PPO clip above 1")
+    beta: float = knob(0.0, "weight of the KL to the starting planner; 0 keeps no reference policy in memory")
+    scale: str = knob("std", "std: divide advantages by the group's spread; none: do not (Dr. GRPO)")
+    weights: str = knob("dapo", "token weights: dapo (mean over the step's tokens), grpo, dr_grpo")
+    inner_epochs: int = knob(1, "updates per rollout")
+    micro_batch: int = knob(96, "sequences per forward and backward; the gradient does not depend on it")
+    grad_clip: float = knob(1.0, "largest gradient norm")
+    temperature: float = knob(1.0, "of the planner, in sampling and in scoring")
+    executor_temperature: float = knob(0.7, "of the executor")
+    max_trace_tokens: int = knob(80, "longest planner completion; a cut one counts as unclosed")
+    max_answer_tokens: int = knob(64, "longest executor output")
+    max_problems: int = knob(0, "train on this many problems only; 0: all")
+    save_every: int = knob(20, "steps between checkpoints; a stopped run continues from the last one")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Settings of `python tracelift.py evaluate` and `inspect`."""
+    run: str = knob("runs/tiny-math", "run folder")
+    preset: str = knob("tiny", "named defaults")
+    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
+    problems: int = knob(300, "held-out problems per row")
+    seed: int = knob(0, "of the sampling")
+    executor_temperature: float = knob(0.7, "of the executor, as in training")
+    max_trace_tokens: int = knob(80, "longest planner completion")
+    max_answer_tokens: int = knob(64, "longest executor output")
+    traces: int = knob(3, "inspect: traces to show")
+    planner: str = knob("", "inspect: folder name of the planner in the run; empty: the base model")
+
+
+TRAIN_PRESETS = {
+    "tiny": {},
+    "smoke": {"steps": 2, "problems_per_step": 2, "group_size": 4},
+    "gsm8k": {"steps": 100, "problems_per_step": 8, "group_size": 8, "learning_rate": 1e-6, "micro_batch": 8,
+              "max_trace_tokens": 256, "max_answer_tokens": 256, "warmup": 10}}
+EVAL_PRESETS = {"tiny": {}, "smoke": {"problems": 16},
+                "gsm8k": {"problems": 200, "max_trace_tokens": 256, "max_answer_tokens": 256}}
+
+
+def check_settings(s: TrainSettings) -> None:
+    """UserError for values that cannot work, before anything is written."""
+    rules = [(s.mode in MODES, "mode", f"one of {', '.join(MODES)}"), (s.steps >= 1, "steps", "at least 1"),
+             (s.group_size >= 2, "group_size", "at least 2: the advantage compares traces of one problem"),
+             (s.problems_per_step >= 1, "problems_per_step", "at least 1"), (s.repeats >= 1, "repeats", "at least 1"),
+             (s.temperature > 0, "temperature", "above 0: greedy traces of one problem are all equal"),
+             (s.scale in ("std", "none"), "scale", "std or none"),
+             (s.weights in ("dapo", "grpo", "dr_grpo"), "weights", "dapo, grpo or dr_grpo"),
+             (s.exec_score in ("binary", "pass_rate", "coderl", "hybrid"), "exec_score", "binary, pass_rate, coderl or hybrid"),
+             (s.inner_epochs >= 1, "inner_epochs", "at least 1"), (s.save_every >= 1, "save_every", "at least 1"),
+             (s.micro_batch >= 1, "micro_batch", "at least 1"), ("/" not in s.name, "name", "a plain name")]
+    for fine, key, must in rules:
+        if not fine:
+            raise UserError(f"--{key} {getattr(s, key)!r}: must be {must}")
+
+
+# ------------------------------------------------------------------------------------------------ rollout and loss
+
+@dataclass
+class Rollout:
+    """B = N * G sampled traces in problem-major order, and their tokens as the loss wants them."""
+    problems: list[Problem]       # (B) each problem G times
+    completions: executor.Completions
+    traces: list[str]
+    unclosed: int                 # completions without </reasoning>; used as far as they go
+    ids: torch.Tensor             # (B, T) prompt + completion, padded on the right
+    scored: torch.Tensor          # (B, T) bool: the position whose logits predict a sampled token. Taken from the
+    target: torch.Tensor          # (B, T) int64: that token                lengths sampled, not guessed from ids
+
+
+def rollout(planner, tokenizer, problems: list[Problem], settings, generator) -> Rollout:
+    """Samples group_size traces for each of N problems."""
+    prompts = [data.encode_prompt(tokenizer, data.planner_prompt(p)) for p in problems]
+    pad_id = executor.pad_id(tokenizer)
+    c = executor.generate(planner, prompts, num_samples=settings.group_size, max_new_tokens=settings.max_trace_tokens,
+                          temperature=settings.temperature, eos_id=tokenizer.eos_token_id, pad_id=pad_id,
+                          generator=generator)
+    device = planner.get_input_embeddings().weight.device
+    prompt_of = [prompt for prompt in prompts for _ in range(settings.group_size)]
+    ids = executor.pad([p + t for p, t in zip(prompt_of, c.tokens)], pad_id, device)
+    target = ids.roll(-1, dims=1)                                        # position t predicts token t + 1
+    start = torch.tensor([len(p) - 1 for p in prompt_of], device=device)[:, None]
+    length = torch.tensor([len(t) for t in c.tokens], device=device)[:, None]
+    position = torch.arange(ids.shape[1], device=device)[None]
+    texts = tokenizer.batch_decode(c.tokens, skip_special_tokens=True)
+    return Rollout([p for p in problems for _ in range(settings.group_size)], c, [data.extract_reasoning(t) for t in texts],
+                   sum(data.CLOSE not in t for t in texts), ids, (position >= start) & (position < start + length), target)
+
+
+@torch.no_grad()
+def completion_logp(model, batch: Rollout, settings) -> torch.Tensor:
+    """Log-probs (M,) of the sampled tokens under a model, at the sampling temperature."""
+    parts = []
+    for rows in torch.arange(len(batch.ids)).split(settings.micro_batch):
+        with autocast(batch.ids.device):
+            logits = executor.token_logits(model, batch.ids[rows], batch.scored[rows])
+        parts.append(kernels.token_logp(logits, batch.target[rows][batch.scored[rows]], settings.temperature)[0])
+    return torch.cat(parts)
+
+
+def autocast(device: torch.device):
+    """bfloat16 matrix products on CUDA over float32 weights, so that small updates are not rounded away."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def policy_gradient(planner, batch: Rollout, reward: torch.Tensor, settings, old_logp=None, ref_logp=None) -> dict:
+    """Adds the gradient of one update to planner's .grad and returns loss, entropy, KL and clip share of all tokens.
+    reward (B,); old_logp and ref_logp (M,) or None (on-policy; no KL)."""
+    token_weight = kernels.token_weights(batch.scored, settings.weights, max_len=settings.max_trace_tokens)   # (B, T)
+    totals, at = {"loss": 0.0, "entropy": 0.0, "kl": 0.0, "clip_share": 0.0}, 0
+    M = int(batch.scored.sum())
+    for rows in torch.arange(len(batch.ids)).split(settings.micro_batch):
+        chosen = batch.scored[rows]                                                            # (b, T)
+        with autocast(batch.ids.device):
+            logits = executor.token_logits(planner, batch.ids[rows], chosen)                   # (m, V)
+        m = slice(at, at + len(logits))
+        at += len(logits)
+        old, ref = (None if x is None else x[m] for x in (old_logp, ref_logp))
+        loss, logp, entropy, advantage = kernels.grpo_loss(
+            logits, batch.target[rows][chosen], reward, rows.to(reward.device)[:, None].expand_as(chosen)[chosen],
+            token_weight[rows][chosen], settings.group_size, old, ref, temperature=settings.temperature,
+            clip_low=settings.clip_low, clip_high=settings.clip_high, beta=settings.beta, scale=settings.scale == "std")
+        loss.backward()
+        totals["loss"] += loss.item()
+        totals["entropy"] += entropy.sum().item() / M
+        if ref is not None:
+            totals["kl"] += (torch.expm1(ref - logp) - (ref - logp)).sum().item() / M
+        if old is not None:
+            ratio = (logp - old).exp()
+            cut = (ratio < 1 - settings.clip_low) & (advantage < 0) | (ratio > 1 + settings.clip_high) & (advantage > 0)
+            totals["clip_share"] += cut.sum().item() / M
+    return totals
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+def train(settings: TrainSettings) -> Path:
+    """Trains one planner with GRPO and returns its folder: model, tokenizer, metrics.jsonl, samples.jsonl."""
+    check_settings(settings)
+    run, name = Path(settings.run), f"planner-{settings.name or settings.mode}-seed{settings.seed}"
+    out, work = run / name, run / f"{name}.partial"
+    if not data.begin_stage(run, name, settings, out):
+        return out
+    if not (work / "checkpoint.pt").exists():                            # nothing to continue from: begin afresh
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    device = executor.pick_device(settings.device)
+    problems = [data.problem_of(g) for g in data.read_groups(run / "groups" / "train.jsonl")][:settings.max_problems or None]
+    base = executor.base_of(run)
+    planner, tokenizer = executor.load(settings.init or base, device, torch.float32)
+    reference = executor.freeze(copy.deepcopy(planner)) if settings.beta > 0 else None
+    sampling = torch.Generator(device).manual_seed(settings.seed)
+    frozen = Executor(*executor.load(base, device), max_new_tokens=settings.max_answer_tokens,
+                      temperature=settings.executor_temperature, exec_score=settings.exec_score, generator=sampling)
+    rm = RubricRewardModel.from_pretrained(run / "rm", device) if settings.mode in ("tracelift", "tracelift-code", "rm_only") else None
+    optimizer = torch.optim.AdamW(planner.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    state = {"step": 0, "seconds": 0.0, "planner_tokens": 0}
+    if (work / "checkpoint.pt").exists():
+        state = load_checkpoint(work, planner, optimizer, frozen, sampling)
+    bar = tqdm(range(state["step"], settings.steps), initial=state["step"], total=settings.steps, desc=name, mininterval=5)
+    for step in bar:
+        clock = Clock()
+        with clock("rollout"):                                           # 1. N problems, G traces each
+            planner.eval()
+            batch = rollout(planner, tokenizer, problems_at(problems, step, settings), settings, sampling)
+        with clock("reward"):                                            # 2. execute, verify, score, combine
+            rewards, runs = measure(settings, frozen, rm, batch.problems, batch.traces)
+            reward = torch.tensor([r.total for r in rewards], device=device)                   # (B,)
+        with clock("update"):                                            # 3. advantages and loss, inside kernels
+            old = completion_logp(planner, batch, settings) if settings.inner_epochs > 1 else None
+            ref = completion_logp(reference, batch, settings) if reference else None
+            for _ in range(settings.inner_epochs):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup))
+                health = policy_gradient(planner, batch, reward, settings, old, ref)
+                norm = torch.nn.utils.clip_grad_norm_(planner.parameters(), settings.grad_clip)
+                if not math.isfinite(norm):
+                    raise FloatingPointError(f"step {step}: the gradient is not finite; lower --learning_rate")
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        state["step"], state["seconds"] = step + 1, state["seconds"] + clock.total()           # 4. write it down
+        state["planner_tokens"] += sum(map(len, batch.completions.tokens))
+        line = {"step": step, **summarize(rewards, batch, settings), **health, "grad_norm": norm.item(),
+                **frozen.spent, **{k: state[k] for k in ("planner_tokens", "seconds")}, **clock.seconds}
+        append_jsonl(work / "metrics.jsonl", [line])
+        if step % settings.save_every == 0:
+            append_jsonl(work / "samples.jsonl", samples(step, rewards, batch, runs, settings))
+        if (step + 1) % settings.save_every == 0 and step + 1 < settings.steps:
+            save_checkpoint(work, planner, optimizer, frozen, sampling, state)
+        bar.set_postfix({k: f"{line[k]:.2f}" for k in ("reward", "success", "uplift") if line[k] is not None})
+    planner.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    (work / "checkpoint.pt").unlink(missing_ok=True)
+    os.replace(work, out)
+    return out
+
+
+def problems_at(problems: list[Problem], step: int, settings) -> list[Problem]:
+    """The N problems of a step: epochs of a seeded shuffle, a function of the step alone, so that a resumed run and
+    runs of other modes see the same problems."""
+    N, chosen = settings.problems_per_step, []
+    for i in range(step * N, (step + 1) * N):
+        epoch, place = divmod(i, len(problems))
+        chosen.append(problems[random.Random(f"{settings.seed} {epoch}").sample(range(len(problems)), len(problems))[place]])
+    return chosen
+
+
+class Clock:
+    """Seconds per phase: `with clock("rollout"): ...`"""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        begin = time.perf_counter()
+        yield
+        self.seconds[f"seconds_{phase}"] = time.perf_counter() - begin
+
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def mean(values) -> float | None:
+    """The mean of the values that were measured; None when none was."""
+    values = [float(v) for v in values if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+def summarize(rewards: list[Reward], batch: Rollout, settings) -> dict:
+    """Metrics of a step over its B traces; the README's glossary says what each means."""
+    G = settings.group_size
+    totals = [r.total for r in rewards]
+    groups = [totals[i:i + G] for i in range(0, len(totals), G)]
+    checks = [c for c in map(data.check_trace, batch.problems, batch.traces) if c is not None]
+    return {"reward": mean(totals), "success": mean(r.e2e for r in rewards), "uplift": mean(r.uplift for r in rewards),
+            "rm": mean(r.rm for r in rewards), "without_trace": mean(
+                r.without_trace / settings.repeats if r.without_trace is not None else None for r in rewards),
+            "faithful": mean(c[0] for c in checks), "leak": mean(c[1] for c in checks),
+            "groups_without_spread": mean(max(g) == min(g) for g in groups),
+            "reward_spread": mean(statistics.pstdev(g) for g in groups), "unclosed": batch.unclosed / len(rewards),
+            "trace_tokens": mean(map(len, batch.completions.tokens))}
+
+
+def samples(step: int, rewards, batch: Rollout, runs, settings) -> list[dict]:
+    """The first problem's group, for a person to read."""
+    return [{"step": step, "problem": batch.problems[i].problem, "trace": batch.traces[i], **asdict(rewards[i]),
+             "outputs": [run.output for run in runs[i]]} for i in range(settings.group_size)]
+
+
+def append_jsonl(path: Path, records: list[dict]) -> None:
+    """Appends records; a reader of a running training sees whole lines."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.write("".join(json.dumps(r) + "\n" for r in records))
+
+
+def save_checkpoint(work: Path, planner, optimizer, frozen: Executor, generator, state: dict) -> None:
+    """All that the next step depends on, atomically, with the lengths of the logs at this point."""
+    logs = {name: (work / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl")}
+    torch.save({"planner": planner.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
+                "executor": frozen.state(), "state": state, "logs": logs}, work / "checkpoint.tmp")
+    os.replace(work / "checkpoint.tmp", work / "checkpoint.pt")
+
+
+def load_checkpoint(work: Path, planner, optimizer, frozen: Executor, generator) -> dict:
+    """Restores a checkpoint and cuts the logs back to it. Returns the training state."""
+    saved = torch.load(work / "checkpoint.pt", map_location="cpu", weights_only=True)
+    planner.load_state_dict(saved["planner"])
+    optimizer.load_state_dict(saved["optimizer"])
+    generator.set_state(saved["generator"])
+    frozen.load_state(saved["executor"])
+    for name, size in saved["logs"].items():
+        os.truncate(work / name, size)
+    return saved["state"]
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+def evaluate(settings: EvalSettings) -> dict:
+    """Measures every planner of a run on held-out problems, greedy and at temperature 1, and writes results.json and
+    results.md. Rows that results.json already holds are not measured again."""
+    run, device = Path(settings.run), executor.pick_device(settings.device)
+    data.begin_stage(run, "evaluate", settings, run / "results.json")
+    base = executor.base_of(run)
+    splits = {s: [data.problem_of(g) for g in data.read_groups(run / "groups" / f"{s}.jsonl")][:settings.problems]
+              for s in ("heldout", "longer") if s == "heldout" or (run / "groups" / f"{s}.jsonl").exists()}
+    planners = sorted(p for p in run.glob("planner-*-seed*") if (p / "config.json").exists())
+    path = run / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    model, tokenizer = executor.load(base, device)
+    frozen = Executor(model, tokenizer, max_new_tokens=settings.max_answer_tokens,
+                      temperature=settings.executor_temperature)
+    rows = [("no trace", None, ""), ("reference trace", None, ""), ("base planner", base, "")]
+    rows += [(p.name, p, p / "metrics.jsonl") for p in planners]
+    for name, folder, log in tqdm(rows, desc="evaluate"):
+        if name in results:
+            continue
+        entry = {}
+        planner = executor.load(folder, device)[0] if folder else None
+        for split, problems in splits.items():
+            for temperature in (0.0, 1.0) if planner else (0.0,):
+                frozen.generator = torch.Generator(device).manual_seed(settings.seed)
+                if planner:
+                    traces, unclosed = write_traces(planner, tokenizer, problems, temperature, settings, frozen.generator)
+                else:
+                    traces, unclosed = [p.reference_reasoning for p in problems] if name == "reference trace" else None, 0.0
+                entry[f"{split} T={temperature:g}"] = judge(frozen, problems, traces) | {"unclosed": unclosed}
+        if log:
+            last = json.loads(log.read_text().splitlines()[-1])
+            entry["spent"] = {k: last[k] for k in ("executor_prompt_tokens", "executor_tokens", "program_runs", "planner_tokens", "seconds")}
+            entry["spent"]["steps"] = last["step"] + 1
+        results[name] = entry
+        data.write_atomic(path, json.dumps(results, indent=1))
+    data.write_atomic(run / "results.md", table(results))
+    return results
+
+
+def write_traces(planner, tokenizer, problems, temperature, settings, generator) -> tuple[list[str], float]:
+    """One trace for each problem, and the share that was not closed."""
+    c = executor.generate(planner, [data.encode_prompt(tokenizer, data.planner_prompt(p)) for p in problems],
+                          max_new_tokens=settings.max_trace_tokens, temperature=temperature,
+                          eos_id=tokenizer.eos_token_id, pad_id=executor.pad_id(tokenizer), generator=generator)
+    texts = tokenizer.batch_decode(c.tokens, skip_special_tokens=True)
+    return [data.extract_reasoning(t) for t in texts], mean(data.CLOSE not in t for t in texts)
+
+
+def judge(frozen: Executor, problems: list[Problem], traces: list[str] | None) -> dict:
+    """success, and in the tiny world faithful, right_for_wrong_reason and leak, as shares of the problems."""
+    success = frozen.success(problems, traces, 1)
+    checks = [data.check_trace(p, t) for p, t in zip(problems, traces)] if traces else []
+    if None in checks or not checks:
+        return {"problems": len(problems), "success": mean(success)}
+    return {"problems": len(problems), "success": mean(success), "faithful": mean(f for f, _ in checks),
+            "right_for_wrong_reason": mean(bool(s) and not f for s, (f, _) in zip(success, checks)),
+            "leak": mean(l for _, l in checks)}
+
+
+METRICS = ("success", "faithful", "right_for_wrong_reason", "leak")
+
+
+def table(results: dict) -> str:
+    """results.json as Markdown: one row per planner name, mean over seeds and, with several, +- their standard
+    deviation; one table per split and temperature."""
+    names: dict[str, list[dict]] = {}
+    for row, entry in results.items():
+        names.setdefault(row.removeprefix("planner-").rpartition("-seed")[0] or row, []).append(entry)
+    lines = []
+    for key in sorted({k for entry in results.values() for k in entry if k != "spent"}):
+        split, temperature = key.split(" T=")
+        count = next(e[key]["problems"] for e in results.values() if key in e)
+        how = "greedy" if temperature == "0" else f"at temperature {temperature}"
+        lines += [f"**{split}**, {count} problems, traces {how}", "",
+                  "| traces from | seeds | " + " | ".join(m.replace("_", " ") for m in METRICS) + " | executor tokens | program runs | seconds |",
+                  "|---" * (len(METRICS) + 5) + "|"]
+        for name, entries in names.items():
+            fixed = name in ("no trace", "reference trace")
+            cells = [spread([e[key if key in e else f"{split} T=0"].get(m) for e in entries]) for m in METRICS]
+            spent = [e["spent"] for e in entries if "spent" in e]
+            cost = [f"{mean(s[k] for s in spent):,.0f}" if spent else "" for k in ("executor_tokens", "program_runs", "seconds")]
+            lines.append(f"| {name} | {'' if fixed or not spent else len(entries)} | " + " | ".join(cells + cost) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def spread(values: list) -> str:
+    """"0.81" or, for several seeds, "0.81 +- 0.02" (sample standard deviation)."""
+    if any(v is None for v in values):
+        return ""
+    return f"{mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def inspect(settings: EvalSettings) -> str:
+    """One held-out problem, traces, scores per dimension, executor outputs with and without a trace, reward and
+    advantage, as text for a person to read."""
+    run, device = Path(settings.run), executor.pick_device(settings.device)
+    groups = data.read_groups(run / "groups" / "heldout.jsonl")
+    problem = data.problem_of(groups[settings.seed % len(groups)])
+    base, tokenizer = executor.load(executor.base_of(run), device)
+    planner = executor.load(run / settings.planner, device)[0] if settings.planner else base
+    rm, generator = RubricRewardModel.from_pretrained(run / "rm", device), torch.Generator(device).manual_seed(settings.seed)
+    frozen = Executor(base, tokenizer, max_new_tokens=settings.max_answer_tokens,
+                      temperature=settings.executor_temperature, generator=generator)
+    train_settings = TrainSettings(run=settings.run, mode="tracelift", group_size=max(2, settings.traces),
+                                   max_trace_tokens=settings.max_trace_tokens)
+    batch = rollout(planner, tokenizer, [problem], train_settings, generator)
+    rewards, runs = measure(train_settings, frozen, rm, batch.problems, batch.traces)
+    advantages = kernels.group_advantage(torch.tensor([r.total for r in rewards]), train_settings.group_size).tolist()
+    dimensions = rm.score([data.rm_text(problem, t) for t in batch.traces])[1].tolist()
+    K, lines = train_settings.repeats, [f"problem    {problem.problem}", f"reference  {problem.reference_reasoning}"]
+    lines += [f"no trace   {run_.output.strip()!r} {'right' if run_.ok else 'wrong'}" for run_ in frozen.run([problem], None, K)[0]]
+    for trace, reward, dims, trace_runs, advantage in zip(batch.traces, rewards, dimensions, runs, advantages):
+        check = data.check_trace(problem, trace)
+        lines += ["", f"trace      {trace}" + ("" if check is None else f"    (faithful: {check[0]}, leak: {check[1]})")]
+        lines += [f"  {'e2e run' if i == 0 else 'uplift run'}  {r.output.strip()!r} {'right' if r.ok else 'wrong'}" for i, r in enumerate(trace_runs)]
+        lines += ["  rubric   " + ", ".join(f"{n} {d:.1f}" for n, d in zip(rm.dimension_names, dims)),
+                  f"  uplift   {reward.with_trace}/{K} with - {reward.without_trace}/{K} without = {reward.uplift:+.2f}",
+                  f"  reward   0.5 * {reward.e2e:.0f} + 0.5 * {reward.rm:.2f} * {reward.uplift:+.2f} = {reward.total:.3f}"
+                  f"      advantage {advantage:+.2f}"]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+def main(argv) -> None:
+    """The commands train, evaluate and inspect."""
+    command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if command == "train":
+        settings = data.parse_settings(TrainSettings, TRAIN_PRESETS, rest, "tracelift.py train")
+        print(f"{train(settings)}: trained\nnext: python tracelift.py evaluate --preset {settings.preset} --run {settings.run}")
+    elif command == "evaluate":
+        settings = data.parse_settings(EvalSettings, EVAL_PRESETS, rest, "tracelift.py evaluate")
+        print(table(evaluate(settings)))
+        print(f"{settings.run}/results.json, {settings.run}/results.md: written\n"
+              f"next: python tracelift.py inspect --preset {settings.preset} --run {settings.run}")
+    elif command == "inspect":
+        print(inspect(data.parse_settings(EvalSettings, EVAL_PRESETS, rest, "tracelift.py inspect")))
+    else:
+        raise UserError(f"tracelift.py {command}: choose train, evaluate or inspect; each has --help")
+
+
+if __name__ == "__main__":
+    data.run_command(main)
