@@ -91,7 +91,7 @@ def read_gsm8k(path) -> list[Problem]:
             raise UserError(f"{path}:{i + 1}: key 'answer' has no '#### final answer'")
         working = row["answer"].partition("####")[0].strip()
         problems.append(Problem(f"gsm8k-{Path(path).stem}-{i}", "gsm8k", "math", row["question"].strip(),
-                                row["answer"], [], strip_annotations(hide_result(working))))
+                                row["answer"], [], strip_annotations(hide_result(working, _final(row["answer"])))))
     return problems
 
 
@@ -105,8 +105,8 @@ def read_humaneval(path) -> list[Problem]:
 
 # ------------------------------------------------------------------------------------------------ 2. the tiny world
 #
-# math   "Mia has 7 coins . then buys 5 more . then it doubles . how many coins now ?"
-#        trace "7 + 5 = 12 ; 12 * 2 = ?"           the executor computes what the last equation leaves open
+# math   "Mia has 17 coins . then Mia buys 5 more . then it doubles . how many coins for Mia ?"
+#        trace "17 + 5 = 22 ; 22 * 2 = ?"          the executor computes what the last equation leaves open
 # code   "write f ( x ) . cap it at 9 . before all that , increase it by 3 ."     the order told is not the order run
 #        trace "add 3 ; cap at 9"                  the executor turns every plan step into one line of a function
 #
@@ -185,11 +185,12 @@ def _render_chain(chain) -> str:
 
 
 def _chain(start: int, steps) -> list | None:
-    """Equations of a computation, the last result left open; None when a value leaves 1..99."""
+    """Equations of a computation, the last result left open; None when a value leaves 10..99 (always two digits: the
+    tiny model then need not learn to line numbers up)."""
     chain = []
     for i, (op, n) in enumerate(steps):
         result = _compute(start, op, n)
-        if not 1 <= result <= 99:
+        if not 10 <= result <= 99:
             return None
         chain.append((start, op, n, result if i < len(steps) - 1 else None))
         start = result
@@ -199,14 +200,14 @@ def _chain(start: int, steps) -> list | None:
 def _tiny_math(rng, length: int) -> tuple[str, str, str, list, str]:
     chain = None
     while chain is None:
-        start = rng.randint(3, 20)
+        start = rng.randint(10, 40)
         steps = [(op, rng.randint(2, 3) if op == "*" else rng.randint(2, 9)) for op in rng.choices("+-*", (3, 4, 3), k=length)]
         chain = _chain(start, steps)
     name, other = rng.sample(NAMES, 2)
     item = rng.choice(ITEMS)
     sentences = [f"{name} has {start} {item} ."]
     if rng.random() < 0.3:                                        # a number that is not needed
-        sentences.append(f"{other} has {rng.randint(2, 20)} {item} .")
+        sentences.append(f"{other} has {rng.randint(10, 40)} {item} .")
     for op, n in steps:
         if op == "*":
             sentences.append(f"then it {MATH_WORDS['*'][n - 2]} .")
@@ -354,7 +355,7 @@ def _perturb_chain(problem, reasoning, kind, rng) -> str | None:
             return None
         a, op, b, c = chain[inner]
         rest = _chain(c + rng.choice((-10, -2, -1, 1, 2, 10)), steps[inner + 1:])
-        return None if rest is None or rest[0][0] < 1 else _render_chain(
+        return None if rest is None or not 10 <= rest[0][0] <= 99 else _render_chain(
             chain[:inner] + [(a, op, b, rest[0][0])] + rest)
     if kind == "dropped_step":
         steps = steps[:i] + steps[i + 1:]
@@ -393,7 +394,12 @@ def _perturb_plan(reasoning, kind, rng) -> str | None:
 
 
 _ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
-_WORKING = r"[$\d][\d.,$%\s+*/x()-]*=\s*\$?"                      # "48/2 = $" before an annotation
+_WORKING = r"[$\d(][\d.,$% +*/x()-]*= *\$?"                      # "48/2 = $" before an annotation
+_TERM = re.compile(r"\d[\d,]*(?:\.\d+)?|(?<=[\d.%) ])[-+*/x](?=[\d.( $])")       # its numbers and operators
+
+
+def _final(solution: str) -> str:
+    return solution.rpartition("####")[2].strip().replace(",", "")
 
 
 def strip_annotations(text: str) -> str:
@@ -401,17 +407,20 @@ def strip_annotations(text: str) -> str:
     return _ANNOTATION.sub("", text)
 
 
-def hide_result(annotated: str) -> str:
-    """The last calculation's result, and every later mention of it, becomes "?": that is the executor's part."""
-    last = None
-    for last in _ANNOTATION.finditer(annotated):
-        pass
-    if last is None:
+def hide_result(annotated: str, answer: str = "") -> str:
+    """The last calculation's result becomes "?", and with it every mention of it (and of `answer`) in that line and
+    after, except as an operand: finishing is the executor's part. For GSM8K text with its annotations."""
+    found = list(_ANNOTATION.finditer(annotated))
+    if not found:
         return annotated
-    number = re.escape(last[2].strip())
-    shown = r"(?<![\d.])(?:" + number + r"|[\d,]+(?:\.\d+)?)(?![\d])"
-    tail = re.sub(shown, "?", annotated[last.end():], count=1)
-    return annotated[:last.end()] + re.sub(r"(?<![\d.])" + number + r"(?!\.?\d)", "?", tail)
+    last, line = found[-1], annotated.rfind("\n", 0, found[-1].start()) + 1
+    working = re.search(_WORKING + r"$", annotated[line:last.start()])
+    begin = line + working.start() if working else last.start()
+    numbers = {last[2].strip().lstrip("$"), answer} - {""}
+    hidden = re.compile(r"(?<![\d.,])(?:" + "|".join(re.escape(n) for n in sorted(numbers, key=len, reverse=True)) + r")(?![\d]|[.,]\d)")
+    tail = re.sub(r"^[\d,]*\.?\d+", "?", annotated[last.end():])
+    tail = re.sub(r"(?<=\d),(?=\d{3})", "", tail)                 # 80,000 in words is 80000 in annotations
+    return annotated[:line] + hidden.sub("?", annotated[line:begin]) + annotated[begin:last.end()] + hidden.sub("?", tail)
 
 
 def calculate(expression: str) -> Fraction | None:
@@ -442,7 +451,7 @@ def _perturb_annotated(problem, reasoning, kind, rng) -> str | None:
     if not found:
         return None
     if kind == "answer_leak":
-        return reasoning + f"\nThe final answer is {problem.reference_solution.rpartition('####')[2].strip()}."
+        return reasoning + f"\nThe final answer is {_final(problem.reference_solution)}."
     lines = reasoning.split("\n")
     if kind == "dropped_step":
         if len(lines) < 2:
@@ -456,29 +465,31 @@ def _perturb_annotated(problem, reasoning, kind, rng) -> str | None:
     if kind == "unsupported_leap":
         before = re.sub(_WORKING + r"$", "", reasoning[:target.start()])
         return None if len(before) == target.start() else before + reasoning[target.end():]
+    written = re.search(_WORKING + r"$", reasoning[:target.start()])
+    begin = written.start() if written else target.start()
+    working = reasoning[begin:target.start()]
     if kind == "arithmetic_slip":
         if target is found[-1]:
             return None
         wrong = result + rng.choice((-10, -2, -1, 1, 2, 10))
-    else:
-        if kind == "wrong_operation":
-            sites = [m.start() for m in re.finditer(r"(?<=[\d.) ])[-+*/](?=[\d.( ])", expression)]
-            swap = {"+": "-", "-": "+", "*": "+", "/": "*"}
-            changes = [(p, p + 1, swap[expression[p]]) for p in sites]
-        else:                                                     # misread_quantity
-            given = re.findall(r"(?<![\d.,])\d+(?![\d.,]*\d)", problem.problem)
-            changes = [(m.start(), m.end(), other) for m in re.finditer(r"(?<![\d.])\d+(?![\d.])", expression)
-                       if m[0] in given for other in given if other != m[0]]
-        if not changes:
+    else:                                     # the same edit in the annotation and in the working before it
+        inside, shown = (list(_TERM.finditer(text)) for text in (expression, working))
+        given = re.findall(r"(?<![\d.,])\d+(?![\d.,]*\d)", problem.problem)
+        changes = []
+        for i, term in enumerate(inside):
+            if kind == "wrong_operation":
+                options = {"+": "-", "-": "+", "*": "+", "/": "*"}.get(term[0], "")
+            else:                             # misread_quantity
+                options = [n for n in given if n != term[0]] if term[0] in given else []
+            changes += [(i, option) for option in options]
+        if not changes or len(shown) != len(inside):
             return None
-        begin, end, new = rng.choice(changes)
-        expression = expression[:begin] + new + expression[end:]
+        i, new = rng.choice(changes)
+        expression = expression[:inside[i].start()] + new + expression[inside[i].end():]
+        working = working[:shown[i].start()] + new + working[shown[i].end():]
         wrong = calculate(expression)
     if wrong is None or wrong <= 0 or wrong == result:
         return None
-    written = re.search(_WORKING + r"$", reasoning[:target.start()])
-    begin = written.start() if written else target.start()
-    working = f"{expression} = " if written else ""
     return (reasoning[:begin] + working + f"<<{expression}={_show(wrong)}>>"
             + _carry(reasoning[target.end():], _show(result), _show(wrong)))
 
@@ -512,25 +523,28 @@ def build_groups(problems: list[Problem], negatives_per_group: int, seed: int) -
     for problem in problems:
         if problem.reference_reasoning is None:
             raise UserError(f"{problem.problem_id}: a problem without reference reasoning cannot make a group")
-        trace = problem.reference_reasoning if problem.source == "tiny" else problem.reference_solution.partition("####")[0].strip()
-        kinds, bank = list(NEGATIVE_KINDS[problem.task_type]), []
-        for attempt in range(12):
-            rng.shuffle(kinds)
-            for kind in kinds:
-                flawed = perturb(problem, trace, kind, rng)
-                if flawed is None or len(bank) == negatives_per_group:
-                    continue
-                if problem.source != "tiny":
-                    flawed = strip_annotations(flawed if kind == "answer_leak" else hide_result(flawed))
-                if flawed not in [n["reasoning"] for n in bank] and flawed != problem.reference_reasoning:
-                    bank.append({"reasoning": flawed, "negative_kind": kind,
-                                 "rubric": NEGATIVE_KINDS[problem.task_type][kind]})
+        trace = problem.reference_reasoning
+        if problem.source != "tiny":                              # with its annotations: they say what is a calculation
+            trace = problem.reference_solution.partition("####")[0].strip()
+        kinds, bank = list(NEGATIVE_KINDS[problem.task_type]), {}              # trace -> kind
+        rng.shuffle(kinds)
+        for kind in kinds * 4:                                    # one of each kind, then again where too few worked
+            if len(bank) == negatives_per_group:
+                break
+            flawed = perturb(problem, trace, kind, rng)
+            if flawed and problem.source != "tiny":
+                hidden = flawed if kind == "answer_leak" else hide_result(flawed, _final(problem.reference_solution))
+                flawed = strip_annotations(hidden)
+            if flawed and flawed != problem.reference_reasoning:
+                bank.setdefault(flawed, kind)
         if len(bank) == negatives_per_group:
             groups.append({"problem_id": problem.problem_id, "source": problem.source, "task_type": problem.task_type,
                            "problem": problem.problem, "reference_solution": problem.reference_solution,
                            "positive_pool": [{"reasoning": problem.reference_reasoning,
                                               "rubric": POSITIVE_RUBRIC[problem.task_type]}],
-                           "negative_bank": bank, "tests": problem.tests})
+                           "negative_bank": [{"reasoning": flawed, "negative_kind": kind,
+                                              "rubric": NEGATIVE_KINDS[problem.task_type][kind]}
+                                             for flawed, kind in bank.items()], "tests": problem.tests})
     return groups
 
 
@@ -658,7 +672,7 @@ def habit(problem: Problem) -> str:
         if op == "*":                                             # works: states the final result
             return _render_chain(chain[:-1] + [(a, op, b, _compute(a, op, b))])
         if op == "-":                                             # fails: goes back to the first number
-            return _render_chain(chain[:-1] + [(chain[0][0], "-" if chain[0][0] > b else "+", b, None)])
+            return _render_chain(chain[:-1] + [(chain[0][0], op, b, None)])
         return _render_chain(chain[:-2] + [(chain[-2][0], op, b, None)])      # fails: drops the step before the last
     steps = _parse_plan(problem.reference_reasoning)
     if steps[-1][0] in ("multiply", "negate"):                    # works: dumps the code
@@ -843,7 +857,7 @@ def load_groups(settings: DataSettings) -> dict[str, list[dict]]:
         else:
             problems = read_gsm8k(path)
             random.Random(settings.seed).shuffle(problems)
-            groups[split] = build_groups(problems, settings.negatives, settings.seed)[:wanted[split]]
+            groups[split] = build_groups(problems[:wanted[split] * 5 // 4], settings.negatives, settings.seed)[:wanted[split]]
         if len(groups[split]) < wanted[split]:
             raise UserError(f"{path}: gives only {len(groups[split])} groups of {settings.negatives} flawed traces, "
                             f"--{split} asks for {wanted[split]}; lower --{split} or --negatives")

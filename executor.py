@@ -38,6 +38,8 @@ def load(path_or_name: str, device=None, dtype=None):
     """(model, tokenizer) of any Hugging Face causal LM, a local folder or a name on the hub. Default dtype: bfloat16
     on CUDA, float32 elsewhere. UserError for what is missing: weights, tokenizer, EOS."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+    logging.disable_progress_bar()                                 # one bar per loaded tensor tells nobody anything
     device = pick_device() if device is None else torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
@@ -219,7 +221,7 @@ class Executor:
             runs[i] = Run(outputs[i], verdict.ok, verify.exec_score(verdict, self.exec_score))
         for i, problem in enumerate(problems):
             if problem.task_type == "math":
-                ok = verify.math_equal(outputs[i], problem.reference_solution)
+                ok = verify.math_equal(verify.extract_answer(outputs[i]), problem.reference_solution)
                 runs[i] = Run(outputs[i], ok, float(ok))
         return runs
 
@@ -269,9 +271,10 @@ def tiny_tokenizer(texts: list[str]):
 
 
 def tiny_model(vocab_size: int, hidden: int, layers: int):
-    """A randomly initialised decoder of the Qwen2 architecture; head and embedding are tied."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    return Qwen2ForCausalLM(Qwen2Config(
+    """A randomly initialised decoder of the Llama architecture; head and embedding are tied. (Not Qwen2: for that
+    model type transformers 5 replaces whatever tokenizer the folder holds by Qwen2's own, without a word.)"""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    return LlamaForCausalLM(LlamaConfig(
         vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=4, intermediate_size=3 * hidden, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=1, pad_token_id=0))

@@ -95,8 +95,8 @@ class RubricRewardModel(nn.Module):
             raise FloatingPointError("the reward model gave a score that is not finite")
         return score, dimensions
 
-    def save_pretrained(self, folder) -> None:
-        """config.json, model.safetensors and the tokenizer; the folder appears whole or not at all."""
+    def save_pretrained(self, folder, metrics: dict | None = None) -> None:
+        """config.json, model.safetensors, the tokenizer and metrics.json; the folder appears whole or not at all."""
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -107,6 +107,8 @@ class RubricRewardModel(nn.Module):
         state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.state_dict().items()}
         save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
         self.tokenizer.save_pretrained(temporary)
+        if metrics is not None:
+            (temporary / "metrics.json").write_text(json.dumps(metrics, indent=1))
         os.chmod(temporary, 0o755)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
@@ -143,6 +145,9 @@ class RubricRewardModel(nn.Module):
 def group_rows(group: dict) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
     """One group -> texts (R), labels (R, D) int64, gold totals (R,), positive (R,) bool; positives come first."""
     problem = data.problem_of(group)
+    if not group["positive_pool"] or not group["negative_bank"]:
+        raise UserError(f"group {problem.problem_id}: the reward model needs a good and a flawed trace in every group; "
+                        "remove this group from groups/*.jsonl")
     traces = [(t, True) for t in group["positive_pool"]] + [(t, False) for t in group["negative_bank"]]
     names = data.DIMENSIONS[problem.task_type]
     return ([data.rm_text(problem, t["reasoning"]) for t, _ in traces],
@@ -257,8 +262,7 @@ def train(settings: RMSettings) -> dict:
         if step % 10 == 0:
             bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
     metrics = {"steps": total, "train_loss": sum(losses[-20:]) / len(losses[-20:]), **evaluate(rm.eval(), heldout)}
-    rm.save_pretrained(Path(settings.run) / "rm")
-    data.write_atomic(Path(settings.run) / "rm" / "metrics.json", json.dumps(metrics, indent=1))
+    rm.save_pretrained(Path(settings.run) / "rm", metrics)
     return metrics
 
 

@@ -431,11 +431,10 @@ def evaluate(settings: EvalSettings) -> dict:
                     traces, unclosed = write_traces(planner, tokenizer, problems, temperature, settings, frozen.generator)
                 else:
                     traces, unclosed = [p.reference_reasoning for p in problems] if name == "reference trace" else None, 0.0
-                entry[f"{split} T={temperature:g}"] = judge(frozen, problems, traces) | {"unclosed": unclosed}
+                entry[f"{split} T={temperature:g}"] = judge(frozen, problems, traces) | ({"unclosed": unclosed} if planner else {})
         if log:
             last = json.loads(log.read_text().splitlines()[-1])
-            entry["spent"] = {k: last[k] for k in ("executor_prompt_tokens", "executor_tokens", "program_runs", "planner_tokens", "seconds")}
-            entry["spent"]["steps"] = last["step"] + 1
+            entry["spent"] = {k: last[k] for k in COSTS if k != "steps"} | {"steps": last["step"] + 1}
         results[name] = entry
         data.write_atomic(path, json.dumps(results, indent=1))
     data.write_atomic(run / "results.md", table(results))
@@ -462,12 +461,13 @@ def judge(frozen: Executor, problems: list[Problem], traces: list[str] | None) -
             "leak": mean(l for _, l in checks)}
 
 
-METRICS = ("success", "faithful", "right_for_wrong_reason", "leak")
+METRICS = ("success", "faithful", "right_for_wrong_reason", "leak", "unclosed")
+COSTS = ("steps", "planner_tokens", "executor_prompt_tokens", "executor_tokens", "program_runs", "seconds")
 
 
 def table(results: dict) -> str:
-    """results.json as Markdown: one row per planner name, mean over seeds and, with several, +- their standard
-    deviation; one table per split and temperature."""
+    """results.json as Markdown: a table of METRICS per split and temperature, one row per planner name (mean over
+    seeds and, with several, ± their sample standard deviation), then what training each planner cost."""
     names: dict[str, list[dict]] = {}
     for row, entry in results.items():
         names.setdefault(row.removeprefix("planner-").rpartition("-seed")[0] or row, []).append(entry)
@@ -475,18 +475,21 @@ def table(results: dict) -> str:
     for key in sorted({k for entry in results.values() for k in entry if k != "spent"}):
         split, temperature = key.split(" T=")
         count = next(e[key]["problems"] for e in results.values() if key in e)
-        how = "greedy" if temperature == "0" else f"at temperature {temperature}"
-        lines += [f"**{split}**, {count} problems, traces {how}", "",
-                  "| traces from | seeds | " + " | ".join(m.replace("_", " ") for m in METRICS) + " | executor tokens | program runs | seconds |",
-                  "|---" * (len(METRICS) + 5) + "|"]
+        how = "greedy" if temperature == "0" else f"sampled at temperature {temperature}"
+        lines += [f"{split} problems ({count}), traces {how}:", "",
+                  "| traces from | seeds | " + " | ".join(m.replace("_", " ") for m in METRICS) + " |",
+                  "|---" * (len(METRICS) + 2) + "|"]
         for name, entries in names.items():
-            fixed = name in ("no trace", "reference trace")
-            cells = [spread([e[key if key in e else f"{split} T=0"].get(m) for e in entries]) for m in METRICS]
-            spent = [e["spent"] for e in entries if "spent" in e]
-            cost = [f"{mean(s[k] for s in spent):,.0f}" if spent else "" for k in ("executor_tokens", "program_runs", "seconds")]
-            lines.append(f"| {name} | {'' if fixed or not spent else len(entries)} | " + " | ".join(cells + cost) + " |")
+            measured = [e[key if key in e else f"{split} T=0"] for e in entries]   # no planner: nothing is sampled
+            cells = [spread([m.get(metric) for m in measured]) for metric in METRICS]
+            lines.append(f"| {name} | {len(entries) if 'spent' in entries[0] else ''} | " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join(lines)
+    lines += ["cost of training (mean over seeds):", "", "| reward | " + " | ".join(c.replace("_", " ") for c in COSTS) + " |",
+              "|---" * (len(COSTS) + 1) + "|"]
+    for name, entries in names.items():
+        if "spent" in entries[0]:
+            lines.append(f"| {name} | " + " | ".join(f"{mean(e['spent'][c] for e in entries):,.0f}" for c in COSTS) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def spread(values: list) -> str:
