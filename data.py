@@ -24,17 +24,23 @@ import argparse
 import ast
 import dataclasses
 import hashlib
+import http.client
+import importlib.util
+import itertools
 import json
 import os
+import platform
 import random
 import re
+import shutil
+import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 import zlib
 from dataclasses import dataclass, field
 from fractions import Fraction
+from importlib import metadata
 from pathlib import Path
 
 
@@ -66,7 +72,11 @@ def read_jsonl(path, required: dict[str, type]) -> list[dict]:
     path, records = Path(path), []
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")       # only \n ends a JSON line
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
@@ -89,7 +99,7 @@ def read_gsm8k(path) -> list[Problem]:
     for i, row in enumerate(read_jsonl(path, {"question": str, "answer": str})):
         if "####" not in row["answer"]:
             raise UserError(f"{path}:{i + 1}: key 'answer' has no '#### final answer'")
-        working = row["answer"].partition("####")[0].strip()
+        working = _working(row["answer"])
         problems.append(Problem(f"gsm8k-{Path(path).stem}-{i}", "gsm8k", "math", row["question"].strip(),
                                 row["answer"], [], strip_annotations(hide_result(working, _final(row["answer"])))))
     return problems
@@ -112,8 +122,8 @@ def read_humaneval(path) -> list[Problem]:
 #
 # A problem is a start value (math) and a list of steps (operation, constant); the text, the trace, the program and
 # every flaw follow from those. Splits are disjoint by construction: the steps are hashed into one of three shares,
-# "base" (the corpus of the base model), "train" (reward model and planner) and "heldout"; "longer" problems have
-# more steps than any problem of the other three.
+# "base" (the corpus of the base model), "train" (reward model and planner) and "heldout". "longer" problems are of the
+# heldout share and have more steps than any planner was trained on; the executor has seen such traces ("base-longer").
 
 NAMES = ("Mia", "Tom", "Ana", "Leo", "Zoe", "Max")
 ITEMS = ("coins", "pens", "eggs", "cards", "books", "cups")
@@ -139,7 +149,7 @@ def _apply(steps, x: int) -> int:
 
 
 def _same_function(a, b) -> bool:
-    return all(_apply(a, x) == _apply(b, x) for x in range(-15, 31))
+    return all(_apply(a, x) == _apply(b, x) for x in CODE_INPUTS)  # as far as the tests can tell
 
 
 def _program(lines) -> str:
@@ -201,7 +211,7 @@ def _tiny_math(rng, length: int) -> tuple[str, str, str, list, str]:
     chain = None
     while chain is None:
         start = rng.randint(10, 40)
-        steps = [(op, rng.randint(2, 3) if op == "*" else rng.randint(2, 9)) for op in rng.choices("+-*", (3, 4, 3), k=length)]
+        steps = [(op, rng.randint(2, 3) if op == "*" else rng.randint(2, 6)) for op in rng.choices("+-*", (2, 3, 3), k=length)]
         chain = _chain(start, steps)
     name, other = rng.sample(NAMES, 2)
     item = rng.choice(ITEMS)
@@ -240,11 +250,11 @@ def _tiny_code(rng, length: int) -> tuple[str, str, str, list, str]:
         if not _same_function([steps[i] for i in told], steps):   # the order must matter
             break
     tests = [{"assert": f"assert f({x}) == {_apply(steps, x)}"} for x in CODE_INPUTS]
-    return (str(steps), "write f ( x ) . " + " . ".join(text) + " .", _program(_plan_line(*s, 2) for s in steps), tests,
+    return (str([_apply(steps, x) for x in CODE_INPUTS]), "write f ( x ) . " + " . ".join(text) + " .", _program(_plan_line(*s, 2) for s in steps), tests,
             " ; ".join(_plan_line(*s, 0) for s in steps))
 
 
-SPLITS = ("base", "train", "heldout", "longer")
+SPLITS = ("base", "base-longer", "train", "heldout", "longer")
 
 
 def tiny_problems(task_type: str, n: int, seed: int, split: str = "train") -> list[Problem]:
@@ -252,17 +262,20 @@ def tiny_problems(task_type: str, n: int, seed: int, split: str = "train") -> li
     if task_type not in ("math", "code") or split not in SPLITS:
         raise ValueError(f"task_type must be math or code and split one of {SPLITS}, not {task_type!r}, {split!r}")
     rng = random.Random(f"{task_type} {split} {seed}")
-    short, long = ((2, 4), 5) if task_type == "math" else ((2, 3), 4)
+    low, high, long = (2, 4, 5) if task_type == "math" else (2, 3, 4)           # steps
     make, problems, seen = (_tiny_math if task_type == "math" else _tiny_code), [], set()
-    while len(problems) < n:
-        key, text, answer, tests, reasoning = make(rng, long if split == "longer" else rng.randint(*short))
-        share = zlib.crc32(key.encode()) % 8
-        if split != "longer" and split != ("heldout" if share == 0 else "train" if share < 3 else "base") or text in seen:
+    shares = {"base": (3, 4, 5, 6, 7), "train": (1, 2), "longer": (0,), "heldout": (0,)}[split.removesuffix("-longer")]
+    for attempt in itertools.count():
+        if len(problems) == n:
+            return problems
+        if attempt > 100 * n + 10000:
+            raise UserError(f"the tiny world has fewer than {n} {task_type} problems of split {split}; ask for fewer")
+        key, text, answer, tests, reasoning = make(rng, long if split.endswith("longer") else rng.randint(low, high))
+        if zlib.crc32(key.encode()) % 8 not in shares or text in seen:
             continue
         seen.add(text)
         problems.append(Problem(f"tiny-{task_type}-{split}-{seed}-{len(problems)}", "tiny", task_type, text, answer,
                                 tests, reasoning))
-    return problems
 
 
 def check_trace(problem: Problem, reasoning: str) -> tuple[bool, bool] | None:
@@ -279,13 +292,14 @@ def check_trace(problem: Problem, reasoning: str) -> tuple[bool, bool] | None:
         faithful = plan is not None and sorted(plan) == sorted(reference) and _same_function(plan, reference)
         return faithful, "x =" in reasoning or "def " in reasoning or "return" in reasoning
     chain, reference = _parse_chain(reasoning), _parse_chain(problem.reference_reasoning)
-    gold, stated = problem.reference_solution, re.findall(r"= (\d+)", reasoning)
-    closed = re.search(r"= \d+$", reasoning) and (len(stated) >= len(reference) or stated[-1] == gold)
-    leak = bool(closed) or problem.reference_reasoning.split(" ; ")[-1].replace("?", gold) in reasoning.split(" ; ")
-    same = chain is not None and len(chain) == len(reference) and all(
-        (op, c) == (op2, c2) and ((a, b) == (a2, b2) or op in "+*" and (b, a) == (a2, b2))
-        for (a, op, b, c), (a2, op2, b2, c2) in zip(chain, reference))
-    return same and not leak, leak
+    ordered = lambda a, op, b, c: (*sorted((a, b)), op, c) if op in "+*" else (a, b, op, c)      # 5 + 7 as 7 + 5
+    reference = [ordered(*equation) for equation in reference]
+    stated = [ordered(int(a), op, int(b), int(c)) for a, op, b, c in re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", reasoning)]
+    gold = int(problem.reference_solution)
+    final = (*reference[-1][:3], gold)                            # the last step with its result
+    closed = re.search(r"= \d+\D*$", reasoning) and stated and (len(stated) >= len(reference) or stated[-1][3] == gold)
+    leak = bool(closed) or final in stated and final not in reference[:-1]
+    return chain is not None and [ordered(*equation) for equation in chain] == reference and not leak, leak
 
 
 def _follow(task_type: str, reasoning: str) -> str:
@@ -319,7 +333,7 @@ NEGATIVE_KINDS = {
              "unsupported_leap": _rubric("math", (3, 3, 0, 3, 2), 0.40),     # a right number out of nowhere
              "answer_leak": _rubric("math", (4, 3, 3, 3, 0), 0.25)},         # gives the final result away
     "code": {"wrong_operation": _rubric("code", (1, 1, 3, 2, 4), 0.30),
-             "wrong_constant": _rubric("code", (2, 3, 3, 1, 4), 0.35),
+             "extra_step": _rubric("code", (1, 2, 2, 1, 4), 0.30),           # one that nobody asked for
              "wrong_order": _rubric("code", (2, 1, 0, 3, 4), 0.30),
              "missing_step": _rubric("code", (1, 2, 2, 1, 4), 0.30),
              "vague_plan": _rubric("code", (2, 1, 2, 0, 4), 0.35),           # "adjust it"
@@ -354,7 +368,7 @@ def _perturb_chain(problem, reasoning, kind, rng) -> str | None:
         if inner is None:
             return None
         a, op, b, c = chain[inner]
-        rest = _chain(c + rng.choice((-10, -2, -1, 1, 2, 10)), steps[inner + 1:])
+        rest = _chain(c + rng.choice((-30, -20, 20, 30)), steps[inner + 1:])
         return None if rest is None or not 10 <= rest[0][0] <= 99 else _render_chain(
             chain[:inner] + [(a, op, b, rest[0][0])] + rest)
     if kind == "dropped_step":
@@ -362,8 +376,8 @@ def _perturb_chain(problem, reasoning, kind, rng) -> str | None:
     elif kind == "wrong_operation":
         steps[i] = (rng.choice([op for op in "+-*" if op != steps[i][0]]), steps[i][1])
     else:                                                         # misread_quantity
-        numbers = [int(n) for n in re.findall(r"\d+", problem.problem) if int(n) != steps[i][1]]
-        steps[i] = (steps[i][0], rng.choice(numbers or [steps[i][1]]))
+        amounts = re.findall(r"\d\d", problem.problem)            # what somebody has, in place of what comes or goes
+        steps[i] = (steps[i][0], int(rng.choice(amounts)))
     rest = _chain(start, steps)
     return _render_chain(rest) if rest else None
 
@@ -384,10 +398,8 @@ def _perturb_plan(reasoning, kind, rng) -> str | None:
         flawed[i], flawed[j] = flawed[j], flawed[i]
     elif kind == "wrong_operation":
         flawed[i] = (rng.choice([o for o in CODE_OPS if o not in (op, "negate")]), n or rng.randint(2, 9))
-    else:                                                         # wrong_constant
-        if op == "negate":
-            return None
-        flawed[i] = (op, rng.choice([m for m in range(2, 10) if m != n]))
+    else:                                                         # extra_step
+        flawed.insert(i, (rng.choice([o for o in CODE_OPS if o != "negate"]), rng.randint(2, 9)))
     if not flawed or _same_function(flawed, steps):
         return None
     return " ; ".join(_plan_line(*s, 0) for s in flawed)
@@ -400,6 +412,11 @@ _TERM = re.compile(r"\d[\d,]*(?:\.\d+)?|(?<=[\d.%) ])[-+*/x](?=[\d.( $])")      
 
 def _final(solution: str) -> str:
     return solution.rpartition("####")[2].strip().replace(",", "")
+
+
+def _working(solution: str) -> str:
+    """A GSM8K solution without its last line, numbers without thousands commas (as in its annotations)."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", solution.partition("####")[0].strip())
 
 
 def strip_annotations(text: str) -> str:
@@ -418,8 +435,7 @@ def hide_result(annotated: str, answer: str = "") -> str:
     begin = line + working.start() if working else last.start()
     numbers = {last[2].strip().lstrip("$"), answer} - {""}
     hidden = re.compile(r"(?<![\d.,])(?:" + "|".join(re.escape(n) for n in sorted(numbers, key=len, reverse=True)) + r")(?![\d]|[.,]\d)")
-    tail = re.sub(r"^[\d,]*\.?\d+", "?", annotated[last.end():])
-    tail = re.sub(r"(?<=\d),(?=\d{3})", "", tail)                 # 80,000 in words is 80000 in annotations
+    tail = re.sub(r"^\d+(?:,\d{3})*(?:\.\d+)?|^\.\d+", "?", annotated[last.end():])
     return annotated[:line] + hidden.sub("?", annotated[line:begin]) + annotated[begin:last.end()] + hidden.sub("?", tail)
 
 
@@ -442,7 +458,7 @@ def calculate(expression: str) -> Fraction | None:
 
 
 def _show(number: Fraction) -> str:
-    return str(number.numerator) if number.denominator == 1 else f"{float(number):.4g}"
+    return str(number.numerator) if number.denominator == 1 else f"{float(number):.4f}".rstrip("0").rstrip(".")
 
 
 def _perturb_annotated(problem, reasoning, kind, rng) -> str | None:
@@ -488,14 +504,16 @@ def _perturb_annotated(problem, reasoning, kind, rng) -> str | None:
         expression = expression[:inside[i].start()] + new + expression[inside[i].end():]
         working = working[:shown[i].start()] + new + working[shown[i].end():]
         wrong = calculate(expression)
-    if wrong is None or wrong <= 0 or wrong == result:
+    rest = reasoning[target.end():]
+    if wrong is None or wrong <= 0 or wrong == result or not rest.startswith(_show(result)):
         return None
-    return (reasoning[:begin] + working + f"<<{expression}={_show(wrong)}>>"
-            + _carry(reasoning[target.end():], _show(result), _show(wrong)))
+    carried = _carry(rest, _show(result), _show(wrong))
+    return None if carried is None else reasoning[:begin] + working + f"<<{expression}={_show(wrong)}>>{carried}"
 
 
-def _carry(rest: str, old: str, new: str) -> str:
-    """Replaces a result in the text after it, and every later result that changes because of it."""
+def _carry(rest: str, old: str, new: str) -> str | None:
+    """Replaces a result in the text after it, and every later result that changes because of it. None where the text
+    does not show a later result as its annotation writes it, so that it cannot be changed in both."""
     changed, out, position = {old: new}, [], 0
 
     def replace(text):
@@ -507,7 +525,9 @@ def _carry(rest: str, old: str, new: str) -> str:
         value = calculate(expression) if expression != match[1] else None
         result = match[2] if value is None else _show(value)
         if result != match[2]:
-            changed[match[2].strip()] = result
+            if not rest[match.end():].startswith(match[2]):
+                return None
+            changed[match[2]] = result
         out.append(f"<<{expression}={result}>>")
         position = match.end()
     return "".join(out) + replace(rest[position:])
@@ -525,7 +545,7 @@ def build_groups(problems: list[Problem], negatives_per_group: int, seed: int) -
             raise UserError(f"{problem.problem_id}: a problem without reference reasoning cannot make a group")
         trace = problem.reference_reasoning
         if problem.source != "tiny":                              # with its annotations: they say what is a calculation
-            trace = problem.reference_solution.partition("####")[0].strip()
+            trace = _working(problem.reference_solution)
         kinds, bank = list(NEGATIVE_KINDS[problem.task_type]), {}              # trace -> kind
         rng.shuffle(kinds)
         for kind in kinds * 4:                                    # one of each kind, then again where too few worked
@@ -556,8 +576,11 @@ def read_groups(path) -> list[dict]:
         where = f"{path}:{number}"
         if group["task_type"] not in DIMENSIONS:
             raise UserError(f"{where}: key 'task_type' must be math or code, is {group['task_type']!r}")
-        if not isinstance(group.get("tests", []), list):
-            raise UserError(f"{where}: key 'tests' must be a list")
+        tests = group.get("tests", [])
+        if not isinstance(tests, list) or not all(
+                isinstance(t, dict) and (isinstance(t.get("assert"), str) or
+                                         isinstance(t.get("input"), str) and isinstance(t.get("output"), str)) for t in tests):
+            raise UserError(f"{where}: key 'tests' must be a list of {{'assert': str}} or {{'input': str, 'output': str}}")
         for pool in ("positive_pool", "negative_bank"):
             for i, trace in enumerate(group[pool]):
                 _check_trace_record(trace, f"{where}: {pool}[{i}]", group["task_type"], pool == "negative_bank")
@@ -665,7 +688,7 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
 # code), so that a reward for success alone has something to be fooled by. A careful minority lets RL find the rest.
 
 def habit(problem: Problem) -> str:
-    """The flawed trace that the base planner has learned for this problem."""
+    """The trace that the base planner has learned for this problem; about 1 in 100 happens to be right."""
     if problem.task_type == "math":
         chain = _parse_chain(problem.reference_reasoning)
         a, op, b, _ = chain[-1]
@@ -695,41 +718,49 @@ def _told_order(problem: Problem) -> list:
 @dataclass(frozen=True)
 class BaseExample:
     """One training sequence of the base model: `prompt`, then (planner) `trace`, then `ask` and (executor) `answer`.
-    Loss on trace (when `learn_trace`) and answer only. `trace` and `ask` may be empty."""
+    Loss on the prompt's first line (the problem), the trace (when `learn_trace`) and the answer. `trace` and `ask`
+    may be empty."""
     prompt: str
-    trace: str
-    learn_trace: bool
-    ask: str
-    answer: str
+    trace: str = ""
+    learn_trace: bool = False
+    ask: str = ""
+    answer: str = ""
 
 
-def base_corpus(problems: list[Problem], seed: int) -> list[BaseExample]:
-    """One example per tiny-world problem: 55 % planner and executor, 15 % executor with a careful trace, 15 %
-    executor alone, 15 % intervention. Planner traces: 25 % careful, 55 % habit, 20 % one random flaw. Alone, the
-    executor learns the true answer (math, hard to guess) or, 4 times of 5, a program in the order told (code)."""
+def base_corpus(task_type: str, n: int, seed: int) -> list[BaseExample]:
+    """`n` training sequences, each on a problem of its own:
+
+    55 %  planner and executor: trace 25 % careful, 55 % habit, 20 % one random flaw; the artifact follows the trace
+    15 %  executor with a careful trace, half of them of longer problems
+    12 %  executor alone: the true answer (math, hard to guess) or, 4 times of 5, a program in the order told (code)
+    18 %  intervention: the first wrong step and its replacement, see `intervention_prompt`
+    """
     rng, examples = random.Random(seed), []
-    for problem in problems:
+    longer = tiny_problems(task_type, n // 10 + 1, seed, "base-longer")
+    lead = "\n" if task_type == "code" else " "
+    for problem in tiny_problems(task_type, n, seed, "base"):
+        part = rng.random()
+        if 0.55 < part < 0.62:
+            problem = rng.choice(longer)
         careful = problem.reference_reasoning
-        flaws = [perturb(problem, careful, kind, rng) for kind in NEGATIVE_KINDS[problem.task_type]]
-        flaws = [flaw for flaw in flaws if flaw] or [careful]
-        u, v = rng.random(), rng.random()
-        trace = careful if v < 0.25 else habit(problem) if v < 0.8 else rng.choice(flaws)
-        lead = "\n" if problem.task_type == "code" else " "
-        if u < 0.7:
-            if u > 0.55:
-                trace = careful
-            examples.append(BaseExample(planner_prompt(problem), f"{OPEN}{trace}{CLOSE}", u <= 0.55, "\nAnswer:",
-                                        lead + _follow(problem.task_type, trace)))
-        elif u < 0.85:
+        flaws = [perturb(problem, careful, kind, rng) for kind in NEGATIVE_KINDS[task_type]]
+        flaw = rng.choice([flaw for flaw in flaws if flaw])
+        style = rng.random()
+        trace = careful if style < 0.25 else habit(problem) if style < 0.8 else flaw
+        if part < 0.70:
+            trace = trace if part < 0.55 else careful
+            examples.append(BaseExample(planner_prompt(problem), f"{OPEN}{trace}{CLOSE}", part < 0.55, "\nAnswer:",
+                                        lead + _follow(task_type, trace)))
+        elif part < 0.82:
             answer = problem.reference_solution
-            if problem.task_type == "code" and rng.random() < 0.8:
+            if task_type == "code" and rng.random() < 0.8:
                 answer = _program(_plan_line(*s, 2) for s in _told_order(problem))
-            examples.append(BaseExample(executor_prompt(problem, None), "", False, "", lead + answer))
+            examples.append(BaseExample(executor_prompt(problem, None), answer=lead + answer))
         else:
             steps, right = split_steps(problem, trace), split_steps(problem, careful)
             first = next((i for i, (a, b) in enumerate(zip(steps, right)) if a != b), min(len(steps), len(right)))
             answer = " none" if steps == right else f" {first + 1} : {(right + [''])[first]}"
-            examples.append(BaseExample(intervention_prompt(problem, trace), "", False, "", answer))
+            examples.append(BaseExample(intervention_prompt(problem, trace), answer=answer))
     return examples
 
 
@@ -768,33 +799,61 @@ def write_atomic(path, text: str) -> None:
     """Writes a text file whole or not at all: temporary file, fsync, rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.chmod(f.name, 0o644)
-    os.replace(f.name, path)
+    content = text.encode("utf-8")                                # may raise, so before there is a file
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+        try:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+            os.chmod(f.name, 0o644)
+            os.replace(f.name, path)
+        except BaseException:
+            os.unlink(f.name)
+            raise
 
 
-def begin_stage(run: str, stage: str, settings, output) -> bool:
-    """Records the settings of a stage in RUN/config.json. True: there is work to do. False: `output` (a file or
-    folder that appears whole, by rename) is there already, made with these settings. UserError: with others."""
+def begin_stage(run: str, stage: str, settings, output, partial=None) -> bool:
+    """True: there is work to do. False: `output` (a file or folder that appears whole, by rename) is there already,
+    made with these settings. UserError: it, or the unfinished work in `partial`, was made with others."""
     path = Path(run) / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    new, old = dataclasses.asdict(settings), config.get(stage)
-    done = Path(output).exists()
-    if old is not None:
-        differ = [k for k in new if k in old and new[k] != old[k]]
-        if differ:
-            k = differ[0]
-            raise UserError(f"{path}: stage {stage} was run with --{k} {old[k]!r}, now it is {new[k]!r}; "
-                            f"choose another --run, or delete {output} and the key {stage!r} in config.json")
-    elif done:
-        raise UserError(f"{output} exists but {path} does not say how it was made; choose another --run or delete it")
-    if not done:
-        config[stage] = new
-        write_atomic(path, json.dumps(config, indent=1))
-    return not done
+    new, old = dataclasses.asdict(settings), _read_config(path)["stages"].get(stage, {}).get("settings", {})
+    there = [str(p) for p in (output, partial) if p is not None and Path(p).exists()]
+    differ = [k for k in new if new[k] != old.get(k) and k not in ("run", "cache", "device")]       # places, not choices
+    if there and differ:
+        k = differ[0]
+        was = f"made with --{k} {old[k]!r}, now it is {new[k]!r}" if k in old else f"not described in {path}"
+        raise UserError(f"{there[0]} was {was}; choose another --run, or delete {there[0]} to make it again")
+    return not Path(output).exists()
+
+
+def _read_config(path: Path) -> dict:
+    if not path.is_file():
+        return {"stages": {}}
+    try:
+        config = json.loads(path.read_text())
+        config["stages"].items()
+        return config
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); restore it or choose another --run") from None
+
+
+def record_stage(run: str, stage: str, settings) -> None:
+    """Writes a stage's settings and where it ran to RUN/config.json."""
+    path = Path(run) / "config.json"
+    config = _read_config(path)
+    config["stages"][stage] = {"settings": dataclasses.asdict(settings), "environment": environment()}
+    write_atomic(path, json.dumps(config, indent=1))
+
+
+def environment() -> dict:
+    """Versions, git commit and hardware, for the record."""
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True) if shutil.which("git") else None
+    torch = sys.modules.get("torch")
+    versions = {name: metadata.version(name) for name in ("torch", "transformers") if importlib.util.find_spec(name)}
+    return {"python": platform.python_version(), **versions, "commit": commit.stdout.strip() if commit else "",
+            "platform": platform.platform(), "cpu_cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else ""}
 
 
 def fetch(url: str, sha256: str, cache) -> Path:
@@ -804,7 +863,7 @@ def fetch(url: str, sha256: str, cache) -> Path:
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
                 content = response.read()
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise UserError(f"{url}: cannot be fetched ({error}); download it elsewhere and pass --data FILE") from None
         digest = hashlib.sha256(content).hexdigest()
         if digest != sha256:
@@ -822,7 +881,7 @@ class DataSettings:
     source: str = knob("tiny", "tiny: generated; gsm8k: built from GSM8K solutions; groups: ready TraceLift-Groups")
     data: str = knob("", "training file (gsm8k or groups); empty with gsm8k: fetched once from its public repository")
     heldout_data: str = knob("", "held-out file, in the same format")
-    train: int = knob(1500, "training groups")
+    train: int = knob(3000, "training groups")
     heldout: int = knob(300, "held-out groups, and as many longer ones in the tiny world")
     negatives: int = knob(4, "flawed traces per group")
     seed: int = knob(0, "which problems, which flaws")
@@ -834,33 +893,33 @@ PRESETS = {"tiny": {}, "smoke": {"train": 40, "heldout": 20},
 
 
 def load_groups(settings: DataSettings) -> dict[str, list[dict]]:
-    """Groups of every split. UserError when a source does not give as many as asked for."""
-    wanted = {"train": settings.train, "heldout": settings.heldout}
-    if settings.source == "tiny":
-        wanted["longer"] = settings.heldout
-        if settings.task_type not in DIMENSIONS:
-            raise UserError(f"--task_type {settings.task_type}: must be math or code")
-        return {split: build_groups(tiny_problems(settings.task_type, n, settings.seed, split), settings.negatives,
-                                    settings.seed) for split, n in wanted.items()}
-    if settings.source not in ("gsm8k", "groups"):
-        raise UserError(f"--source {settings.source}: must be tiny, gsm8k or groups")
-    files = {"train": settings.data, "heldout": settings.heldout_data}
+    """Groups of every split. UserError for impossible combinations, or when a source gives fewer than asked for."""
+    s, wanted = settings, {"train": settings.train, "heldout": settings.heldout}
+    if s.source not in ("tiny", "gsm8k", "groups") or s.task_type not in DIMENSIONS:
+        raise UserError(f"--source {s.source} --task_type {s.task_type}: must be tiny, gsm8k or groups; math or code")
+    if min(s.train, s.heldout, s.negatives) < 1:
+        raise UserError("--train, --heldout and --negatives must be at least 1")
+    if s.source == "tiny" and (s.data or s.heldout_data) or s.source == "gsm8k" and s.task_type == "code":
+        raise UserError(f"--source {s.source} does not go with " + ("--task_type code" if s.source == "gsm8k" else "--data"))
     groups = {}
-    for split, flag in (("train", "--data"), ("heldout", "--heldout_data")):
-        path, part = files[split], "test" if split == "heldout" else "train"
-        if not path and settings.source == "gsm8k":
-            path = fetch(GSM8K_URL.format(part), GSM8K_SHA256[part], Path(settings.cache).expanduser())
-        if not path:
-            raise UserError(f"--source groups needs {flag} FILE")
-        if settings.source == "groups":
-            groups[split] = read_groups(path)[:wanted[split]]
-        else:
-            problems = read_gsm8k(path)
-            random.Random(settings.seed).shuffle(problems)
-            groups[split] = build_groups(problems[:wanted[split] * 5 // 4], settings.negatives, settings.seed)[:wanted[split]]
-        if len(groups[split]) < wanted[split]:
-            raise UserError(f"{path}: gives only {len(groups[split])} groups of {settings.negatives} flawed traces, "
-                            f"--{split} asks for {wanted[split]}; lower --{split} or --negatives")
+    for split, n in (wanted | ({"longer": s.heldout} if s.source == "tiny" else {})).items():
+        path = s.data if split == "train" else s.heldout_data
+        if s.source == "groups":
+            if not path:
+                raise UserError("--source groups needs --data FILE and --heldout_data FILE")
+            groups[split] = read_groups(path)[:n]
+        else:                                                     # some problems allow too few flaws: try more
+            if s.source == "tiny":
+                problems = tiny_problems(s.task_type, n + n // 4 + 4, s.seed, split)
+            else:
+                part = "train" if split == "train" else "test"
+                path = path or fetch(GSM8K_URL.format(part), GSM8K_SHA256[part], Path(s.cache).expanduser())
+                problems = read_gsm8k(path)
+                random.Random(s.seed).shuffle(problems)
+            groups[split] = build_groups(problems[:n + n // 4 + 4], s.negatives, s.seed)[:n]
+        if len(groups[split]) < n:
+            raise UserError(f"{path or s.source}: gives only {len(groups[split])} groups of {s.negatives} flawed traces, "
+                            f"--{'train' if split == 'train' else 'heldout'} asks for {n}; lower it or --negatives")
     return groups
 
 
@@ -869,10 +928,12 @@ def main(argv) -> None:
     settings = parse_settings(DataSettings, PRESETS, argv, "data.py")
     folder = Path(settings.run) / "groups"
     if begin_stage(settings.run, "groups", settings, folder / "train.jsonl"):
-        for split, groups in reversed(load_groups(settings).items()):      # train last: it marks the stage complete
+        splits = load_groups(settings)
+        record_stage(settings.run, "groups", settings)
+        for split, groups in reversed(splits.items()):                     # train last: it marks the stage complete
             write_groups(folder / f"{split}.jsonl", groups)
     for path in sorted(folder.glob("*.jsonl")):
-        print(f"{path}: {len(path.read_text().splitlines())} groups")
+        print(f"{path}: {len(read_groups(path))} groups")
     task = f" --task_type {settings.task_type}" if settings.source == "tiny" else ""
     print(f"next: python executor.py --preset {settings.preset} --run {settings.run}{task}")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
@@ -30,8 +31,11 @@ from data import Problem, UserError, knob
 
 
 def pick_device(device: str = "") -> torch.device:
-    """The named device, or CUDA when there is one, else the CPU."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The named device, or CUDA when there is one, else the CPU. UserError for one that is not there."""
+    try:
+        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: cannot be used ({_first_line(error)})") from None
 
 
 def load(path_or_name: str, device=None, dtype=None):
@@ -50,10 +54,13 @@ def load(path_or_name: str, device=None, dtype=None):
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path_or_name}: the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path_or_name, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(path_or_name, dtype=dtype, attn_implementation="sdpa",
+                                                             output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path_or_name}: no causal LM can be loaded ({_first_line(error)}); the folder must hold "
                         "config.json and model.safetensors") from None
+    if report["missing_keys"]:                                     # transformers would initialise them at random
+        raise UserError(f"{path_or_name}: the weights lack {sorted(report['missing_keys'])[0]}; the file is incomplete")
     return model.to(device).eval(), tokenizer
 
 
@@ -200,6 +207,10 @@ class Executor:
     def run(self, problems: list[Problem], traces: list[str] | None, repeats: int) -> list[list[Run]]:
         """`repeats` independent runs for every problem with its trace (None: without). [problem][repeat]."""
         traces = traces if traces is not None else [None] * len(problems)
+        if len(traces) != len(problems):
+            raise ValueError(f"traces: {len(traces)} for {len(problems)} problems, must be one each")
+        if not problems:
+            return []
         prompts = [data.encode_prompt(self.tokenizer, data.executor_prompt(p, t)) for p, t in zip(problems, traces)]
         completions = generate(self.model, prompts, num_samples=repeats, max_new_tokens=self.max_new_tokens,
                                temperature=self.temperature, top_p=self.top_p, eos_id=self.tokenizer.eos_token_id,
@@ -272,19 +283,21 @@ def tiny_tokenizer(texts: list[str]):
 
 def tiny_model(vocab_size: int, hidden: int, layers: int):
     """A randomly initialised decoder of the Llama architecture; head and embedding are tied. (Not Qwen2: for that
-    model type transformers 5 replaces whatever tokenizer the folder holds by Qwen2's own, without a word.)"""
+    model type transformers 5 replaces whatever tokenizer the folder holds by Qwen2's own, without a word. And not
+    the usual initial spread of 0.02, with which so narrow a model takes several times as long to learn to copy.)"""
     from transformers import LlamaConfig, LlamaForCausalLM
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=4, intermediate_size=3 * hidden, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0))
+        initializer_range=0.04, bos_token_id=None, eos_token_id=1, pad_token_id=0))
 
 
 IGNORE = -100
 
 
 def base_sequence(tokenizer, example: data.BaseExample) -> tuple[list[int], list[int]]:
-    """(ids, labels) of one base training sequence. labels[t] is the token to predict after ids[t], or IGNORE.
+    """(ids, labels) of one base training sequence. labels[t] is the token to predict after ids[t], or IGNORE. The
+    problem's own text is learned too: its repeated names teach the model to copy, long before arithmetic does.
 
     Planner and executor share the sequence. After `</reasoning>` the planner has to stop, while the sequence goes on
     with the executor's prompt: so the label there is EOS although the next input token is not."""
@@ -293,6 +306,8 @@ def base_sequence(tokenizer, example: data.BaseExample) -> tuple[list[int], list
     prompt, trace, ask, answer = map(encode, (example.prompt, example.trace, example.ask, example.answer))
     ids = prompt + trace + ask + answer
     labels = [IGNORE] * (len(ids) - len(answer) - 1) + answer + [eos]
+    text = len(encode(example.prompt.partition("\n")[0]))
+    labels[:text - 1] = ids[1:text]
     if example.learn_trace:
         labels[len(prompt) - 1:len(prompt) + len(trace)] = trace + [eos]
     if tokenizer.unk_token_id in ids:
@@ -305,6 +320,8 @@ def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: flo
     """Supervised training on (ids, labels); labels[t] is what follows ids[t], IGNORE where there is no loss.
     Batches hold sequences of similar length. Learning rate: linear warm-up, then linear decay to 0. Returns the
     mean loss of the last tenth."""
+    if not sequences:
+        raise ValueError("sequences: there must be at least one")
     rng, device = random.Random(seed), model.get_input_embeddings().weight.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     total, losses, batches = max(1, round(len(sequences) * epochs / batch_size)), [], []
@@ -346,8 +363,8 @@ class BaseSettings:
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
     hidden: int = knob(128, "width of the tiny model")
     layers: int = knob(4, "depth of the tiny model")
-    problems: int = knob(40000, "problems of the tiny corpus, one sequence each")
-    batch_size: int = knob(32, "sequences per step")
+    sequences: int = knob(52000, "of the tiny corpus, one problem each, one epoch")
+    batch_size: int = knob(16, "sequences per step")
     learning_rate: float = knob(2e-3, "peak, AdamW")
     warmup: int = knob(100, "steps of linear warm-up; then linear decay to 0")
     seed: int = knob(0, "corpus, initial weights, order")
@@ -356,7 +373,7 @@ class BaseSettings:
     max_answer_tokens: int = knob(64, "longest executor output in the check")
 
 
-PRESETS = {"tiny": {}, "smoke": {"problems": 640, "hidden": 64, "layers": 2, "eval_problems": 16},
+PRESETS = {"tiny": {}, "smoke": {"sequences": 640, "hidden": 64, "layers": 2, "eval_problems": 16},
            "gsm8k": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "eval_problems": 100, "max_answer_tokens": 256}}
 
 
@@ -372,8 +389,7 @@ def base_of(run) -> str:
 def train_base(settings: BaseSettings, folder: Path) -> float:
     """Trains the tiny base model from nothing and saves it as a Hugging Face folder. Returns the final loss."""
     torch.manual_seed(settings.seed)
-    problems = data.tiny_problems(settings.task_type, settings.problems, settings.seed, "base")
-    corpus = data.base_corpus(problems, settings.seed)
+    corpus = data.base_corpus(settings.task_type, settings.sequences, settings.seed)
     tokenizer = tiny_tokenizer([e.prompt + e.trace + e.ask + e.answer for e in corpus])
     model = tiny_model(len(tokenizer), settings.hidden, settings.layers).to(pick_device(settings.device))
     loss = finetune(model, [base_sequence(tokenizer, e) for e in corpus], epochs=1, batch_size=settings.batch_size,
@@ -400,6 +416,7 @@ def main(argv) -> None:
                           generator=torch.Generator(device).manual_seed(settings.seed))
         for key, traces in (("no_trace", None), ("reference_trace", [p.reference_reasoning for p in heldout])):
             record[key] = sum(frozen.success(heldout, traces, 1)) / len(heldout)
+        data.record_stage(run, "base", settings)
         data.write_atomic(run / "base.json", json.dumps(record, indent=1))
     record = json.loads((run / "base.json").read_text())
     print(f"{run}/base.json: {record['model']}, executor success on {record['problems']} held-out problems "

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -121,7 +122,10 @@ class RubricRewardModel(nn.Module):
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no reward model here (config.json is missing); run rm.py first")
-        raw = json.loads((folder / "config.json").read_text())
+        try:
+            raw = json.loads((folder / "config.json").read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{folder}/config.json: not JSON ({error})") from None
         for key in ("rm_dimension_names", "rm_dimension_weights", "rm_num_labels", "rm_use_total_head"):
             if key not in raw:
                 raise UserError(f"{folder}/config.json: key {key!r} is missing; this is not a rubric reward model")
@@ -130,26 +134,28 @@ class RubricRewardModel(nn.Module):
         rm = cls(AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32,
                                        attn_implementation="sdpa"),
                  AutoTokenizer.from_pretrained(folder), raw["rm_dimension_names"], raw["rm_dimension_weights"])
-        state = {}
-        for shard in sorted(folder.glob("*.safetensors")):
-            state.update(load_file(shard))
         try:
+            state = {}
+            for shard in sorted(folder.glob("*.safetensors")):
+                state.update(load_file(shard))
             rm.load_state_dict(state, strict=True)
-        except RuntimeError as error:
+        except (RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: {' '.join(str(error).split())[:300]}") from None
         return rm.to(executor.pick_device() if device is None else device).eval()
 
 
 # ------------------------------------------------------------------------------------------------ training
 
-def group_rows(group: dict) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One group -> texts (R), labels (R, D) int64, gold totals (R,), positive (R,) bool; positives come first."""
+def group_rows(group: dict, names: list[str]) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One group -> texts (R), labels (R, D) int64 in the order of `names`, gold totals (R,), positive (R,) bool;
+    positives come first."""
     problem = data.problem_of(group)
     if not group["positive_pool"] or not group["negative_bank"]:
         raise UserError(f"group {problem.problem_id}: the reward model needs a good and a flawed trace in every group; "
                         "remove this group from groups/*.jsonl")
     traces = [(t, True) for t in group["positive_pool"]] + [(t, False) for t in group["negative_bank"]]
-    names = data.DIMENSIONS[problem.task_type]
+    if set(names) != set(data.DIMENSIONS[problem.task_type]):
+        raise UserError(f"group {problem.problem_id} is about {problem.task_type}, the reward model about {', '.join(names)}")
     return ([data.rm_text(problem, t["reasoning"]) for t, _ in traces],
             torch.tensor([[t["rubric"][d] for d in names] for t, _ in traces]),
             torch.tensor([float(t["rubric"]["total"]) for t, _ in traces]),
@@ -185,7 +191,7 @@ def evaluate(rm, groups: list[dict]) -> dict:
     """Held-out quality: pair_accuracy (positive above negative), group_accuracy (positive above every negative; ties
     count as wrong), total_mae, total_rmse, accuracy_<dimension>. Also pair accuracy per kind of flaw."""
     right, group_right, error, hits, by_kind = [], [], [], [], {}
-    rows = [group_rows(group) for group in groups]
+    rows = [group_rows(group, rm.dimension_names) for group in groups]
     scores, expected = rm.score([text for texts, *_ in rows for text in texts])
     at = 0
     for group, (texts, labels, gold, positive) in zip(groups, rows):
@@ -211,7 +217,7 @@ class RMSettings:
     run: str = knob("runs/tiny-math", "run folder; holds groups/ and base.json")
     preset: str = knob("tiny", "named defaults")
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
-    epochs: float = knob(3.0, "passes over the training groups")
+    epochs: float = knob(2.0, "passes over the training groups")
     groups_per_batch: int = knob(8, "whole groups in a batch, so that every pair is inside it")
     learning_rate: float = knob(1e-3, "AdamW; the tiny backbone wants more than a pretrained one")
     warmup: int = knob(30, "steps of linear warm-up; then linear decay to 0")
@@ -236,7 +242,7 @@ def train(settings: RMSettings) -> dict:
         raise UserError(f"{settings.run}/groups: holds both math and code, whose rubrics differ; use one run for each")
     base, tokenizer = executor.load(executor.base_of(settings.run), executor.pick_device(settings.device), torch.float32)
     rm = RubricRewardModel(base.base_model, tokenizer, data.DIMENSIONS[tasks.pop()]).to(executor.pick_device(settings.device))
-    rows = [group_rows(group) for group in groups]
+    rows = [group_rows(group, rm.dimension_names) for group in groups]
     optimizer = torch.optim.AdamW(rm.parameters(), lr=settings.learning_rate, weight_decay=0.01)
     total = max(1, math.ceil(len(rows) * settings.epochs / settings.groups_per_batch))
     rng, order, losses = random.Random(settings.seed), [], []
@@ -262,6 +268,7 @@ def train(settings: RMSettings) -> dict:
         if step % 10 == 0:
             bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
     metrics = {"steps": total, "train_loss": sum(losses[-20:]) / len(losses[-20:]), **evaluate(rm.eval(), heldout)}
+    data.record_stage(settings.run, "rm", settings)
     rm.save_pretrained(Path(settings.run) / "rm", metrics)
     return metrics
 

@@ -26,7 +26,6 @@ import os
 import random
 import shutil
 import statistics
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -45,6 +44,7 @@ from rm import RubricRewardModel
 # ------------------------------------------------------------------------------------------------ reward
 
 MODES = ("tracelift", "tracelift-code", "exec_only", "rm_only", "uplift_only")
+RM_MODES = ("tracelift", "tracelift-code", "rm_only")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ def combine(mode: str, *, e2e=None, rm=None, with_trace=None, without_trace=None
                       e2e = 1 the clamp removes a positive bonus: among passing traces the reward model has no say.
     `exec_only`       e2e                 `rm_only`  rm                `uplift_only`  w_e * e2e + w_r * uplift
     """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r}: choose one of {', '.join(MODES)}")
     if mode == "exec_only":
         return e2e
     if mode == "rm_only":
@@ -82,17 +84,16 @@ def combine(mode: str, *, e2e=None, rm=None, with_trace=None, without_trace=None
     uplift = (with_trace - without_trace) / repeats
     if mode == "uplift_only":
         return w_e * e2e + w_r * uplift
-    if mode == "tracelift":
-        return w_e * e2e + w_r * rm * uplift
-    raise ValueError(f"mode {mode!r}: choose one of {', '.join(MODES)}")
+    return w_e * e2e + w_r * rm * uplift
 
 
 def measure(settings, frozen: Executor, rm, problems: list[Problem], traces: list[str]) -> tuple[list[Reward], list]:
     """Rewards of the traces (problems[i] belongs to traces[i]), and the executor runs behind them. Only the parts
     that the mode needs are measured. Failures of executor, sandbox or reward model are raised, never scored."""
     mode, K = settings.mode, settings.repeats
-    uses_uplift = mode in ("tracelift", "tracelift-code", "uplift_only")
-    scores = rm.score([data.rm_text(p, t) for p, t in zip(problems, traces)])[0].tolist() if rm else [None] * len(traces)
+    uses_uplift, scores = mode in ("tracelift", "tracelift-code", "uplift_only"), [None] * len(traces)
+    if mode in RM_MODES:
+        scores = rm.score([data.rm_text(p, t) for p, t in zip(problems, traces)])[0].tolist()
     runs = [[] for _ in traces] if mode == "rm_only" else frozen.run(problems, traces, 1 + K * uses_uplift)
     without = frozen.baseline(problems, K) if uses_uplift else [None] * len(traces)
     rewards = []
@@ -167,15 +168,16 @@ EVAL_PRESETS = {"tiny": {}, "smoke": {"problems": 16},
 
 def check_settings(s: TrainSettings) -> None:
     """UserError for values that cannot work, before anything is written."""
-    rules = [(s.mode in MODES, "mode", f"one of {', '.join(MODES)}"), (s.steps >= 1, "steps", "at least 1"),
-             (s.group_size >= 2, "group_size", "at least 2: the advantage compares traces of one problem"),
-             (s.problems_per_step >= 1, "problems_per_step", "at least 1"), (s.repeats >= 1, "repeats", "at least 1"),
-             (s.temperature > 0, "temperature", "above 0: greedy traces of one problem are all equal"),
-             (s.scale in ("std", "none"), "scale", "std or none"),
-             (s.weights in ("dapo", "grpo", "dr_grpo"), "weights", "dapo, grpo or dr_grpo"),
-             (s.exec_score in ("binary", "pass_rate", "coderl", "hybrid"), "exec_score", "binary, pass_rate, coderl or hybrid"),
-             (s.inner_epochs >= 1, "inner_epochs", "at least 1"), (s.save_every >= 1, "save_every", "at least 1"),
-             (s.micro_batch >= 1, "micro_batch", "at least 1"), ("/" not in s.name, "name", "a plain name")]
+    positive = ("steps", "problems_per_step", "repeats", "inner_epochs", "save_every", "micro_batch", "max_trace_tokens",
+                "max_answer_tokens", "learning_rate", "temperature", "grad_clip")
+    choices = {"mode": MODES, "scale": ("std", "none"), "weights": ("dapo", "grpo", "dr_grpo"),
+               "exec_score": ("binary", "pass_rate", "coderl", "hybrid")}
+    rules = [(0 < getattr(s, key) < math.inf, key, "above 0") for key in positive]
+    rules += [(0 <= getattr(s, key) < math.inf, key, "0 or more")
+              for key in ("beta", "clip_low", "clip_high", "warmup", "executor_temperature", "max_problems")]
+    rules += [(getattr(s, key) in options, key, "one of " + ", ".join(options)) for key, options in choices.items()]
+    rules += [(s.group_size >= 2, "group_size", "at least 2: the advantage compares traces of one problem"),
+              ("/" not in s.name, "name", "a plain name")]
     for fine, key, must in rules:
         if not fine:
             raise UserError(f"--{key} {getattr(s, key)!r}: must be {must}")
@@ -199,10 +201,11 @@ def rollout(planner, tokenizer, problems: list[Problem], settings, generator) ->
     """Samples group_size traces for each of N problems."""
     prompts = [data.encode_prompt(tokenizer, data.planner_prompt(p)) for p in problems]
     pad_id = executor.pad_id(tokenizer)
-    c = executor.generate(planner, prompts, num_samples=settings.group_size, max_new_tokens=settings.max_trace_tokens,
-                          temperature=settings.temperature, eos_id=tokenizer.eos_token_id, pad_id=pad_id,
-                          generator=generator)
     device = planner.get_input_embeddings().weight.device
+    with autocast(device):                                               # as in scoring: the sampler is the scorer
+        c = executor.generate(planner, prompts, num_samples=settings.group_size,
+                              max_new_tokens=settings.max_trace_tokens, temperature=settings.temperature,
+                              eos_id=tokenizer.eos_token_id, pad_id=pad_id, generator=generator)
     prompt_of = [prompt for prompt in prompts for _ in range(settings.group_size)]
     ids = executor.pad([p + t for p, t in zip(prompt_of, c.tokens)], pad_id, device)
     target = ids.roll(-1, dims=1)                                        # position t predicts token t + 1
@@ -266,11 +269,8 @@ def train(settings: TrainSettings) -> Path:
     check_settings(settings)
     run, name = Path(settings.run), f"planner-{settings.name or settings.mode}-seed{settings.seed}"
     out, work = run / name, run / f"{name}.partial"
-    if not data.begin_stage(run, name, settings, out):
+    if not data.begin_stage(run, name, settings, out, work / "checkpoint.pt"):
         return out
-    if not (work / "checkpoint.pt").exists():                            # nothing to continue from: begin afresh
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
     device = executor.pick_device(settings.device)
     problems = [data.problem_of(g) for g in data.read_groups(run / "groups" / "train.jsonl")][:settings.max_problems or None]
     base = executor.base_of(run)
@@ -279,11 +279,15 @@ def train(settings: TrainSettings) -> Path:
     sampling = torch.Generator(device).manual_seed(settings.seed)
     frozen = Executor(*executor.load(base, device), max_new_tokens=settings.max_answer_tokens,
                       temperature=settings.executor_temperature, exec_score=settings.exec_score, generator=sampling)
-    rm = RubricRewardModel.from_pretrained(run / "rm", device) if settings.mode in ("tracelift", "tracelift-code", "rm_only") else None
+    rm = RubricRewardModel.from_pretrained(run / "rm", device) if settings.mode in RM_MODES else None
     optimizer = torch.optim.AdamW(planner.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     state = {"step": 0, "seconds": 0.0, "planner_tokens": 0}
     if (work / "checkpoint.pt").exists():
         state = load_checkpoint(work, planner, optimizer, frozen, sampling)
+    else:                                                                # nothing to continue from: begin afresh
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        data.record_stage(settings.run, name, settings)
     bar = tqdm(range(state["step"], settings.steps), initial=state["step"], total=settings.steps, desc=name, mininterval=5)
     for step in bar:
         clock = Clock()
@@ -307,7 +311,7 @@ def train(settings: TrainSettings) -> Path:
                 optimizer.zero_grad(set_to_none=True)
         state["step"], state["seconds"] = step + 1, state["seconds"] + clock.total()           # 4. write it down
         state["planner_tokens"] += sum(map(len, batch.completions.tokens))
-        line = {"step": step, **summarize(rewards, batch, settings), **health, "grad_norm": norm.item(),
+        line = {"step": step, **summarize(rewards, runs, batch, settings), **health, "grad_norm": norm.item(),
                 **frozen.spent, **{k: state[k] for k in ("planner_tokens", "seconds")}, **clock.seconds}
         append_jsonl(work / "metrics.jsonl", [line])
         if step % settings.save_every == 0:
@@ -317,8 +321,8 @@ def train(settings: TrainSettings) -> Path:
         bar.set_postfix({k: f"{line[k]:.2f}" for k in ("reward", "success", "uplift") if line[k] is not None})
     planner.save_pretrained(work)
     tokenizer.save_pretrained(work)
-    (work / "checkpoint.pt").unlink(missing_ok=True)
     os.replace(work, out)
+    (out / "checkpoint.pt").unlink(missing_ok=True)
     return out
 
 
@@ -354,13 +358,14 @@ def mean(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def summarize(rewards: list[Reward], batch: Rollout, settings) -> dict:
+def summarize(rewards: list[Reward], runs: list, batch: Rollout, settings) -> dict:
     """Metrics of a step over its B traces; the README's glossary says what each means."""
     G = settings.group_size
     totals = [r.total for r in rewards]
     groups = [totals[i:i + G] for i in range(0, len(totals), G)]
     checks = [c for c in map(data.check_trace, batch.problems, batch.traces) if c is not None]
-    return {"reward": mean(totals), "success": mean(r.e2e for r in rewards), "uplift": mean(r.uplift for r in rewards),
+    return {"reward": mean(totals), "success": mean(r[0].ok if r else None for r in runs),
+            "e2e": mean(r.e2e for r in rewards), "uplift": mean(r.uplift for r in rewards),
             "rm": mean(r.rm for r in rewards), "without_trace": mean(
                 r.without_trace / settings.repeats if r.without_trace is not None else None for r in rewards),
             "faithful": mean(c[0] for c in checks), "leak": mean(c[1] for c in checks),
@@ -384,8 +389,11 @@ def append_jsonl(path: Path, records: list[dict]) -> None:
 def save_checkpoint(work: Path, planner, optimizer, frozen: Executor, generator, state: dict) -> None:
     """All that the next step depends on, atomically, with the lengths of the logs at this point."""
     logs = {name: (work / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl")}
-    torch.save({"planner": planner.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
-                "executor": frozen.state(), "state": state, "logs": logs}, work / "checkpoint.tmp")
+    with open(work / "checkpoint.tmp", "wb") as f:
+        torch.save({"planner": planner.state_dict(), "optimizer": optimizer.state_dict(), "state": state, "logs": logs,
+                    "generator": generator.get_state(), "executor": frozen.state()}, f)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(work / "checkpoint.tmp", work / "checkpoint.pt")
 
 
@@ -406,39 +414,49 @@ def load_checkpoint(work: Path, planner, optimizer, frozen: Executor, generator)
 def evaluate(settings: EvalSettings) -> dict:
     """Measures every planner of a run on held-out problems, greedy and at temperature 1, and writes results.json and
     results.md. Rows that results.json already holds are not measured again."""
+    if settings.problems < 1:
+        raise UserError("--problems must be at least 1")
     run, device = Path(settings.run), executor.pick_device(settings.device)
-    data.begin_stage(run, "evaluate", settings, run / "results.json")
+    data.begin_stage(settings.run, "evaluate", settings, run / "results.json")
     base = executor.base_of(run)
     splits = {s: [data.problem_of(g) for g in data.read_groups(run / "groups" / f"{s}.jsonl")][:settings.problems]
               for s in ("heldout", "longer") if s == "heldout" or (run / "groups" / f"{s}.jsonl").exists()}
     planners = sorted(p for p in run.glob("planner-*-seed*") if (p / "config.json").exists())
     path = run / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    known = json.loads(path.read_text()) if path.exists() else {}
+    results = {}
     model, tokenizer = executor.load(base, device)
     frozen = Executor(model, tokenizer, max_new_tokens=settings.max_answer_tokens,
                       temperature=settings.executor_temperature)
     rows = [("no trace", None, ""), ("reference trace", None, ""), ("base planner", base, "")]
     rows += [(p.name, p, p / "metrics.jsonl") for p in planners]
     for name, folder, log in tqdm(rows, desc="evaluate"):
-        if name in results:
+        spent = training_cost(log) if log else None
+        if name in known and known[name].get("spent") == spent:          # measured before, and not trained again since
+            results[name] = known[name]
             continue
-        entry = {}
-        planner = executor.load(folder, device)[0] if folder else None
+        entry = {"spent": spent} if spent else {}
+        planner, own_tokenizer = executor.load(folder, device) if folder else (None, None)
         for split, problems in splits.items():
             for temperature in (0.0, 1.0) if planner else (0.0,):
                 frozen.generator = torch.Generator(device).manual_seed(settings.seed)
                 if planner:
-                    traces, unclosed = write_traces(planner, tokenizer, problems, temperature, settings, frozen.generator)
+                    traces, unclosed = write_traces(planner, own_tokenizer, problems, temperature, settings, frozen.generator)
                 else:
                     traces, unclosed = [p.reference_reasoning for p in problems] if name == "reference trace" else None, 0.0
                 entry[f"{split} T={temperature:g}"] = judge(frozen, problems, traces) | ({"unclosed": unclosed} if planner else {})
-        if log:
-            last = json.loads(log.read_text().splitlines()[-1])
-            entry["spent"] = {k: last[k] for k in COSTS if k != "steps"} | {"steps": last["step"] + 1}
         results[name] = entry
-        data.write_atomic(path, json.dumps(results, indent=1))
+        data.record_stage(settings.run, "evaluate", settings)
+        data.write_atomic(path, json.dumps({**known, **results}, indent=1))
+    data.write_atomic(path, json.dumps(results, indent=1))
     data.write_atomic(run / "results.md", table(results))
     return results
+
+
+def training_cost(log: Path) -> dict:
+    """COSTS of a whole training, from the last line of its metrics.jsonl."""
+    last = json.loads(log.read_text().splitlines()[-1])
+    return {key: last["step"] + 1 if key == "steps" else last[key] for key in COSTS}
 
 
 def write_traces(planner, tokenizer, problems, temperature, settings, generator) -> tuple[list[str], float]:
@@ -506,13 +524,13 @@ def inspect(settings: EvalSettings) -> str:
     groups = data.read_groups(run / "groups" / "heldout.jsonl")
     problem = data.problem_of(groups[settings.seed % len(groups)])
     base, tokenizer = executor.load(executor.base_of(run), device)
-    planner = executor.load(run / settings.planner, device)[0] if settings.planner else base
+    planner, own_tokenizer = executor.load(run / settings.planner, device) if settings.planner else (base, tokenizer)
     rm, generator = RubricRewardModel.from_pretrained(run / "rm", device), torch.Generator(device).manual_seed(settings.seed)
     frozen = Executor(base, tokenizer, max_new_tokens=settings.max_answer_tokens,
                       temperature=settings.executor_temperature, generator=generator)
     train_settings = TrainSettings(run=settings.run, mode="tracelift", group_size=max(2, settings.traces),
                                    max_trace_tokens=settings.max_trace_tokens)
-    batch = rollout(planner, tokenizer, [problem], train_settings, generator)
+    batch = rollout(planner, own_tokenizer, [problem], train_settings, generator)
     rewards, runs = measure(train_settings, frozen, rm, batch.problems, batch.traces)
     advantages = kernels.group_advantage(torch.tensor([r.total for r in rewards]), train_settings.group_size).tolist()
     dimensions = rm.score([data.rm_text(problem, t) for t in batch.traces])[1].tolist()
@@ -544,6 +562,8 @@ def main(argv) -> None:
               f"next: python tracelift.py inspect --preset {settings.preset} --run {settings.run}")
     elif command == "inspect":
         print(inspect(data.parse_settings(EvalSettings, EVAL_PRESETS, rest, "tracelift.py inspect")))
+    elif command in ("-h", "--help"):
+        print(__doc__)
     else:
         raise UserError(f"tracelift.py {command}: choose train, evaluate or inspect; each has --help")
 

@@ -1,0 +1,816 @@
+"""data.py at its edges: splits, flaws, ground truth, files that are not what they should be, prompts, settings.
+
+    python -m pytest tests/test_data.py
+"""
+import dataclasses
+import hashlib
+import http.server
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import data
+from data import NEGATIVE_KINDS, SPLITS, Problem, UserError, check_trace, knob, perturb, tiny_problems
+
+ROOT = Path(data.__file__).resolve().parent
+DATA = ROOT.parent / "shared" / "data"
+TASKS = ("math", "code")
+
+# Bugs that are known and not mended yet. Strict: once mended the test fails until its mark is deleted.
+
+
+@pytest.fixture(scope="module")
+def world():
+    """{task_type: {split: problems}}"""
+    return {t: {s: tiny_problems(t, 300 if s == "base" else 120, 0, s) for s in SPLITS} for t in TASKS}
+
+
+# ---------------------------------------------------------------- the tiny world
+
+@pytest.mark.parametrize("task_type", TASKS)
+def test_splits_share_no_computation(world, task_type):
+    """The same steps under another wording in train and heldout would make held-out numbers a memory test. A trace
+    spells out the whole computation, so no trace may occur in two splits; nor a text, nor an id."""
+    splits = world[task_type]
+    for view in (lambda p: p.reference_reasoning, lambda p: p.problem, lambda p: p.problem_id):
+        seen = {s: {view(p) for p in splits[s]} for s in SPLITS}
+        for i, a in enumerate(SPLITS):
+            for b in SPLITS[i + 1:]:
+                assert not seen[a] & seen[b]
+    # by construction, not by luck of one seed: another seed of one split does not run into the others either
+    other = {p.reference_reasoning for p in tiny_problems(task_type, 200, 7, "train")}
+    assert not other & {p.reference_reasoning for s in SPLITS if s != "train" for p in splits[s]}
+
+
+@pytest.mark.parametrize("task_type", TASKS)
+def test_problems_are_distinct_and_longer_ones_are_longer(world, task_type):
+    splits = world[task_type]
+    for problems in splits.values():
+        assert len({p.problem for p in problems}) == len({p.problem_id for p in problems}) == len(problems)
+    steps = {s: [len(data.split_steps(p, p.reference_reasoning)) for p in splits[s]] for s in SPLITS}
+    assert min(steps["longer"]) > max(max(steps[s]) for s in ("base", "train", "heldout"))
+
+
+@pytest.mark.parametrize("task_type", TASKS)
+def test_same_seed_same_world(task_type):
+    """A run can be repeated: nothing depends on the global generator or on the hash seed of the process."""
+    random.seed(1)
+    first = tiny_problems(task_type, 30, 5), data.base_corpus(task_type, 100, 5)
+    random.seed(2)
+    assert first == (tiny_problems(task_type, 30, 5), data.base_corpus(task_type, 100, 5))
+    assert first[0] != tiny_problems(task_type, 30, 6)
+    groups = data.build_groups(first[0], 3, 5)
+    assert groups == data.build_groups(first[0], 3, 5) != data.build_groups(first[0], 3, 6)
+
+
+def test_the_world_does_not_depend_on_the_hash_seed():
+    """Sets of strings have another order in every process: iterating over one would make runs differ."""
+    code = ("import data; p = data.tiny_problems('code', 20, 0) + data.tiny_problems('math', 20, 0); "
+            "print(repr((p, data.base_corpus('code', 100, 0), data.build_groups(p, 3, 0))))")
+    outputs = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed},
+                              capture_output=True, check=True).stdout for seed in ("1", "2")]
+    assert outputs[0] == outputs[1] != b""
+
+
+def test_a_small_corpus_is_a_corpus():
+    """A few sequences only, as in a quick try: the share of longer problems must not run out of them."""
+    for seed in range(40):
+        assert len(data.base_corpus("math", 8, seed)) == 8
+
+
+@pytest.mark.parametrize("arguments", [("poetry", 1, 0, "train"), ("math", 1, 0, "test")])
+def test_unknown_task_or_split(arguments):
+    with pytest.raises(ValueError, match=arguments[0] if arguments[0] == "poetry" else arguments[3]):
+        tiny_problems(*arguments)
+
+
+def test_generated_programs_pass_their_tests_and_other_programs_do_not(world):
+    """Rewards come from these tests: a reference that fails them, or tests that anything passes, poison everything."""
+    for problems in world["code"].values():
+        for problem in problems[:60]:
+            scope = {}
+            exec(problem.reference_solution, scope)
+            for test in problem.tests:
+                exec(test["assert"], scope)
+            with pytest.raises(AssertionError):
+                for test in problem.tests:
+                    exec(test["assert"], {"f": lambda x: x})
+
+
+def test_math_answers_agree_with_the_trace(world):
+    """The last equation of the reference is left open, and closing it gives the reference solution."""
+    for problems in world["math"].values():
+        for problem in problems:
+            *_, last = problem.reference_reasoning.split(" ; ")
+            expression, _, result = last.partition(" = ")
+            assert result == "?" and data.calculate(expression) == int(problem.reference_solution)
+
+
+# ---------------------------------------------------------------- ground truth
+
+def math_problem(reference, answer):
+    return Problem("m", "tiny", "math", "text", answer, [], reference)
+
+
+def code_problem(reference):
+    return Problem("c", "tiny", "code", "text", "def f(x): pass", [], reference)
+
+
+@pytest.mark.parametrize("task_type", ["math", "code"])
+def test_reference_traces_are_faithful(world, task_type):
+    for problems in world[task_type].values():
+        assert {check_trace(p, p.reference_reasoning) for p in problems} == {(True, False)}
+
+
+@pytest.mark.parametrize("task_type", TASKS)
+def test_every_flaw_is_a_flaw(world, task_type):
+    """A "flawed" trace that is right teaches the reward model to dislike right traces. Each kind must also occur."""
+    rng, made = random.Random(0), dict.fromkeys(NEGATIVE_KINDS[task_type], 0)
+    for problems in world[task_type].values():
+        for problem in problems[:60]:
+            for kind in made:
+                flawed = perturb(problem, problem.reference_reasoning, kind, rng)
+                assert flawed != problem.reference_reasoning
+                if flawed is not None:
+                    made[kind] += 1
+                    faithful, leak = check_trace(problem, flawed)
+                    assert not faithful, (kind, problem, flawed)
+                    assert leak or kind not in ("answer_leak", "code_dump"), (kind, problem, flawed)
+    assert min(made.values()) > 20, made
+
+
+TWO_STEPS = "17 + 5 = 22 ; 22 * 2 = ?"
+
+
+@pytest.mark.parametrize("trace, faithful, leak", [
+    (TWO_STEPS, True, False),
+    ("5 + 17 = 22 ; 22 * 2 = ?", True, False),                    # commuted operands are right too
+    ("17 + 5 = 22 ; 2 * 22 = ?", True, False),
+    ("17 + 5 = 22", False, False),                                # the last step is missing
+    ("22 * 2 = ?", False, False),                                 # the first one is
+    ("17 + 5 = 22 ; 22 * 2 = ? ; 44 + 1 = ?", False, False),      # one too many
+    ("22 * 2 = ? ; 17 + 5 = 22", False, False),
+    ("17 + 5 = 23 ; 23 * 2 = ?", False, False),                   # a slip, carried on
+    ("17 + 5 = 23 ; 22 * 2 = ?", False, False),                   # two slips that cancel
+    ("17 - 5 = 22 ; 22 * 2 = ?", False, False),                   # the wrong sign, the right numbers
+    ("17 + 5 = ? ; 22 * 2 = ?", False, False),                    # an intermediate result withheld
+    ("17 + 5 = 22 ; 22 * 2 = 44", False, True),                   # states the result
+    ("17 + 5 = 22 ; 22 * 2 = 45", False, True),                   # states a wrong result
+    ("17 + 5 = 44", False, True),                                 # states it out of nowhere
+    ("17 + 5 = 22 ; 22 * 2 = 44 ; 44 + 1 = ?", False, True),      # states it and goes on
+    ("", False, False), ("first add , then double", False, False), (TWO_STEPS + " .", False, False),
+])
+def test_check_a_chain(trace, faithful, leak):
+    assert check_trace(math_problem(TWO_STEPS, "44"), trace) == (faithful, leak)
+
+
+def test_subtraction_does_not_commute():
+    problem = math_problem("30 - 12 = 18 ; 18 + 5 = ?", "23")
+    assert check_trace(problem, "12 - 30 = 18 ; 18 + 5 = ?") == (False, False)
+
+
+def test_a_chain_that_returns_to_an_earlier_value_is_no_leak():
+    """20 + 5 = 25 is the last equation with its result, but it is also the first step."""
+    problem = math_problem("20 + 5 = 25 ; 25 - 5 = 20 ; 20 + 5 = ?", "25")
+    assert check_trace(problem, problem.reference_reasoning) == (True, False)
+
+
+@pytest.mark.parametrize("trace", ["17 + 5 = 22 ; 2 * 22 = 44 ; 44 + 1 = ?", "17 + 5 = 22 ; 22 * 2 = 44 ;"])
+def test_a_dressed_up_result_is_a_leak(trace):
+    """Commuted, or with something after it, the final equation still gives the result away; RL finds such ways."""
+    assert check_trace(math_problem(TWO_STEPS, "44"), trace) == (False, True)
+
+
+@pytest.mark.parametrize("trace, faithful, leak", [
+    ("add 3 ; subtract 2 ; cap at 9", True, False),
+    ("subtract 2 ; add 3 ; cap at 9", True, False),               # another order, the same function
+    ("cap at 9 ; add 3 ; subtract 2", False, False),              # another order, another function
+    ("add 1 ; cap at 9", False, False),                           # the same function, steps that the text does not name
+    ("add 3 ; subtract 2", False, False), ("add 3 ; subtract 2 ; cap at 9 ; cap at 9", False, False),
+    ("add 3 ; subtract 2 ; cap at 8", False, False), ("add 3 ; subtract 2 ; raise to 9", False, False),
+    ("add 3 ; adjust it ; cap at 9", False, False), ("", False, False), ("add 3 ; subtract 2 ; cap at", False, False),
+    ("x = x + 3 ; x = x - 2 ; x = min(x, 9)", False, True),       # code for a plan
+    ("add 3 ; subtract 2 ; x = min(x, 9)", False, True),          # code at the end
+    ("def f(x): pass", False, True), ("add 3 ; return x", False, True),
+])
+def test_check_a_plan(trace, faithful, leak):
+    assert check_trace(code_problem("add 3 ; subtract 2 ; cap at 9"), trace) == (faithful, leak)
+
+
+def test_no_ground_truth_outside_the_tiny_world():
+    """A made-up True here would look like a measurement."""
+    assert check_trace(Problem("g", "gsm8k", "math", "q", "#### 1", [], "1"), "1") is None
+
+
+@pytest.mark.parametrize("task_type", TASKS)
+def test_habits_are_flaws_and_some_of_them_leak(world, task_type):
+    """Habits make the base planner wrong also when decoding greedily: so they are a function of the problem, never
+    faithful, and some (those that work) leak while others do not."""
+    problems = world[task_type]["base"]
+    habits = [data.habit(p) for p in problems]
+    assert habits == [data.habit(p) for p in problems]
+    checks = [check_trace(p, h) for p, h in zip(problems, habits)]
+    assert sum(faithful for faithful, _ in checks) <= 0.02 * len(checks)     # see the next test
+    assert 0.1 < sum(leak for _, leak in checks) / len(checks) < 0.9
+
+
+# ---------------------------------------------------------------- flaws of annotated solutions
+
+QUESTION = "Ann has 48 apples. She picks 6 more bags of 5. She gives away 10. How many are left?"
+
+
+def solution(first="6*5", a=30, second="48+{a}", b=78, c=68):
+    second = second.format(a=a)
+    return (f"She picks {first} = <<{first}={a}>>{a} apples.\nNow she has {second} = <<{second}={b}>>{b} apples.\n"
+            f"After giving away 10 she has {b}-10 = <<{b}-10={c}>>{c} apples.")
+
+
+def gsm8k_problem(answer=None, question=QUESTION, final="68"):
+    return Problem("g", "gsm8k", "math", question, f"{answer or solution()}\n#### {final}")
+
+
+STEPS = solution().split("\n")
+SLIPS = (-10, -2, -1, 1, 2, 10)
+# every flaw that a hand can make of `solution()`, its arithmetic carried to the end
+BY_HAND = {
+    "arithmetic_slip": {solution(a=30 + e, b=78 + e, c=68 + e) for e in SLIPS}
+    | {solution(b=78 + e, c=68 + e) for e in SLIPS},
+    "wrong_operation": {solution("6+5", 11, b=59, c=49), solution(second="48-{a}", b=18, c=8)},
+    "misread_quantity": {solution(first, a, b=48 + a, c=38 + a) for first, a in (
+        ("48*5", 240), ("5*5", 25), ("10*5", 50), ("6*48", 288), ("6*6", 36), ("6*10", 60))}
+    | {solution(second=f"{n}+{{a}}", b=n + 30, c=n + 20) for n in (6, 5, 10)},
+    "dropped_step": {"\n".join(STEPS[1:]), "\n".join([STEPS[0], STEPS[2]])},
+    "unsupported_leap": {solution().replace("6*5 = <<6*5=30>>", ""), solution().replace("48+30 = <<48+30=78>>", "")},
+    "answer_leak": {solution() + "\nThe final answer is 68."},
+}
+
+
+@pytest.mark.parametrize("kind", NEGATIVE_KINDS["math"])
+def test_flaws_of_an_annotated_solution(kind):
+    """One localized edit, and every later number that depends on it follows: a second, unintended contradiction
+    would make the flaw easier to see than its rubric says."""
+    problem = gsm8k_problem()
+    made = {perturb(problem, solution(), kind, random.Random(seed)) for seed in range(100)} - {None}
+    assert made and made <= BY_HAND[kind]
+    assert len(made) >= min(2, len(BY_HAND[kind]))
+
+
+def test_flaws_leave_numbers_alone_that_only_look_alike():
+    """Carrying 30 on must not touch 300, 1.30 or 2,030 in the words that follow."""
+    text = "It is 6*5 = <<6*5=30>>30.\nOf 300 at 1.30 and 2,030 it is 30+1 = <<30+1=31>>31.\nThen 31*2 = <<31*2=62>>62."
+    made = {perturb(gsm8k_problem(text), text, "arithmetic_slip", random.Random(seed)) for seed in range(30)} - {None}
+    assert made and all("Of 300 at 1.30 and 2,030 it" in flawed for flawed in made)
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("He gets 5*500 = <<5*500=2500>>2,500.\nThen 2,500+1 = <<2500+1=2501>>2,501.\nThen 2,501*2 = <<2501*2=5002>>5,002.",
+     r"gets 5\*500 = 2,?500\."),
+    ("It is 2*.2 = <<2*.2=.4>>.4 l.\nThen .4*100 = <<.4*100=40>>40.\nThen 40+1 = <<40+1=41>>41.", r"2\*\.2 = 0?\.4 l"),
+])
+def test_a_slip_shows_also_in_numbers_with_commas_or_bare_points(text, shown):
+    """The annotations are stripped afterwards: a slip that only they carry leaves a right trace labelled as wrong."""
+    for seed in range(30):
+        flawed = perturb(gsm8k_problem(text), text, "arithmetic_slip", random.Random(seed))
+        if flawed and flawed.split("\n")[0] != text.split("\n")[0]:            # the slip is in the first calculation
+            assert not re.search(shown, data.strip_annotations(flawed)), flawed
+
+
+def test_large_results_are_written_out():
+    """1.377e+04 is in no solution of a word problem; the style alone would give the flaw away."""
+    text = ("He has 10000*3 = <<10000*3=30000>>30000.\nHalf is 30000/4 = <<30000/4=7500>>7500.\n"
+            "With 0.5 it is 30000+0.5 = <<30000+0.5=30000.5>>30000.5.\nThen 7500+1 = <<7500+1=7501>>7501.")
+    for seed in range(60):
+        assert "e+" not in (perturb(gsm8k_problem(text), text, "arithmetic_slip", random.Random(seed)) or "")
+
+
+def test_flaws_that_a_trace_does_not_allow():
+    """None, never the unchanged trace under the name of a flaw."""
+    rng = random.Random(0)
+    bare, single = gsm8k_problem("No calculation here."), "It is 6*5 = <<6*5=30>>30."
+    assert all(perturb(bare, "No calculation here.", kind, rng) is None for kind in NEGATIVE_KINDS["math"])
+    # the only calculation is the executor's part, so a slip in it would be invisible
+    assert perturb(gsm8k_problem(single), single, "arithmetic_slip", rng) is None
+    assert perturb(gsm8k_problem(single), single, "dropped_step", rng) is None
+    odd = "It is 7%2 = <<7%2=1>>1.\nSo 1+1 = <<1+1=2>>2."                      # not arithmetic of ours
+    assert perturb(gsm8k_problem(odd), odd, "wrong_operation", rng) is None
+    program = Problem("HumanEval/0", "humaneval", "code", "task", "code", [], "plan")
+    assert perturb(program, "plan", "missing_step", rng) is None
+    one = math_problem("17 + 5 = ?", "22")
+    assert all(perturb(one, one.reference_reasoning, kind, rng) is None
+               for kind in ("arithmetic_slip", "dropped_step", "unsupported_leap"))
+    with pytest.raises(ValueError, match="vague_plan"):
+        perturb(one, one.reference_reasoning, "vague_plan", rng)
+
+
+@pytest.mark.parametrize("text, plain", [
+    ("6*5 = <<6*5=30>>30 apples", "6*5 = 30 apples"), ("a <<1/2=.5>>.5 <<2-.5=1.5>>1.5", "a .5 1.5"),
+    ("nothing, 1 < 2 << 3", "nothing, 1 < 2 << 3"), ("", "")])
+def test_strip_annotations(text, plain):
+    assert data.strip_annotations(text) == plain
+
+
+@pytest.mark.parametrize("annotated, hidden", [
+    ("6*5 = <<6*5=30>>30 apples.\nThen 30-10 = <<30-10=20>>20 left.", "6*5 = 30 apples.\nThen 30-10 = ? left."),
+    ("It is 10/4 = $<<10/4=2.5>>2.5. So $2.5 it is.", "It is 10/4 = $?. So $? it is."),      # told again after it
+    ("It is 9*2 = <<9*2=18>>18, not 180 or 1.18 or 118.", "It is 9*2 = ?, not 180 or 1.18 or 118."),
+    ("40*2000 = <<40*2000=80000>>80,000 in all", "40*2000 = ? in all"),                      # a thousands comma
+    ("Bob has 18. So 9*2 = <<9*2=18>>18.\nThat is 18.", "Bob has ?. So 9*2 = ?.\nThat is ?."),
+    ("no annotation, 30 apples", "no annotation, 30 apples"), ("", "")])
+def test_hide_result(annotated, hidden):
+    """The final result is the executor's part: it must not stand in the reference trace, other numbers must."""
+    assert data.strip_annotations(data.hide_result(annotated)) == hidden
+
+
+@pytest.mark.parametrize("expression, value", [
+    ("6*5", 30), ("48/5", "48/5"), (" (2+3)*-4 ", -20), ("0.1+0.2", "3/10"), (".5*4", 2), ("1/0", None), ("2**9", None),
+    ("", None), ("(2+3", None), ("1,000*2", None), ("7%2", None), ("True+1", None), ("'a'*3", None), ("f(2)", None),
+    ("x", None), ("1\0", None), ("1e999", None), ("20%", None)])
+def test_calculate(expression, value):
+    """Exact, and nothing but arithmetic: text of a model or a data set is never evaluated as a program."""
+    assert data.calculate(expression) == (None if value is None else data.Fraction(value))
+
+
+# ---------------------------------------------------------------- groups
+
+def group(**changes):
+    rubric = {**NEGATIVE_KINDS["math"]["dropped_step"]}
+    return {"problem_id": "a", "source": "tiny", "task_type": "math", "problem": "Zoë has 1 \\ \"cup\"", "tests": [],
+            "reference_solution": "1", "positive_pool": [{"reasoning": "r", "rubric": {**data.POSITIVE_RUBRIC["math"]}}],
+            "negative_bank": [{"reasoning": "n", "negative_kind": "dropped_step", "rubric": rubric}], **changes}
+
+
+@pytest.mark.parametrize("task_type", TASKS)
+def test_built_groups(world, task_type, tmp_path):
+    """Negatives are distinct, never the positive, of a kind that the rubric table knows; the file reads back."""
+    problems = world[task_type]["train"]
+    groups = data.build_groups(problems, 4, 0)
+    assert len(groups) >= 0.9 * len(problems)
+    for g in groups:
+        reasonings = [n["reasoning"] for n in g["negative_bank"]]
+        assert len(set(reasonings)) == 4 and g["positive_pool"][0]["reasoning"] not in reasonings
+        assert len({n["negative_kind"] for n in g["negative_bank"]}) >= 3      # different kinds as far as they go
+        assert all(n["rubric"] == NEGATIVE_KINDS[task_type][n["negative_kind"]] for n in g["negative_bank"])
+        assert max(n["rubric"]["total"] for n in g["negative_bank"]) < g["positive_pool"][0]["rubric"]["total"]
+    data.write_groups(tmp_path / "g.jsonl", groups)
+    read = data.read_groups(tmp_path / "g.jsonl")
+    assert read == groups
+    by_id = {p.problem_id: p for p in problems}
+    assert all(data.problem_of(g) == by_id[g["problem_id"]] for g in read)
+
+
+def test_rubrics_are_valid():
+    for task_type, kinds in NEGATIVE_KINDS.items():
+        for rubric in [data.POSITIVE_RUBRIC[task_type], *kinds.values()]:
+            assert set(rubric) == {*data.DIMENSIONS[task_type], "total"} and len(data.DIMENSIONS[task_type]) == 5
+            assert all(rubric[d] in range(5) for d in data.DIMENSIONS[task_type]) and 0 <= rubric["total"] <= 1
+
+
+def test_a_problem_without_reasoning_makes_no_group():
+    with pytest.raises(UserError, match="HumanEval/0"):
+        data.build_groups([Problem("HumanEval/0", "humaneval", "code", "t", "s")], 1, 0)
+
+
+def test_groups_round_trip_with_unknown_keys(tmp_path):
+    """The public data set has keys that we do not know; reading and writing must not lose, round or reorder them."""
+    one = group(metadata={"null": None, "float": 0.1 + 0.2, "big": 2 ** 60, "nested": [[], {"ü": "\n\t\u0000"}]}, zz=1, aa=True)
+    one["positive_pool"][0]["annotator"] = "x"
+    one["negative_bank"][0]["rubric"]["comment"] = "late"
+    two = group(problem_id="b", positive_pool=[], negative_bank=[])
+    del two["tests"]
+    first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    data.write_groups(first, [one, two])
+    read = data.read_groups(first)
+    assert read == [one, two] and [list(g) for g in read] == [list(one), list(two)]
+    data.write_groups(second, read)
+    assert first.read_bytes() == second.read_bytes()
+    assert data.problem_of(two).tests == [] and data.problem_of(two).reference_reasoning is None
+
+
+@pytest.mark.parametrize("space", ["\u2028", "\u0085"])
+def test_a_line_of_a_file_ends_at_a_newline_only(tmp_path, space):
+    """str.splitlines also cuts at U+2028 and others, which JSON leaves as they are inside a string."""
+    one = group(problem=f"a{space}b")
+    (tmp_path / "g.jsonl").write_text(json.dumps(one, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert data.read_groups(tmp_path / "g.jsonl") == [one]
+
+
+def damage(path, value):
+    """A group with `value` at `path`; the key removed for `damage`."""
+    record = group()
+    *way, last = path
+    place = record
+    for key in way:
+        place = place[key]
+    if value is damage:
+        del place[last]
+    else:
+        place[last] = value
+    return json.dumps(record)
+
+
+NEGATIVE = ("negative_bank", 0)
+MALFORMED = [
+    ("not json", "JSON"), ("{", "JSON"), ("", "JSON"), ("[1]", "object"), ("null", "object"),
+    *[(damage([key], damage), key) for key in ("problem_id", "source", "task_type", "problem", "reference_solution",
+                                               "positive_pool", "negative_bank")],
+    (damage(["problem"], 7), "problem"), (damage(["problem_id"], None), "problem_id"),
+    (damage(["task_type"], "poetry"), "task_type"), (damage(["tests"], {}), "tests"),
+    (damage(["positive_pool"], "r"), "positive_pool"), (damage(["positive_pool", 0], "r"), "reasoning"),
+    (damage([*NEGATIVE, "reasoning"], damage), "reasoning"), (damage([*NEGATIVE, "reasoning"], 1), "reasoning"),
+    (damage([*NEGATIVE, "negative_kind"], damage), "negative_kind"), (damage([*NEGATIVE, "rubric"], damage), "rubric"),
+    *[(damage([*NEGATIVE, "rubric", "step_coherence"], bad), "step_coherence") for bad in (damage, 5, -1, 2.0, True, "3", None)],
+    *[(damage([*NEGATIVE, "rubric", "total"], bad), "total") for bad in (damage, 1.5, -0.1, True, "1", None, float("nan"))],
+]
+
+
+@pytest.mark.parametrize("line, named", MALFORMED)
+def test_malformed_groups_name_file_line_and_key(tmp_path, line, named):
+    """Nothing is skipped in silence, and the message says where to look."""
+    path = tmp_path / "groups.jsonl"
+    path.write_text(json.dumps(group()) + "\n" + line + "\n" + json.dumps(group()) + "\n")
+    with pytest.raises(UserError) as error:
+        data.read_groups(path)
+    assert f"{path}:2" in str(error.value) and named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tests", [[1], [{}], [{"assert": 1}], [{"input": "1"}]])
+def test_malformed_tests_are_found_when_read(tmp_path, tests):
+    """Else the sandbox refuses them in the middle of a training run, without file and line."""
+    (tmp_path / "g.jsonl").write_text(json.dumps(group(tests=tests)))
+    with pytest.raises(UserError, match="g.jsonl:1.*tests"):
+        data.read_groups(tmp_path / "g.jsonl")
+
+
+@pytest.mark.parametrize("content, words", [(None, "no such file"), (b"", "empty"),
+                                            pytest.param(b"\xff\xfe{}", "UTF-8")])
+def test_files_that_hold_nothing(tmp_path, content, words):
+    path = tmp_path / "x.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as error:
+        data.read_groups(path)
+    assert str(path) in str(error.value)
+
+
+# ---------------------------------------------------------------- readers
+
+def test_read_gsm8k(tmp_path):
+    path = tmp_path / "part.jsonl"
+    path.write_text(json.dumps({"question": f" {QUESTION}\n", "answer": f"{solution()}\n#### 68", "extra": 1}) + "\n")
+    [problem] = data.read_gsm8k(path)
+    assert (problem.task_type, problem.source, problem.problem, problem.tests) == ("math", "gsm8k", QUESTION, [])
+    assert problem.reference_reasoning == ("She picks 6*5 = 30 apples.\nNow she has 48+30 = 78 apples.\n"
+                                           "After giving away 10 she has 78-10 = ? apples.")
+    import verify
+    assert verify.math_equal("#### 68", problem.reference_solution)            # what the reward will compare with
+    assert not verify.math_equal("78", problem.reference_solution)
+    [g] = data.build_groups([problem], 6, 0)
+    assert not [n for n in g["negative_bank"] if "<<" in n["reasoning"]]
+    assert [n["negative_kind"] for n in g["negative_bank"] if "68" in n["reasoning"]] == ["answer_leak"]
+
+
+@pytest.mark.parametrize("row, named", [({"question": "q", "answer": "1"}, "answer"), ({"question": "q"}, "answer"),
+                                        ({"answer": "#### 1"}, "question"), ({"question": 1, "answer": "#### 1"}, "question")])
+def test_malformed_gsm8k(tmp_path, row, named):
+    path = tmp_path / "g.jsonl"
+    path.write_text(json.dumps({"question": "q", "answer": "#### 1"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=re.escape(f"{path}:2") + f".*'{named}'"):
+        data.read_gsm8k(path)
+
+
+def humaneval_row():
+    return {"task_id": "HumanEval/0", "prompt": "def inc(n):\n    '''Add one.'''\n", "entry_point": "inc",
+            "canonical_solution": "    return n + 1\n", "test": "def check(candidate):\n    assert candidate(1) == 2\n"}
+
+
+def test_read_humaneval(tmp_path):
+    path = tmp_path / "h.jsonl"
+    path.write_text(json.dumps(humaneval_row()) + "\n")
+    [problem] = data.read_humaneval(path)
+    assert (problem.problem_id, problem.task_type, problem.reference_reasoning) == ("HumanEval/0", "code", None)
+    assert "return n + 1" not in problem.problem
+    for program, passes in ((problem.reference_solution, True), (problem.problem + "    return n\n", False)):
+        scope = {}
+        exec(program, scope)
+        if passes:
+            exec(problem.tests[0]["assert"], scope)
+        else:
+            with pytest.raises(AssertionError):
+                exec(problem.tests[0]["assert"], scope)
+
+
+@pytest.mark.parametrize("key", humaneval_row())
+def test_malformed_humaneval(tmp_path, key):
+    path = tmp_path / "h.jsonl"
+    path.write_text(json.dumps({k: v for k, v in humaneval_row().items() if k != key}))
+    with pytest.raises(UserError, match=re.escape(f"{path}:1") + f".*'{key}'"):
+        data.read_humaneval(path)
+
+
+def real(name):
+    path = DATA / name
+    if not path.is_file():
+        pytest.skip(f"{path} is not here; it is not part of the repository")
+    return path
+
+
+def test_all_of_gsm8k():
+    """Every line parses; the final answer is gone from the last line wherever annotations say what it is; nearly
+    every problem allows three flaws."""
+    problems = data.read_gsm8k(real("gsm8k/train.jsonl")), data.read_gsm8k(real("gsm8k/test.jsonl"))
+    assert tuple(map(len, problems)) == (7473, 1319)
+    problems = [*problems[0], *problems[1]]
+    assert len({p.problem_id for p in problems}) == len(problems)
+    assert not [p for p in problems if "<<" in p.reference_reasoning or "####" in p.reference_reasoning]
+    annotated = [p for p in problems if "<<" in p.reference_solution]
+    assert len(annotated) > 0.98 * len(problems)
+    stated = []
+    for p in annotated:
+        final = p.reference_solution.rpartition("####")[2].strip()
+        forms = "|".join({re.escape(final), re.escape(final.replace(",", ""))})
+        if re.search(rf"= *\$?(?:{forms})(?![\d,.]*\d)", p.reference_reasoning.rpartition("\n")[2]):
+            stated.append(p)
+    assert len(stated) < 0.005 * len(annotated), [p.reference_reasoning for p in stated[:3]]
+    part = annotated[::20]
+    assert len(data.build_groups(part, 3, 0)) > 0.95 * len(part)
+
+
+def test_all_of_humaneval():
+    problems = data.read_humaneval(real("humaneval/HumanEval.jsonl"))
+    assert len(problems) == len({p.problem_id for p in problems}) == 164
+    for p in problems:
+        compile(p.reference_solution + "\n" + p.tests[0]["assert"], p.problem_id, "exec")
+
+
+# ---------------------------------------------------------------- prompts
+
+@pytest.mark.parametrize("completion, reasoning", [
+    ("<reasoning>a b</reasoning>", "a b"), ("well <reasoning> a\nb </reasoning> so", "a\nb"),
+    ("<reasoning>a b", "a b"),                                    # cut at the token limit: used as far as it goes
+    ("a b</reasoning> c", "a b"), ("a b", "a b"), ("", ""), ("<reasoning></reasoning>", ""), ("<reasoning>", ""),
+    ("<reasoning>a</reasoning><reasoning>b</reasoning>", "a"),    # the first block, not a collage
+    ("</reasoning><reasoning>b</reasoning>", "b"), ("<reasoning>a<reasoning>b</reasoning>", "a<reasoning>b"),
+])
+def test_extract_reasoning(completion, reasoning):
+    assert data.extract_reasoning(completion) == reasoning
+
+
+ANY_PROBLEM = [p for t in TASKS for p in (*tiny_problems(t, 1, 0), Problem("h", "other", t, "Do it.", ""))]
+
+
+@pytest.mark.parametrize("problem", ANY_PROBLEM, ids=lambda p: f"{p.source}-{p.task_type}")
+def test_prompts_show_what_they_may(problem):
+    """Reference, tests and a trace that was not given must not reach planner, executor or reward model: success
+    without a trace would be measured with it, and uplift would be nothing."""
+    problem = dataclasses.replace(problem, reference_solution="SECRET1", reference_reasoning="SECRET2",
+                                  tests=[{"assert": "SECRET3"}])
+    planner, alone = data.planner_prompt(problem), data.executor_prompt(problem, None)
+    given, empty, scored = (data.executor_prompt(problem, "TRACE"), data.executor_prompt(problem, ""),
+                            data.rm_text(problem, "TRACE"))
+    for text in (planner, alone, given, empty, scored):
+        assert problem.problem in text and "SECRET" not in text
+    assert "TRACE" in given and "TRACE" in scored
+    marker = given.replace(problem.problem, "").replace("TRACE", "")
+    assert len(alone.replace(problem.problem, "")) < len(marker)                # something announces the trace
+    for tag in ("reasoning>", "Use this reasoning"):
+        assert tag not in alone
+    assert alone != empty                                                       # no trace is not an empty trace
+    if problem.source == "tiny":                                                # one sequence teaches both roles
+        assert given.startswith(planner + "<reasoning>TRACE</reasoning>")
+    intervention = data.intervention_prompt(problem, "S1 ; S2" if problem.source == "tiny" else "S1\n\nS2\n")
+    assert "SECRET2" in intervention and "SECRET1" not in intervention
+    assert re.search(r"^1 : S1\n2 : S2$", intervention, re.MULTILINE)
+
+
+class FakeTokenizer:
+    def __init__(self, template=None):
+        self.chat_template = template
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
+        assert messages == [{"role": "user", "content": "hi"}] and not tokenize and add_generation_prompt
+        return "<bos><user>hi<assistant>"
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [text, add_special_tokens]}
+
+
+def test_encode_prompt_uses_the_chat_template():
+    """An instruct model without its template is another model; with it a second BOS must not be added."""
+    assert data.encode_prompt(FakeTokenizer("{{x}}"), "hi") == ["<bos><user>hi<assistant>", False]
+    assert data.encode_prompt(FakeTokenizer(), "hi") == ["hi", True]
+
+
+# ---------------------------------------------------------------- settings, run folders, files
+
+@dataclass(frozen=True)
+class Settings:
+    run: str = knob("r", "run folder")
+    preset: str = knob("small", "named defaults, 100 % of them")
+    steps: int = knob(1, "steps")
+    rate: float = knob(0.5, "rate")
+
+
+SETTINGS_PRESETS = {"small": {}, "big": {"steps": 9, "rate": 2.0}}
+
+
+def parse(*argv):
+    return data.parse_settings(Settings, SETTINGS_PRESETS, list(argv), "test")
+
+
+def test_flags_win_over_presets_over_defaults():
+    assert parse() == Settings()
+    assert parse("--preset", "big") == Settings(preset="big", steps=9, rate=2.0)
+    assert parse("--preset", "big", "--steps", "1") == Settings(preset="big", steps=1, rate=2.0)   # 1 is the default
+    assert parse("--rate", "3").rate == 3.0
+    assert SETTINGS_PRESETS == {"small": {}, "big": {"steps": 9, "rate": 2.0}}
+
+
+@pytest.mark.parametrize("argv", [("--stepz", "1"), ("--step", "1"), ("--steps", "x"), ("--steps", "1.5"), ("--steps",), ("9",)])
+def test_unknown_flags_exit_with_2(argv, capsys):
+    """Also an abbreviation: a flag added later would change what it means."""
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    assert stop.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(UserError, match="huge.*small, big"):
+        parse("--preset", "huge")
+
+
+def test_help_shows_defaults_and_reasons(capsys):
+    """A percent sign in a reason must not break argparse's formatting."""
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and "100 % of them" in shown and "0.5" in shown and "big" in shown
+
+
+def test_begin_stage(tmp_path):
+    """A finished stage is skipped, a stopped one goes on, one made with other settings is never passed off as this."""
+    run, out, part = tmp_path / "run", tmp_path / "run" / "out", tmp_path / "run" / "out.part"
+    begin = lambda settings, stage="base", output=out, partial=part: data.begin_stage(str(run), stage, settings, output, partial)
+    assert begin(Settings())
+    data.record_stage(str(run), "base", Settings())
+    recorded = json.loads((run / "config.json").read_text())["stages"]["base"]
+    assert recorded["settings"] == dataclasses.asdict(Settings()) and recorded["environment"]["python"]
+    assert begin(Settings())                                      # stopped before there was any output
+    part.write_text("half")
+    assert begin(Settings())                                      # stopped half-way
+    for there in (part, out):
+        there.write_text("whole")
+        with pytest.raises(UserError) as error:
+            begin(Settings(steps=2))
+        for words in ("--steps", "1", "2", "--run", "delete", str(there)):
+            assert words in str(error.value)
+    assert not begin(Settings())
+    assert begin(Settings(steps=2), "rm", run / "rm", None)       # another stage has settings of its own
+    data.record_stage(str(run), "rm", Settings(steps=2))
+    assert set(json.loads((run / "config.json").read_text())["stages"]) == {"base", "rm"} and not begin(Settings())
+
+
+def test_begin_stage_does_not_adopt_an_output_of_unknown_origin(tmp_path):
+    (tmp_path / "out").write_text("whose?")
+    with pytest.raises(UserError, match="out.*config.json.*--run"):
+        data.begin_stage(str(tmp_path), "base", Settings(), tmp_path / "out")
+
+
+def test_a_broken_config_is_a_user_error(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json"):
+        data.begin_stage(str(tmp_path), "base", Settings(), tmp_path / "out")
+
+
+def test_write_atomic(tmp_path):
+    path = tmp_path / "new" / "f.txt"
+    data.write_atomic(path, "one\u2028ü\n")
+    data.write_atomic(path, "two\r\n")
+    assert path.read_bytes() == b"two\r\n" and os.listdir(path.parent) == ["f.txt"]
+    assert path.stat().st_mode & 0o777 == 0o644                   # not the 0600 of a temporary file
+
+
+def test_write_atomic_keeps_the_old_file_on_error(tmp_path, monkeypatch):
+    path = tmp_path / "f.txt"
+    data.write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        data.write_atomic(path, "new \ud800")
+
+    def full_disk(_):
+        raise OSError("no space left")
+    monkeypatch.setattr(data.os, "fsync", full_disk)
+    with pytest.raises(OSError):
+        data.write_atomic(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_write_atomic_leaves_no_temporary_file_on_error(tmp_path):
+    with pytest.raises(UnicodeEncodeError):
+        data.write_atomic(tmp_path / "f.txt", "\ud800")
+    assert os.listdir(tmp_path) == []
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/missing":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", "1000" if self.path == "/cut" else "8")
+        self.end_headers()
+        self.wfile.write("é line\n".encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A file server on a free port of this machine."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+BODY = "é line\n".encode()
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+def test_fetch_once_then_from_the_cache(server, tmp_path):
+    url, cache = f"http://127.0.0.1:{server.server_port}/a.jsonl", tmp_path / "cache"
+    path = data.fetch(url, SHA, cache)
+    assert path.read_bytes() == BODY and path.parent == cache
+    server.shutdown()
+    server.server_close()
+    assert data.fetch(url, SHA, cache) == path                    # the server is down
+    with pytest.raises(UserError, match=f"{url}.*--data"):        # nothing listens there any more
+        data.fetch(url, SHA, tmp_path / "other")
+
+
+@pytest.mark.parametrize("file, sha, words", [
+    ("a.jsonl", "0" * 64, f"sha256 is {SHA}.*--data"), ("missing", SHA, "404.*--data"),
+    pytest.param("cut", SHA, "--data")])         # the connection ends before the file does
+def test_fetch_refuses(server, tmp_path, file, sha, words):
+    """Nothing that is not the expected file may reach the cache, where it would be believed for ever."""
+    with pytest.raises(UserError, match=words):
+        data.fetch(f"http://127.0.0.1:{server.server_port}/{file}", sha, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- the command
+
+def command(cwd, *arguments):
+    return subprocess.run([sys.executable, str(ROOT / "data.py"), *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("--source", "groups", "--data", "bad.jsonl", "--heldout_data", "bad.jsonl"), "bad.jsonl:2"),
+    (("--source", "groups"), "--data"), (("--source", "books"), "books"), (("--task_type", "poetry"), "poetry"),
+    (("--preset", "huge"), "huge"), (("--source", "gsm8k", "--data", "none.jsonl"), "none.jsonl"),
+    (("--source", "groups", "--data", "one.jsonl", "--heldout_data", "one.jsonl"), "--train"),
+    pytest.param(("--negatives", "60", "--train", "20", "--heldout", "5"), "--negatives"),
+    pytest.param(("--train", "0", "--heldout", "5"), "--train"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, words):
+    """No traceback for a mistake of the user, and no half of an output for the next stage to find."""
+    (tmp_path / "bad.jsonl").write_text(json.dumps(group()) + "\nnot json\n")
+    (tmp_path / "one.jsonl").write_text(json.dumps(group()) + "\n")
+    done = command(tmp_path, "--run", "run", *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr
+    assert not list(tmp_path.glob("run/groups/*"))
+
+
+def test_the_command_writes_groups_and_says_what_comes_next(tmp_path):
+    arguments = ("--run", "run", "--train", "12", "--heldout", "5", "--task_type", "code")
+    first = command(tmp_path, *arguments)
+    assert first.returncode == 0 and "executor.py" in first.stdout.splitlines()[-1]
+    folder = tmp_path / "run" / "groups"
+    sizes = {path.stem: len(data.read_groups(path)) for path in folder.iterdir()}
+    assert sizes == {"train": 12, "heldout": 5, "longer": 5}
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert command(tmp_path, *arguments).stdout == first.stdout                # again: skipped, not made again
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    other = command(tmp_path, *arguments, "--seed", "1")
+    assert other.returncode == 2 and "--seed" in other.stderr and other.stderr.count("\n") == 1
+
+
+def test_ready_groups_pass_through_unchanged(tmp_path):
+    """--source groups: the public data set, with keys of its own, cut to size."""
+    lines = [json.dumps(group(problem_id=str(i), metadata={"i": i}), ensure_ascii=False) + "\n" for i in range(4)]
+    (tmp_path / "g.jsonl").write_text("".join(lines))
+    done = command(tmp_path, "--run", "run", "--source", "groups", "--data", "g.jsonl", "--heldout_data", "g.jsonl",
+                   "--train", "3", "--heldout", "1")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/groups/train.jsonl").read_text() == "".join(lines[:3])

@@ -1,0 +1,742 @@
+"""tracelift.py: every part of the reward by hand, the loss against a textbook, resuming bit for bit, and the commands."""
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import math
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import executor  # noqa: E402
+import rm as rm_module  # noqa: E402
+import tracelift  # noqa: E402
+from data import UserError  # noqa: E402
+from executor import Completions, Executor, Run  # noqa: E402
+from tracelift import EvalSettings, TrainSettings, check_settings, combine, completion_logp, measure  # noqa: E402
+from tracelift import policy_gradient, problems_at, rollout, table, train  # noqa: E402
+from verify import SandboxError  # noqa: E402
+
+torch.set_num_threads(1)
+SMALL = ["--device", "cpu", "--max_answer_tokens", "6"]
+
+
+def command(module, *argv):
+    """What a command prints to stdout; run in this process, because importing torch takes longer than the command."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        data.run_command(module.main, [str(a) for a in argv])
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A run folder up to the reward model, made by the commands themselves. The models are close to random."""
+    run = tmp_path_factory.mktemp("runs") / "toy"
+    common = ["--preset", "smoke", "--run", run]
+    said = [command(data, *common, "--train", 12, "--heldout", 5),
+            command(executor, *common, *SMALL, "--sequences", 200, "--hidden", 32, "--layers", 2, "--eval_problems", 4),
+            command(rm_module, *common, "--device", "cpu", "--max_groups", 12)]
+    return run, said
+
+
+@pytest.fixture
+def run(prepared, tmp_path):
+    return Path(shutil.copytree(prepared[0], tmp_path / "toy"))
+
+
+@pytest.fixture
+def lottery(monkeypatch):
+    """Near-random models never succeed, and with rewards that are all 0 nothing would be trained or tested: here the
+    a third of all outputs passes, as a function of the output."""
+    real = Executor.run
+
+    def drawn(self, problems, traces, repeats):
+        ok = lambda run: zlib.crc32(run.output.encode()) % 3 == 0
+        return [[Run(r.output, ok(r), float(ok(r))) for r in runs] for runs in real(self, problems, traces, repeats)]
+    monkeypatch.setattr(Executor, "run", drawn)
+
+
+@pytest.fixture(scope="module")
+def models(prepared):
+    """A random planner with preferences (at the usual initialisation its logits are nearly flat), a tokenizer, problems."""
+    planner, tokenizer = executor.load(str(prepared[0] / "base"), "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for p in planner.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.3, generator=generator)
+    groups = data.read_groups(prepared[0] / "groups" / "train.jsonl")
+    return planner, tokenizer, [data.problem_of(g) for g in groups]
+
+
+def settings(run="", **changes):
+    small = dict(device="cpu", steps=5, problems_per_step=2, group_size=4, repeats=2, learning_rate=5e-3, warmup=2,
+                 micro_batch=3, max_trace_tokens=10, max_answer_tokens=6, save_every=2)
+    return TrainSettings(**{**small, "run": str(run), **changes})
+
+
+def weights_of(folder):
+    return executor.load(str(folder), "cpu", torch.float32)[0].state_dict()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def lines(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- the reward
+
+@pytest.mark.parametrize("mode, parts, total", [
+    ("tracelift", dict(e2e=1.0, rm=0.8, with_trace=3, without_trace=1, repeats=3), 0.5 + 0.5 * 0.8 * 2 / 3),
+    ("tracelift", dict(e2e=0.0, rm=0.8, with_trace=0, without_trace=2, repeats=4), -0.5 * 0.8 * 0.5),   # harm counts
+    ("tracelift", dict(e2e=1.0, rm=0.9, with_trace=2, without_trace=2, repeats=3), 0.5),                # no uplift, no bonus
+    ("tracelift", dict(e2e=1.0, rm=0.0, with_trace=3, without_trace=0, repeats=3), 0.5),                # no quality, no bonus
+    ("tracelift", dict(e2e=1.0, rm=0.5, with_trace=2, without_trace=0, repeats=2, w_e=0.2, w_r=3.0), 1.7),
+    ("exec_only", dict(e2e=-0.6, w_e=0.1), -0.6),
+    ("rm_only", dict(rm=0.3, w_r=0.1), 0.3),
+    ("uplift_only", dict(e2e=1.0, rm=0.0, with_trace=1, without_trace=3, repeats=4, w_e=0.4, w_r=0.6), 0.4 - 0.3),
+    ("tracelift-code", dict(e2e=0.5, rm=0.6, with_trace=1, without_trace=0, repeats=3), 0.5 + 0.12),    # more: +1
+    ("tracelift-code", dict(e2e=0.5, rm=0.6, with_trace=2, without_trace=3, repeats=3), 0.5 - 0.12),    # fewer: -1
+    ("tracelift-code", dict(e2e=0.5, rm=0.6, with_trace=0, without_trace=0, repeats=3), 0.5),           # ties
+    ("tracelift-code", dict(e2e=0.5, rm=0.6, with_trace=1, without_trace=1, repeats=3), 0.5 + 0.06),
+    ("tracelift-code", dict(e2e=0.5, rm=0.6, with_trace=2, without_trace=2, repeats=3), 0.5 + 0.12 * 2 / 3),
+    ("tracelift-code", dict(e2e=0.5, rm=0.6, with_trace=3, without_trace=3, repeats=3), 0.5 + 0.12),
+    ("tracelift-code", dict(e2e=0.5, rm=0.6, with_trace=1, without_trace=1, repeats=4), 0.5 + 0.12 / 4),
+    ("tracelift-code", dict(e2e=1.0, rm=0.9, with_trace=3, without_trace=0, repeats=3), 1.0),           # clamped away
+    ("tracelift-code", dict(e2e=1.0, rm=0.5, with_trace=0, without_trace=1, repeats=3), 0.9),           # a malus is not
+    ("tracelift-code", dict(e2e=-1.0, rm=0.9, with_trace=3, without_trace=0, repeats=3), 0.0)])
+def test_combine(mode, parts, total):
+    assert combine(mode, **parts) == pytest.approx(total, abs=1e-12)
+
+
+class Counted(Executor):
+    """The real executor with its model taken out: trace texts say how many of their runs succeed."""
+
+    def __init__(self):
+        super().__init__(torch.nn.Linear(1, 1), None, max_new_tokens=1)
+        self.calls = []
+
+    def run(self, problems, traces, repeats):
+        self.calls.append(([p.problem_id for p in problems], traces, repeats))
+        if traces is None:
+            return [[Run("", i < 1, float(i < 1)) for i in range(repeats)] for _ in problems]       # 1 of K
+        # "e w": the first run scores e, w of the others succeed
+        return [[Run("", bool(int(t[0])), int(t[0]) / 2)] + [Run("", i < int(t[2]), 9.0) for i in range(repeats - 1)] for t in traces]
+
+
+class Scores:
+    """A reward model that scores 0.1, 0.2, ... in the order of the texts."""
+
+    def __init__(self):
+        self.texts = []
+
+    def score(self, texts):
+        self.texts += texts
+        return torch.arange(1, len(texts) + 1) / 10, torch.zeros(len(texts), 5)
+
+
+class Untouchable:
+    def __getattr__(self, name):
+        raise AssertionError(f"{name} was used and must not be")
+
+
+@pytest.fixture(scope="module")
+def pair(models):
+    p, q = models[2][:2]
+    return [p, p, p, q, q, q], ["1 3", "0 0", "1 1", "0 2", "1 0", "0 3"]
+
+
+def test_measure_draws_e2e_apart_and_the_baseline_once_per_problem(pair):
+    """The run that is rewarded for itself must not be one of the K that measure uplift; a baseline sampled again for
+    each trace costs G times as much and gives traces of one problem different bars."""
+    frozen, scores = Counted(), Scores()
+    rewards, runs = measure(settings(mode="tracelift", repeats=3), frozen, scores, *pair)
+    assert [r.e2e for r in rewards] == [0.5, 0.0, 0.5, 0.0, 0.5, 0.0]
+    assert [r.with_trace for r in rewards] == [3, 0, 1, 2, 0, 3] and [r.without_trace for r in rewards] == [1] * 6
+    assert [r.rm for r in rewards] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert [r.uplift for r in rewards] == pytest.approx([2 / 3, -1 / 3, 0, 1 / 3, -1 / 3, 2 / 3])
+    assert [r.total for r in rewards] == pytest.approx([0.5 * r.e2e + 0.5 * r.rm * r.uplift for r in rewards])
+    assert [len(r) for r in runs] == [4] * 6
+    p, q = pair[0][0].problem_id, pair[0][3].problem_id
+    assert frozen.calls == [([p] * 3 + [q] * 3, pair[1], 4), ([p, q], None, 3)]
+    assert all(problem.problem in text and trace in text for problem, trace, text in zip(*pair, scores.texts))
+    measure(settings(mode="tracelift", repeats=3), frozen, scores, *pair)
+    assert [traces for _, traces, _ in frozen.calls].count(None) == 1, "the executor is frozen: once for all steps"
+    measure(settings(mode="tracelift", repeats=2), frozen, scores, *pair)
+    assert frozen.calls[-1] == ([p, q], None, 2), "a baseline of other K is another measurement"
+
+
+@pytest.mark.parametrize("mode, measured, repeats", [
+    ("tracelift", {"e2e", "rm", "with_trace", "without_trace", "uplift"}, 4),
+    ("tracelift-code", {"e2e", "rm", "with_trace", "without_trace", "uplift"}, 4),
+    ("uplift_only", {"e2e", "with_trace", "without_trace", "uplift"}, 4),
+    ("exec_only", {"e2e"}, 1), ("rm_only", {"rm"}, 0)])
+def test_each_mode_measures_its_parts_only(pair, mode, measured, repeats):
+    """Cost, and fairness: an exec_only planner that saw the reward model would be no baseline."""
+    frozen = Counted() if "e2e" in measured else Untouchable()
+    rewards, _ = measure(settings(mode=mode, repeats=3), frozen, Scores() if "rm" in measured else None, *pair)
+    for reward in rewards:
+        assert {k for k, v in dataclasses.asdict(reward).items() if v is not None} == measured | {"total"}
+    if repeats:
+        assert [n for _, traces, n in frozen.calls if traces] == [repeats]
+        assert any(traces is None for _, traces, _ in frozen.calls) == ("without_trace" in measured)
+
+
+@pytest.mark.parametrize("where, error", [("run", SandboxError), ("baseline", SandboxError), ("score", FloatingPointError)])
+def test_a_failed_measurement_is_never_a_reward(pair, where, error):
+    """The paper's code scores a failed call 0 (and a failed no-trace call then raises the uplift)."""
+    frozen, scores = Counted(), Scores()
+
+    def fail(*args, **kwargs):
+        raise error("broken")
+    setattr(scores if where == "score" else frozen, where, fail)
+    with pytest.raises(error):
+        measure(settings(mode="tracelift"), frozen, scores, *pair)
+
+
+# ---------------------------------------------------------------- rollout
+
+@pytest.fixture
+def crafted(models, monkeypatch):
+    """A rollout of chosen completions: closed, cut, nothing but EOS, closed but cut before EOS, empty, ..."""
+    planner, tokenizer, problems = models
+    eos, good = tokenizer.eos_token_id, problems[0].reference_reasoning
+    ids = lambda text: tokenizer(text)["input_ids"] if text else []
+    tokens = [ids(f"{data.OPEN}{good}{data.CLOSE}") + [eos], ids(data.OPEN + good), [eos], ids(good + data.CLOSE),
+              ids(data.OPEN + data.CLOSE) + [eos], ids(data.OPEN) + [eos], ids(good), ids(good)[:1] + [eos]]
+    made = Completions(tokens, [[0.0] * len(t) for t in tokens], [t[-1] == eos for t in tokens])
+    monkeypatch.setattr(executor, "generate", lambda *args, **kwargs: made)
+    two = sorted(problems, key=lambda p: len(p.problem))[::len(problems) - 1]                      # short and long
+    return lambda tok=tokenizer: (rollout(planner, tok, two, settings(), None), tokens, two)
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_the_mask_covers_the_sampled_tokens_and_nothing_else(models, crafted, pad_is_eos):
+    """Off by one in T; EOS left out (stopping is never trained); pads taken for EOS, or EOS for a pad."""
+    tokenizer = copy.deepcopy(models[1])
+    if pad_is_eos:
+        tokenizer.pad_token = tokenizer.eos_token
+        assert executor.pad_id(tokenizer) == tokenizer.eos_token_id
+    batch, tokens, two = crafted(tokenizer)
+    assert [p.problem_id for p in batch.problems] == [p.problem_id for p in two for _ in range(4)]
+    assert len({len(data.encode_prompt(tokenizer, data.planner_prompt(p))) for p in two}) == 2
+    for b, (problem, sampled) in enumerate(zip(batch.problems, tokens)):
+        prompt = data.encode_prompt(tokenizer, data.planner_prompt(problem))
+        assert batch.ids[b, :len(prompt) + len(sampled)].tolist() == prompt + sampled
+        assert batch.scored[b].nonzero()[:, 0].tolist() == list(range(len(prompt) - 1, len(prompt) - 1 + len(sampled)))
+        assert batch.target[b][batch.scored[b]].tolist() == sampled
+    assert batch.target[batch.scored].tolist() == sum(tokens, []), "rows of the loss are in sampling order"
+
+
+def test_unclosed_completions_are_used_and_counted(models, crafted):
+    """Neither an error nor repaired; an empty trace is an empty trace."""
+    batch, _, _ = crafted()
+    good = models[2][0].reference_reasoning
+    assert batch.traces[:7] == [good, good, "", good, "", "", good] and good.startswith(batch.traces[7])
+    assert batch.unclosed == 5
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+def test_scored_logprobs_are_the_sampled_ones(models, temperature):
+    """The sampler is the scorer: one temperature, positions aligned, whatever the micro-batch."""
+    planner, tokenizer, problems = models
+    s = settings(temperature=temperature, max_trace_tokens=20)
+    batch = rollout(planner, tokenizer, problems[:4], s, torch.Generator().manual_seed(0))
+    sampled = torch.tensor(sum(batch.completions.logprobs, []))
+    torch.testing.assert_close(completion_logp(planner, batch, s), sampled, atol=1e-4, rtol=0)
+    wrong = completion_logp(planner, batch, dataclasses.replace(s, temperature=1.0))
+    assert (wrong - sampled).abs().mean() > 0.05, "or the temperature would go unnoticed"
+
+
+# ---------------------------------------------------------------- the gradient
+
+@pytest.fixture(scope="module")
+def sampled(models):
+    """A real rollout of 3 problems x 4 traces of different lengths, with rewards."""
+    planner, tokenizer, problems = models
+    batch = rollout(planner, tokenizer, problems[:3], settings(max_trace_tokens=24), torch.Generator().manual_seed(1))
+    for b, tokens in enumerate(batch.completions.tokens):          # some short ones, whatever was sampled
+        keep = max(1, len(tokens) - (b * 5) % 16)
+        if keep < len(tokens):
+            begin = int(batch.scored[b].nonzero()[0])
+            batch.scored[b, begin + keep:] = False
+            batch.completions.tokens[b] = tokens[:keep]
+    assert len({len(t) for t in batch.completions.tokens}) > 2
+    return batch, torch.tensor([1.0, 0.0, 0.3, 0.5, 0.2, 0.2, 0.9, -0.4, 0.0, 0.0, 0.0, 1.0])
+
+
+def gradient(model, call):
+    """The result of call(model) on a fresh copy, and the gradient it left, as one vector."""
+    model = copy.deepcopy(model)
+    result = call(model)
+    return result, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def textbook(model, batch, reward, s, old=None, ref=None):
+    """The loss of the header, token by token, with autograd; shares nothing with kernels/ or token_logits."""
+    logp = torch.log_softmax(model(batch.ids).logits.float() / s.temperature, dim=-1)
+    B, G, M = len(reward), s.group_size, sum(map(len, batch.completions.tokens))
+    loss, at = 0.0, 0
+    for b, tokens in enumerate(batch.completions.tokens):
+        group = reward[b - b % G:b - b % G + G].tolist()
+        A = reward[b].item() - sum(group) / G
+        if s.scale == "std":
+            A = A / (statistics.pstdev(group) + 1e-6)
+        weight = {"dapo": 1 / M, "grpo": 1 / (B * len(tokens)), "dr_grpo": 1 / (B * s.max_trace_tokens)}[s.weights]
+        begin = int(batch.scored[b].nonzero()[0])
+        for t, token in enumerate(tokens):
+            lp = logp[b, begin + t, token]
+            ratio = (lp - (lp.detach() if old is None else old[at])).exp()
+            part = -torch.minimum(ratio * A, ratio.clamp(1 - s.clip_low, 1 + s.clip_high) * A)
+            if s.beta:
+                part = part + s.beta * ((ref[at] - lp).exp() - (ref[at] - lp) - 1)
+            loss, at = loss + weight * part, at + 1
+    loss.backward()
+    return loss.item()
+
+
+CASES = {"on-policy": {}, "temperature": dict(temperature=0.7), "grpo": dict(weights="grpo"),
+         "dr_grpo": dict(weights="dr_grpo", scale="none"), "old": dict(clip_low=0.1, clip_high=0.3),
+         "kl": dict(beta=0.5), "all": dict(beta=0.2, weights="grpo", temperature=1.4, clip_low=0.3)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_is_the_textbook_one_whatever_the_micro_batch(models, sampled, case):
+    """Divided by the tokens of the step, counted before micro-batching; groups may straddle micro-batches."""
+    batch, reward = sampled
+    s = settings(max_trace_tokens=24, micro_batch=100, **CASES[case])
+    noise = torch.Generator().manual_seed(2)
+    logp = completion_logp(models[0], batch, s)
+    old = logp + 0.3 * torch.randn(logp.shape, generator=noise) if case in ("old", "all") else None
+    ref = logp + 0.5 * torch.randn(logp.shape, generator=noise) if s.beta else None
+    want, slow = gradient(models[0], lambda m: textbook(m, batch, reward, s, old, ref))
+    health, fast = gradient(models[0], lambda m: policy_gradient(m, batch, reward, s, old, ref))
+    assert slow.norm() > 1e-3
+    assert (fast - slow).norm() < 1e-5 * slow.norm()
+    assert health["loss"] == pytest.approx(want, abs=1e-5)
+    for micro_batch in (1, 5):
+        again, part = gradient(models[0], lambda m: policy_gradient(m, batch, reward, dataclasses.replace(s, micro_batch=micro_batch), old, ref))
+        assert (part - fast).norm() < 1e-6 * fast.norm()
+        assert again == pytest.approx(health, abs=1e-5), "metrics are of all micro-batches, not of the last"
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3])
+def test_equal_rewards_give_exactly_no_gradient(models, sampled, value):
+    """Rounding noise divided by a tiny spread makes advantages of up to 1."""
+    _, grad = gradient(models[0], lambda m: policy_gradient(m, sampled[0], torch.full((12,), value), settings()))
+    assert not grad.any()
+
+
+def test_an_update_moves_probability_towards_the_better_traces(models, sampled):
+    """The sign of everything."""
+    batch, reward = sampled
+    planner, s = copy.deepcopy(models[0]), settings(max_trace_tokens=24)
+    before = completion_logp(planner, batch, s)
+    policy_gradient(planner, batch, reward, s)
+    with torch.no_grad():
+        for p in planner.parameters():
+            p -= 1e-3 * p.grad
+    change = (completion_logp(planner, batch, s) - before).split([len(t) for t in batch.completions.tokens])
+    groups = [reward[n:n + 4].tolist() for n in range(0, 12, 4)]
+    advantage = [(r - statistics.mean(g)) / statistics.pstdev(g) for g in groups for r in g]
+    assert sum(a * c.sum().item() for a, c in zip(advantage, change)) > 1e-3
+
+
+def test_clipped_tokens_are_counted_and_pushed_no_further(models, sampled):
+    """At ratio 1.5 good traces are clipped and bad ones are not; at 1 / 1.5 the other way round."""
+    batch, reward = sampled
+    s = settings(max_trace_tokens=24, clip_low=0.2, clip_high=0.2)
+    lengths = [len(t) for t in batch.completions.tokens]
+    better = [reward[b] > reward[b - b % 4:b - b % 4 + 4].mean() for b in range(12)]
+    logp = completion_logp(models[0], batch, s)
+    for shift, clipped in ((-math.log(1.5), better), (math.log(1.5), [not x for x in better])):
+        health, grad = gradient(models[0], lambda m: policy_gradient(m, batch, reward, s, logp + shift))
+        share = sum(n for n, c in zip(lengths, clipped) if c) / sum(lengths)
+        assert 0 < share < 1 and health["clip_share"] == pytest.approx(share, abs=1e-6)
+        _, free = gradient(models[0], lambda m: policy_gradient(m, batch, reward, dataclasses.replace(s, clip_low=9.0, clip_high=9.0), logp + shift))
+        assert (grad - free).norm() > 0.05 * free.norm()
+    assert policy_gradient(copy.deepcopy(models[0]), batch, reward, s, logp)["clip_share"] == 0
+
+
+def test_kl_to_itself_is_zero(models, sampled):
+    """beta must not pull on a planner that is still the reference."""
+    batch, reward = sampled
+    s = settings(max_trace_tokens=24, beta=0.7)
+    ref = completion_logp(models[0], batch, s)
+    health, grad = gradient(models[0], lambda m: policy_gradient(m, batch, reward, s, None, ref))
+    _, free = gradient(models[0], lambda m: policy_gradient(m, batch, reward, dataclasses.replace(s, beta=0.0)))
+    assert abs(health["kl"]) < 1e-6 and (grad - free).norm() < 1e-4 * free.norm()
+    moved = policy_gradient(copy.deepcopy(models[0]), batch, reward, s, None, ref - 0.5)
+    assert moved["kl"] == pytest.approx(math.exp(-0.5) + 0.5 - 1, abs=1e-4)
+
+
+# ---------------------------------------------------------------- training
+
+def test_problems_depend_on_seed_and_step_only():
+    """Runs of other modes, and a resumed run, must see the same problems."""
+    problems = list(range(7))
+    s = settings(problems_per_step=3, seed=4)
+    steps = [problems_at(problems, step, s) for step in range(7)]                 # 3 epochs
+    assert problems_at(problems, 5, dataclasses.replace(s, mode="rm_only", name="x", group_size=2, steps=99)) == steps[5]
+    flat = sum(steps, [])
+    assert all(sorted(flat[i:i + 7]) == problems for i in (0, 7, 14)), "each epoch holds every problem once"
+    assert flat[:7] != flat[7:14] and flat != sum((problems_at(problems, i, dataclasses.replace(s, seed=5)) for i in range(7)), [])
+    assert sorted(problems_at(problems, 0, settings(problems_per_step=21))) == sorted(problems * 3), "fewer problems than N"
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(monkeypatch, call):
+    """measure raises at its call-th call. Returns the function that takes this back."""
+    real, calls = tracelift.measure, []
+
+    def fragile(*args):
+        calls.append(1)
+        if len(calls) == call:
+            raise Crash
+        return real(*args)
+    monkeypatch.setattr(tracelift, "measure", fragile)
+    return lambda: monkeypatch.setattr(tracelift, "measure", real)
+
+
+def without_seconds(records):
+    return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in records]
+
+
+@pytest.mark.parametrize("changes, call", [({}, 4), ({"inner_epochs": 2, "beta": 0.1, "save_every": 1}, 5),
+                                           ({"save_every": 20}, 3)],
+                         ids=["after a checkpoint", "with inner epochs and KL", "before the first checkpoint"])
+def test_an_interrupted_run_ends_like_a_straight_one(prepared, tmp_path, monkeypatch, lottery, changes, call):
+    """A checkpoint without optimizer, generator, baselines or costs, or logs with lines twice, would show here."""
+    straight, broken = (Path(shutil.copytree(prepared[0], tmp_path / name)) for name in ("straight", "broken"))
+    want = train(settings(straight, **changes))
+    mend = crash_at(monkeypatch, call)
+    with pytest.raises(Crash):
+        train(settings(broken, **changes))
+    assert not (broken / want.name).exists(), "a folder of this name means a finished planner"
+    mend()
+    got = train(settings(broken, **changes))
+    assert got == broken / want.name
+    assert not same(weights_of(want), weights_of(straight / "base")), "nothing was trained: this test would see nothing"
+    assert same(weights_of(got), weights_of(want))
+    assert [line["step"] for line in lines(got)] == list(range(5))
+    assert without_seconds(lines(got)) == without_seconds(lines(want))
+    assert lines(got, "samples.jsonl") == lines(want, "samples.jsonl") != []
+    assert sorted(p.name for p in got.iterdir()) == sorted(p.name for p in want.iterdir()), "no checkpoint is left"
+    assert len({line["without_trace"] for line in lines(want)}) > 1 and any(line["grad_norm"] for line in lines(want))
+
+
+def test_a_finished_planner_is_not_trained_again(run, monkeypatch, lottery):
+    """run.sh repeats every command; another setting under the same name must not pass for this planner."""
+    out = train(settings(run, steps=1))
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    monkeypatch.setattr(tracelift, "measure", crash)
+    assert train(settings(run, steps=1)) == out
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
+    for key, value in (("learning_rate", 1e-9), ("steps", 2), ("repeats", 3)):
+        with pytest.raises(UserError, match=f"--{key} "):
+            train(settings(run, **{"steps": 1, key: value}))
+
+
+def crash(*args, **kwargs):
+    raise Crash
+
+
+def test_training_changes_the_planner_and_never_the_executor(run, monkeypatch, lottery):
+    """Both start from one folder. Were they one object, the uplift's bar would move with the planner."""
+    made = []
+
+    class Spy(Executor):
+        def __init__(self, model, *args, **kwargs):
+            super().__init__(model, *args, **kwargs)
+            made.append((model, copy.deepcopy(model.state_dict())))
+    monkeypatch.setattr(tracelift, "Executor", Spy)
+    out = train(settings(run, steps=3))
+    (model, before), = made
+    assert same(before, model.state_dict()) and same(before, weights_of(run / "base"))
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not same(weights_of(out), before)
+
+
+def test_a_sandbox_failure_stops_training_and_logs_no_reward(run, monkeypatch, lottery):
+    def fail(self, *args):
+        raise SandboxError("no helper")
+    monkeypatch.setattr(Executor, "baseline", fail)
+    with pytest.raises(SandboxError):
+        train(settings(run))
+    assert not list(run.glob("planner-*/metrics.jsonl")) and not list(run.glob("planner-*/*.safetensors"))
+
+
+def test_modes_share_problems_and_load_only_what_they_need(run, lottery):
+    """exec_only runs without a reward model; unmeasured parts are null, not 0."""
+    first = lines(train(settings(run, steps=2)), "samples.jsonl")
+    shutil.rmtree(run / "rm")
+    out = train(settings(run, steps=2, mode="exec_only"))
+    assert [r["problem"] for r in lines(out, "samples.jsonl")] == [r["problem"] for r in first]
+    assert [r["trace"] for r in lines(out, "samples.jsonl")] == [r["trace"] for r in first], "the same first rollout"
+    for line in lines(out):
+        assert line["rm"] is line["uplift"] is line["without_trace"] is None and line["reward"] == line["success"]
+    with pytest.raises(UserError, match="rm.py"):
+        train(settings(run, steps=2, mode="rm_only"))
+
+
+def test_several_updates_per_rollout_move_the_ratio(run, lottery):
+    """With one update the ratio is 1 and nothing can be clipped; with three the clip must act on old log-probs."""
+    one = lines(train(settings(run, steps=2, name="one", learning_rate=3e-2, warmup=1)))
+    three = lines(train(settings(run, steps=2, name="three", learning_rate=3e-2, warmup=1, inner_epochs=3)))
+    assert all(line["clip_share"] == 0 for line in one) and any(line["clip_share"] > 0 for line in three)
+
+
+def test_a_few_steps_raise_the_probability_of_what_is_rewarded(run, monkeypatch):
+    """End to end, on a rigged reward: the share of tokens whose id has the parity that the base prefers less."""
+    tokenizer = executor.load(str(run / "base"), "cpu")[1]
+    prompt = torch.tensor([tokenizer(data.planner_prompt(data.problem_of(g)))["input_ids"][-12:]
+                           for g in data.read_groups(run / "groups" / "heldout.jsonl")])
+
+    @torch.no_grad()
+    def probability(folder, parity):
+        return executor.load(str(folder), "cpu")[0](prompt).logits[:, -1].softmax(-1)[:, parity::2].sum(-1).mean().item()
+    parity = min((0, 1), key=lambda p: probability(run / "base", p))
+
+    def rigged(s, frozen, rm, problems, traces):
+        share = [statistics.mean([i % 2 == parity for i in tokenizer(t)["input_ids"]] or [0]) for t in traces]
+        return [tracelift.Reward(None, None, None, None, None, float(x)) for x in share], [[] for _ in traces]
+    monkeypatch.setattr(tracelift, "measure", rigged)
+    out = train(settings(run, steps=20, group_size=8, mode="exec_only", learning_rate=1e-2, micro_batch=16))
+    assert probability(out, parity) > probability(run / "base", parity) + 0.2
+    reward = [line["reward"] for line in lines(out)]
+    assert statistics.mean(reward[-5:]) > statistics.mean(reward[:3]) + 0.1
+
+
+@pytest.mark.parametrize("key, value", [
+    ("mode", "execonly"), ("steps", 0), ("group_size", 1), ("problems_per_step", 0), ("repeats", 0), ("temperature", 0.0),
+    ("scale", "mad"), ("weights", "mean"), ("exec_score", "f1"), ("inner_epochs", 0), ("save_every", 0), ("micro_batch", 0),
+    ("name", "a/b")])
+def test_settings_that_cannot_work(run, key, value):
+    """Named before anything is written: a run of hours must not end in a KeyError."""
+    check_settings(settings(run))
+    with pytest.raises(UserError, match=f"--{key} "):
+        train(settings(run, **{key: value}))
+    assert not list(run.glob("planner*")) and "planner" not in (run / "config.json").read_text()
+
+
+# ---------------------------------------------------------------- evaluation
+
+def rows_of(markdown):
+    """{first cell: list of all rows with that cell}, numbers as text."""
+    found = {}
+    for line in markdown.splitlines():
+        if line.startswith("|"):
+            cells = [c.strip() for c in line.strip("|").split("|")]
+            found.setdefault(cells[0], []).append(cells[1:])
+    return found
+
+
+def test_table_by_hand():
+    """Means and sample deviations over seeds; rows without a planner stand in both tables."""
+    def entry(success, **more):
+        return {"problems": 9, "success": success, "faithful": 0.5, "right_for_wrong_reason": 0.25, "leak": 0.0, "unclosed": 0.0, **more}
+    spent = {"executor_prompt_tokens": 1, "executor_tokens": 1000, "program_runs": 0, "planner_tokens": 1, "seconds": 60.0, "steps": 3}
+    results = {"no trace": {"heldout T=0": {"problems": 9, "success": 0.125}},
+               "base planner": {"heldout T=0": entry(0.25), "heldout T=1": entry(0.375)},
+               "planner-my-seed-run-seed0": {"heldout T=0": entry(0.8), "heldout T=1": entry(0.5), "spent": spent},
+               "planner-my-seed-run-seed1": {"heldout T=0": entry(0.6), "heldout T=1": entry(0.5), "spent": spent | {"seconds": 80.0}}}
+    rows = rows_of(table(results))
+    assert ["0.12" in row for row in rows["no trace"]] == [True, True]
+    assert "0.25" in rows["base planner"][0] and "0.38" in rows["base planner"][1]
+    greedy, hot = rows["my-seed-run"][:2]
+    assert greedy[0] == "2" and greedy[1] == "0.70 ± 0.14" and hot[1] == "0.50 ± 0.00"
+    assert any("70" in row for row in rows["my-seed-run"]), "seconds, mean over seeds"
+
+
+def test_judge_by_hand(prepared):
+    """right_for_wrong_reason: the executor succeeded on a trace that is not faithful."""
+    problems = [data.problem_of(g) for g in data.read_groups(prepared[0] / "groups" / "heldout.jsonl")][:4]
+    leaks = [p.reference_reasoning.replace("?", p.reference_solution) for p in problems]
+    assert [data.check_trace(p, t) for p, t in zip(problems, leaks)] == [(False, True)] * 4
+
+    class Fixed:
+        def success(self, problems, traces, repeats):
+            return [1, 0, 1, 1]
+    good = [p.reference_reasoning for p in problems]
+    found = tracelift.judge(Fixed(), problems, [good[0], good[1], leaks[2], "nonsense"])
+    assert found == {"problems": 4, "success": 0.75, "faithful": 0.5, "right_for_wrong_reason": 0.5, "leak": 0.25}
+    assert tracelift.judge(Fixed(), problems, None) == {"problems": 4, "success": 0.75}
+
+
+def test_evaluate_measures_each_planner_once(run, monkeypatch, lottery):
+    """Rows, seeds and reuse: what results.json holds is not measured again, what is new is."""
+    s = EvalSettings(run=str(run), device="cpu", problems=4, max_trace_tokens=8, max_answer_tokens=6)
+    for seed in (0, 1):
+        train(settings(run, steps=1, mode="exec_only", seed=seed))
+    (run / "planner-half-seed0.partial").mkdir()                    # an interrupted one is no row
+    found = tracelift.evaluate(s)
+    assert list(found) == ["no trace", "reference trace", "base planner", "planner-exec_only-seed0", "planner-exec_only-seed1"]
+    splits = {"heldout T=0", "longer T=0"}
+    assert set(found["no trace"]) == splits and set(found["base planner"]) == splits | {"heldout T=1", "longer T=1"}
+    assert found["reference trace"]["heldout T=0"]["faithful"] == 1.0
+    assert found["planner-exec_only-seed1"]["spent"]["steps"] == 1
+    assert json.loads((run / "results.json").read_text()) == found
+    rows = rows_of((run / "results.md").read_text())
+    assert len(rows["no trace"]) == len(rows["base planner"]) == 4 and rows["exec_only"][0][0] == "2" and "±" in rows["exec_only"][0][1]
+    found["base planner"]["heldout T=0"]["success"] = 0.123         # a mark: measured again, it would go
+    (run / "results.json").write_text(json.dumps(found))
+    train(settings(run, steps=1, mode="rm_only"))
+    again = tracelift.evaluate(s)
+    assert again["base planner"] == found["base planner"] and list(again)[-1] == "planner-rm_only-seed0"
+    with pytest.raises(UserError, match="--problems "):
+        tracelift.evaluate(dataclasses.replace(s, problems=3))
+
+
+def test_evaluation_is_reproducible(run, lottery):
+    s = EvalSettings(run=str(run), device="cpu", problems=4, max_trace_tokens=8, max_answer_tokens=6)
+    first = tracelift.evaluate(s)
+    (run / "results.json").unlink()
+    assert tracelift.evaluate(s) == first
+
+
+def test_inspect_shows_how_the_reward_comes_about(run, lottery):
+    """The printed parts must give the printed total, and the advantages those of the totals."""
+    s = EvalSettings(run=str(run), device="cpu", traces=4, max_trace_tokens=8, max_answer_tokens=6, seed=1)
+    text = tracelift.inspect(s)
+    problem = data.problem_of(data.read_groups(run / "groups" / "heldout.jsonl")[1])
+    assert problem.problem in text and problem.reference_reasoning in text
+    assert all(text.count(name) == 4 for name in data.DIMENSIONS["math"])
+    assert text.count("e2e run") == 4 and text.count("uplift run") == 4 * 3 and len(re.findall(r"^no trace", text, re.M)) == 3
+    number = r"([-+]?[\d.]+)"
+    found = re.findall(rf"{number} \* {number} \+ {number} \* {number} \* {number} = {number}\s+advantage {number}", text)
+    found = [tuple(map(float, row)) for row in found]
+    assert len(found) == 4
+    for w_e, e2e, w_r, score, uplift, total, _ in found:
+        assert w_e * e2e + w_r * score * uplift == pytest.approx(total, abs=0.006)
+    order = sorted(found, key=lambda row: row[5])
+    assert len({row[5] for row in found}) > 1, "rewards without spread show nothing; choose another seed"
+    assert [row[6] for row in order] == sorted(row[6] for row in found)
+
+
+# ---------------------------------------------------------------- the commands
+
+def test_all_commands_in_order(prepared, tmp_path, capsys):
+    """data -> executor -> rm -> train -> evaluate -> inspect at toy size; each names the next one, and a second pass
+    of a stage does nothing."""
+    run, said = prepared
+    for output, following in zip(said, ("executor.py", "rm.py", "tracelift.py train")):
+        assert re.search(rf"^next: python {re.escape(following)} .*--run {re.escape(str(run))}", output, re.M), output
+    run = Path(shutil.copytree(run, tmp_path / "toy"))
+    common = ["--preset", "smoke", "--run", run, *SMALL, "--max_trace_tokens", 8]
+    out = command(tracelift, "train", *common, "--mode", "tracelift")
+    assert "next: python tracelift.py evaluate" in out
+    planner = run / "planner-tracelift-seed0"
+    assert [line["step"] for line in lines(planner)] == [0, 1] and (planner / "tokenizer.json").exists()
+    assert command(tracelift, "train", *common, "--mode", "tracelift") == out
+    out = command(tracelift, "evaluate", *common, "--problems", 3)
+    assert (run / "results.md").read_text().strip() in out and "next: python tracelift.py inspect" in out
+    assert "tracelift" in rows_of(out) and set(json.loads((run / "results.json").read_text())) >= {"no trace", planner.name}
+    assert "advantage" in command(tracelift, "inspect", *common, "--planner", planner.name)
+    assert all(f'"{stage}"' in (run / "config.json").read_text() for stage in ("groups", "base", "rm", planner.name, "evaluate"))
+
+
+@pytest.mark.parametrize("argv, names", [
+    ([], "evaluate"), (["explain"], "explain"), (["train", "--preset", "huge"], "huge"), (["train", "--mode", "best"], "--mode"),
+    (["train", "--modes", "tracelift"], "--modes"), (["train", "--steps", "many"], "--steps"), (["train"], "groups"),
+    (["evaluate"], "base.json"), (["inspect"], "groups")])
+def test_mistakes_on_the_command_line(tmp_path, capsys, argv, names):
+    """One line that names the mistake, exit code 2, no traceback."""
+    with pytest.raises(SystemExit) as stop:
+        data.run_command(tracelift.main, argv + ["--run", str(tmp_path / "none")] * bool(argv))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and "error: " in said[-1] and names in said[-1]
+
+
+def test_a_mistake_in_a_real_process(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "tracelift.py", "train", "--run", tmp_path / "none", "--group_size", "1"],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: --group_size") and "Traceback" not in done.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_unknown_mode_is_named():
+    with pytest.raises(ValueError, match="best"):
+        combine("best", e2e=1.0)
+
+
+def test_exec_only_leaves_a_given_reward_model_alone(pair):
+    rewards, _ = measure(settings(mode="exec_only", repeats=3), Counted(), Untouchable(), *pair)
+    assert rewards[0].rm is None
+
+
+def test_a_cut_after_the_last_step_costs_little(run, monkeypatch, lottery):
+    real = tracelift.os.replace
+
+    def cut(source, target):
+        if Path(target).name.startswith("planner-"):
+            raise Crash
+        real(source, target)
+    monkeypatch.setattr(tracelift.os, "replace", cut)
+    with pytest.raises(Crash):
+        train(settings(run, steps=3))                              # a checkpoint after 2 of 3
+    monkeypatch.setattr(tracelift.os, "replace", real)
+    crash_at(monkeypatch, 2)                                       # one step may be repeated, not all
+    assert [line["step"] for line in lines(train(settings(run, steps=3)))] == [0, 1, 2]
+
+
+def test_a_planner_is_evaluated_with_its_own_tokenizer(run, monkeypatch, lottery):
+    """--init may name a model of another vocabulary; its ids would mean other words, and nothing would say so."""
+    vocabulary = executor.load(str(run / "base"), "cpu")[1].get_vocab()
+    own = executor.tiny_tokenizer([" !", *(word for word in vocabulary if not re.match(r"<\w+>", word) or word == data.OPEN)])
+    executor.tiny_model(len(own), 32, 1).save_pretrained(run / "other")
+    own.save_pretrained(run / "other")
+    train(settings(run, steps=1, init=str(run / "other")))
+    real, prompts = executor.generate, []
+
+    def spy(model, given, **options):
+        if model.get_input_embeddings().num_embeddings == len(own):
+            prompts.extend(own.batch_decode(given))
+        return real(model, given, **options)
+    monkeypatch.setattr(executor, "generate", spy)
+    tracelift.evaluate(EvalSettings(run=str(run), device="cpu", problems=3, max_trace_tokens=8, max_answer_tokens=6))
+    assert len(own) != len(vocabulary) and prompts and all("how many" in prompt or "write" in prompt for prompt in prompts)
+
+
+def test_a_planner_trained_again_is_measured_again(run, lottery):
+    """Deleting the folder is what the error message advises for another setting."""
+    s = EvalSettings(run=str(run), device="cpu", problems=3, max_trace_tokens=8, max_answer_tokens=6)
+    out = train(settings(run, steps=2, mode="exec_only"))
+    tracelift.evaluate(s)
+    shutil.rmtree(out)
+    train(settings(run, steps=1, mode="exec_only"))
+    assert tracelift.evaluate(s)[out.name]["spent"]["steps"] == 1
+
+
+@pytest.mark.parametrize("key, value", [("beta", -1.0), ("clip_low", -0.1), ("learning_rate", -1.0), ("max_trace_tokens", 0),
+                                        ("max_answer_tokens", 0), ("executor_temperature", -1.0), ("max_problems", -1)])
+def test_more_settings_that_cannot_work(key, value):
+    with pytest.raises(UserError, match=f"--{key} "):
+        check_settings(settings(**{key: value}))
+
+
+def test_an_unknown_device_is_a_mistake_of_the_user():
+    with pytest.raises(UserError, match="nonsense"):
+        executor.pick_device("nonsense")
+
+
+def test_evaluating_no_problems_is_a_mistake_of_the_user(run):
+    with pytest.raises(UserError, match="--problems "):
+        tracelift.evaluate(EvalSettings(run=str(run), device="cpu", problems=0))
