@@ -759,7 +759,7 @@ def base_corpus(task_type: str, n: int, seed: int) -> list[BaseExample]:
         else:
             steps, right = split_steps(problem, trace), split_steps(problem, careful)
             first = next((i for i, (a, b) in enumerate(zip(steps, right)) if a != b), min(len(steps), len(right)))
-            answer = " none" if steps == right else f" {first + 1} : {(right + [''])[first]}"
+            answer = " none" if steps == right else f" {first + 1} : {(right + ['stop'])[first]}"
             examples.append(BaseExample(intervention_prompt(problem, trace), answer=answer))
     return examples
 

@@ -40,7 +40,11 @@ run=${RUN:-runs/$preset}
 pipeline() {
   task=$1 folder=$run-$1
   common=(--preset "$preset" --run "$folder")
-  stage() { echo "$(date +%T)  $folder: $1" >&3; shift; "$python" "$@"; }
+  stage() {
+    echo "$(date +%T)  $folder: $1" >&3
+    shift
+    "$python" "$@" || { echo "$(date +%T)  $folder: failed in $1" >&3; exit 1; }
+  }
 
   stage "problems, flawed traces, rubrics" data.py "${common[@]}" --task_type "$task" \
     ${DATA:+--data "$DATA"} ${HELDOUT_DATA:+--heldout_data "$HELDOUT_DATA"}
