@@ -14,7 +14,7 @@ each with a rubric, from which the reward model learns what a good trace is. Thi
 It stands on the ground floor: it imports nothing of ours and no torch.
 
     python data.py --preset tiny --task_type math --run runs/tiny-math      # groups/{train,heldout,longer}.jsonl
-    python data.py --preset gsm8k --run runs/gsm8k                          # the same from GSM8K (fetched once)
+    python data.py --preset gsm8k --run runs/gsm8k-math                     # the same from GSM8K (fetched once)
 
 Left out: the paper's flaws are written by a strong language model, ours by rules. A rule knows exactly which step it
 broke, so the tiny world has ground truth; its flaws are less varied than a language model's.
@@ -28,6 +28,7 @@ import http.client
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -94,14 +95,16 @@ def read_jsonl(path, required: dict[str, type]) -> list[dict]:
 
 def read_gsm8k(path) -> list[Problem]:
     """GSM8K lines {"question", "answer"}. The reference reasoning is the solution without its calculator annotations
-    and with the last result hidden ("9 * 2 = ?"), since giving the answer is the executor's job."""
+    and with the last result hidden ("9 * 2 = ?"), since giving the answer is the executor's job; None where no
+    annotation says what to hide."""
     problems = []
     for i, row in enumerate(read_jsonl(path, {"question": str, "answer": str})):
         if "####" not in row["answer"]:
             raise UserError(f"{path}:{i + 1}: key 'answer' has no '#### final answer'")
         working = _working(row["answer"])
-        problems.append(Problem(f"gsm8k-{Path(path).stem}-{i}", "gsm8k", "math", row["question"].strip(),
-                                row["answer"], [], strip_annotations(hide_result(working, _final(row["answer"])))))
+        hidden = hide_result(working, _final(row["answer"]))
+        problems.append(Problem(f"gsm8k-{Path(path).stem}-{i}", "gsm8k", "math", row["question"].strip(), row["answer"],
+                                [], None if hidden == working else strip_annotations(hidden)))
     return problems
 
 
@@ -211,7 +214,8 @@ def _tiny_math(rng, length: int) -> tuple[str, str, str, list, str]:
     chain = None
     while chain is None:
         start = rng.randint(10, 40)
-        steps = [(op, rng.randint(2, 3) if op == "*" else rng.randint(2, 6)) for op in rng.choices("+-*", (2, 3, 3), k=length)]
+        ops = rng.choices("+-*", (2, 3, 3), k=length)
+        steps = [(op, rng.randint(2, 3) if op == "*" else rng.randint(2, 6)) for op in ops]
         chain = _chain(start, steps)
     name, other = rng.sample(NAMES, 2)
     item = rng.choice(ITEMS)
@@ -250,15 +254,16 @@ def _tiny_code(rng, length: int) -> tuple[str, str, str, list, str]:
         if not _same_function([steps[i] for i in told], steps):   # the order must matter
             break
     tests = [{"assert": f"assert f({x}) == {_apply(steps, x)}"} for x in CODE_INPUTS]
-    return (str([_apply(steps, x) for x in CODE_INPUTS]), "write f ( x ) . " + " . ".join(text) + " .", _program(_plan_line(*s, 2) for s in steps), tests,
-            " ; ".join(_plan_line(*s, 0) for s in steps))
+    return (str([_apply(steps, x) for x in CODE_INPUTS]), "write f ( x ) . " + " . ".join(text) + " .",
+            _program(_plan_line(*s, 2) for s in steps), tests, " ; ".join(_plan_line(*s, 0) for s in steps))
 
 
 SPLITS = ("base", "base-longer", "train", "heldout", "longer")
 
 
 def tiny_problems(task_type: str, n: int, seed: int, split: str = "train") -> list[Problem]:
-    """`n` distinct problems of the tiny world; no computation of one split occurs in another."""
+    """`n` distinct problems of the tiny world. No computation (start and steps in math, what the function does in code)
+    of the base, train and held-out shares occurs in another; "heldout" and "longer" are both of the held-out share."""
     if task_type not in ("math", "code") or split not in SPLITS:
         raise ValueError(f"task_type must be math or code and split one of {SPLITS}, not {task_type!r}, {split!r}")
     rng = random.Random(f"{task_type} {split} {seed}")
@@ -294,11 +299,13 @@ def check_trace(problem: Problem, reasoning: str) -> tuple[bool, bool] | None:
     chain, reference = _parse_chain(reasoning), _parse_chain(problem.reference_reasoning)
     ordered = lambda a, op, b, c: (*sorted((a, b)), op, c) if op in "+*" else (a, b, op, c)      # 5 + 7 as 7 + 5
     reference = [ordered(*equation) for equation in reference]
-    stated = [ordered(int(a), op, int(b), int(c)) for a, op, b, c in re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", reasoning)]
+    stated = [ordered(int(a), op, int(b), int(c))
+              for a, op, b, c in re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", reasoning)]
     gold = int(problem.reference_solution)
     final = (*reference[-1][:3], gold)                            # the last step with its result
     closed = re.search(r"= \d+\D*$", reasoning) and stated and (len(stated) >= len(reference) or stated[-1][3] == gold)
-    leak = bool(closed) or final in stated and final not in reference[:-1]
+    beside = re.findall(r"\d+", re.sub(r"\d+ [-+*] \d+ = (\d+|\?)", "", reasoning))              # outside equations
+    leak = bool(closed) or str(gold) in beside or final in stated and final not in reference[:-1]
     return chain is not None and [ordered(*equation) for equation in chain] == reference and not leak, leak
 
 
@@ -434,9 +441,11 @@ def hide_result(annotated: str, answer: str = "") -> str:
     working = re.search(_WORKING + r"$", annotated[line:last.start()])
     begin = line + working.start() if working else last.start()
     numbers = {last[2].strip().lstrip("$"), answer} - {""}
-    hidden = re.compile(r"(?<![\d.,])(?:" + "|".join(re.escape(n) for n in sorted(numbers, key=len, reverse=True)) + r")(?![\d]|[.,]\d)")
+    longest_first = "|".join(re.escape(n) for n in sorted(numbers, key=len, reverse=True))
+    hidden = re.compile(rf"(?<![\d.,])(?:{longest_first})(?!\d|[.,]\d)")
     tail = re.sub(r"^\d+(?:,\d{3})*(?:\.\d+)?|^\.\d+", "?", annotated[last.end():])
-    return annotated[:line] + hidden.sub("?", annotated[line:begin]) + annotated[begin:last.end()] + hidden.sub("?", tail)
+    return (annotated[:line] + hidden.sub("?", annotated[line:begin]) + annotated[begin:last.end()]
+            + hidden.sub("?", tail))
 
 
 def calculate(expression: str) -> Fraction | None:
@@ -467,7 +476,8 @@ def _perturb_annotated(problem, reasoning, kind, rng) -> str | None:
     if not found:
         return None
     if kind == "answer_leak":
-        return reasoning + f"\nThe final answer is {_final(problem.reference_solution)}."
+        final = _final(problem.reference_solution)                # beside the "?" that every trace has
+        return hide_result(reasoning, final) + f"\nThe final answer is {final}."
     lines = reasoning.split("\n")
     if kind == "dropped_step":
         if len(lines) < 2:
@@ -571,19 +581,24 @@ def build_groups(problems: list[Problem], negatives_per_group: int, seed: int) -
 def read_groups(path) -> list[dict]:
     """TraceLift-Groups, one group a line; unknown keys survive. UserError names file, line and key."""
     required = {key: str for key in ("problem_id", "source", "task_type", "problem", "reference_solution")}
-    groups = read_jsonl(path, {**required, "positive_pool": list, "negative_bank": list})
+    groups, lines = read_jsonl(path, {**required, "positive_pool": list, "negative_bank": list}), {}
     for number, group in enumerate(groups, 1):
         where = f"{path}:{number}"
         if group["task_type"] not in DIMENSIONS:
             raise UserError(f"{where}: key 'task_type' must be math or code, is {group['task_type']!r}")
         tests = group.get("tests", [])
+        text = lambda test, key: isinstance(test.get(key), str)
         if not isinstance(tests, list) or not all(
-                isinstance(t, dict) and (isinstance(t.get("assert"), str) or
-                                         isinstance(t.get("input"), str) and isinstance(t.get("output"), str)) for t in tests):
-            raise UserError(f"{where}: key 'tests' must be a list of {{'assert': str}} or {{'input': str, 'output': str}}")
+                isinstance(t, dict) and (text(t, "assert") or text(t, "input") and text(t, "output")) for t in tests):
+            raise UserError(f"{where}: key 'tests' must be a list of {{'assert': str}} or "
+                            "{'input': str, 'output': str}")
         for pool in ("positive_pool", "negative_bank"):
             for i, trace in enumerate(group[pool]):
                 _check_trace_record(trace, f"{where}: {pool}[{i}]", group["task_type"], pool == "negative_bank")
+        first = lines.setdefault(group["problem_id"], number)
+        if first != number:
+            raise UserError(f"{where}: problem_id {group['problem_id']!r} is also on line {first}; it must be unique, "
+                            "since baselines are kept by it")
     return groups
 
 
@@ -612,7 +627,19 @@ def problem_of(group: dict) -> Problem:
     """The problem of a group; its first positive trace is the reference reasoning."""
     positives = group["positive_pool"]
     return Problem(*(group[k] for k in ("problem_id", "source", "task_type", "problem", "reference_solution")),
-                   group.get("tests") or [], positives[0]["reasoning"] if positives else None)
+                   group.get("tests", []), positives[0]["reasoning"] if positives else None)
+
+
+def read_problems(path) -> list[Problem]:
+    """The problems of a groups file, for running. UserError for one that could only ever fail: a program without
+    tests, or no reference trace to measure."""
+    problems = [problem_of(group) for group in read_groups(path)]
+    for number, problem in enumerate(problems, 1):
+        if problem.task_type == "code" and not problem.tests:
+            raise UserError(f"{path}:{number}: a program without tests cannot be judged; give key 'tests'")
+        if problem.reference_reasoning is None:
+            raise UserError(f"{path}:{number}: key 'positive_pool' is empty; it must hold a good trace")
+    return problems
 
 
 # ------------------------------------------------------------------------------------------------ 5. prompts
@@ -620,7 +647,7 @@ def problem_of(group: dict) -> Problem:
 OPEN, CLOSE = "<reasoning>", "</reasoning>"
 _PLANNER = {
     "math": "Write a short step by step reasoning trace that leads to the answer of this problem, so that someone else "
-            f"can finish it. Put it between {OPEN} and {CLOSE}. Do not state the final answer.\n\nProblem:\n",
+            f"can finish it. Put it between {OPEN} and {CLOSE}. Write ? in place of the final answer.\n\nProblem:\n",
     "code": "Write a short step by step plan in words for this programming task, so that someone else can write the "
             f"program. Put it between {OPEN} and {CLOSE}. Do not write code.\n\nTask:\n"}
 _EXECUTOR = {
@@ -662,9 +689,9 @@ def intervention_prompt(problem: Problem, reasoning: str) -> str:
     steps = "\n".join(f"{i} : {step}" for i, step in enumerate(split_steps(problem, reasoning), 1))
     if problem.source == "tiny":
         return f"{problem.problem}\n{problem.reference_reasoning}\nTrace\n{steps}\nError:"
-    return (f"Problem:\n{problem.problem}\n\nReference reasoning:\n{problem.reference_reasoning}\n\nA numbered trace:\n"
-            f"{steps}\n\nCompare it with the reference. Answer with the number of its first wrong step and one corrected "
-            f"step, as 'NUMBER : corrected step', or 'none'.")
+    return (f"Problem:\n{problem.problem}\n\nReference reasoning:\n{problem.reference_reasoning}\n\n"
+            f"A numbered trace:\n{steps}\n\nCompare it with the reference. Answer with the number of its first wrong "
+            "step and one corrected step, as 'NUMBER : corrected step', or 'none'.")
 
 
 def extract_reasoning(completion: str) -> str:
@@ -728,7 +755,7 @@ class BaseExample:
 
 
 def base_corpus(task_type: str, n: int, seed: int) -> list[BaseExample]:
-    """`n` training sequences, each on a problem of its own:
+    """`n` training sequences, on different problems but for the longer ones:
 
     55 %  planner and executor: trace 25 % careful, 55 % habit, 20 % one random flaw; the artifact follows the trace
     15 %  executor with a careful trace, half of them of longer problems
@@ -764,33 +791,50 @@ def base_corpus(task_type: str, n: int, seed: int) -> list[BaseExample]:
     return examples
 
 
-# ------------------------------------------------------------------------------------------------ 6. settings, run folders
+# ------------------------------------------------------------------------------------------------ 6. settings, runs
 
-def knob(default, why: str):
-    """A settings field: its default, and the reason that `--help` shows."""
-    return field(default=default, metadata={"why": why})
+def knob(default, why: str, *, low=None, above=None, choices: tuple = ()):
+    """A settings field: its default, the reason that `--help` shows, and what it may be: at least `low`, more than
+    `above`, one of `choices`."""
+    return field(default=default, metadata={"why": why, "low": low, "above": above, "choices": choices})
+
+
+def check_settings(settings) -> None:
+    """UserError for a value that its knob does not allow, before anything is read or written."""
+    for f in dataclasses.fields(settings):
+        value, rule = getattr(settings, f.name), f.metadata
+        if rule["choices"] and value not in rule["choices"]:
+            raise UserError(f"--{f.name} {value!r}: must be one of {', '.join(rule['choices'])}")
+        if rule["low"] is not None and not rule["low"] <= value < math.inf:
+            raise UserError(f"--{f.name} {value!r}: must be at least {rule['low']}")
+        if rule["above"] is not None and not rule["above"] < value < math.inf:
+            raise UserError(f"--{f.name} {value!r}: must be above {rule['above']}")
 
 
 def parse_settings(cls, presets: dict[str, dict], argv: list[str], prog: str):
     """An instance of the settings dataclass `cls` from command-line flags, one flag a field. `--preset` picks one of
     `presets`, flags win over the preset, the preset over the defaults. argparse exits with 2 on unknown names."""
-    parser = argparse.ArgumentParser(prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     epilog="presets: " + "; ".join(f"{k}: {v}" for k, v in presets.items()))
+    parser = argparse.ArgumentParser(
+        prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog="presets: " + "; ".join(f"{k}: {v}" for k, v in presets.items()))
     for f in dataclasses.fields(cls):
-        parser.add_argument(f"--{f.name}", type=type(f.default), default=None, metavar=type(f.default).__name__.upper(),
+        kind = type(f.default)
+        parser.add_argument(f"--{f.name}", type=kind, default=None, metavar=kind.__name__.upper(),
                             help=f"{f.metadata['why']} (default: {f.default!r})".replace("%", "%%"))
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     preset = given.get("preset", cls.preset)
     if preset not in presets:
         raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
-    return cls(**{**presets[preset], **given})
+    settings = cls(**{**presets[preset], **given})
+    check_settings(settings)
+    return settings
 
 
 def run_command(main, argv=None) -> None:
     """Runs `main(argv)`; a UserError becomes one line on stderr and exit code 2."""
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
+    except (UserError, OSError) as error:                         # OSError: a full disk, a folder without permission
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -818,11 +862,12 @@ def begin_stage(run: str, stage: str, settings, output, partial=None) -> bool:
     path = Path(run) / "config.json"
     new, old = dataclasses.asdict(settings), _read_config(path)["stages"].get(stage, {}).get("settings", {})
     there = [str(p) for p in (output, partial) if p is not None and Path(p).exists()]
-    differ = [k for k in new if new[k] != old.get(k) and k not in ("run", "cache", "device")]       # places, not choices
+    places = ("run", "cache", "device")                           # where, not what
+    differ = [k for k in new if new[k] != old.get(k) and k not in places]
     if there and differ:
         k = differ[0]
         was = f"made with --{k} {old[k]!r}, now it is {new[k]!r}" if k in old else f"not described in {path}"
-        raise UserError(f"{there[0]} was {was}; choose another --run, or delete {there[0]} to make it again")
+        raise UserError(f"{there[0]} was {was}; choose another --run, or delete it and all that was made from it")
     return not Path(output).exists()
 
 
@@ -847,11 +892,12 @@ def record_stage(run: str, stage: str, settings) -> None:
 
 def environment() -> dict:
     """Versions, git commit and hardware, for the record."""
-    here = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True) if shutil.which("git") else None
+    commit, here = "", str(Path(__file__).resolve().parent)
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     torch = sys.modules.get("torch")
     versions = {name: metadata.version(name) for name in ("torch", "transformers") if importlib.util.find_spec(name)}
-    return {"python": platform.python_version(), **versions, "commit": commit.stdout.strip() if commit else "",
+    return {"python": platform.python_version(), **versions, "commit": commit,
             "platform": platform.platform(), "cpu_cores": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else ""}
 
@@ -877,13 +923,14 @@ class DataSettings:
     """Settings of `python data.py`."""
     run: str = knob("runs/tiny-math", "run folder")
     preset: str = knob("tiny", "named defaults")
-    task_type: str = knob("math", "math or code; for the tiny world")
-    source: str = knob("tiny", "tiny: generated; gsm8k: built from GSM8K solutions; groups: ready TraceLift-Groups")
+    task_type: str = knob("math", "math or code; for the tiny world", choices=("math", "code"))
+    source: str = knob("tiny", "tiny: generated; gsm8k: built from GSM8K solutions; groups: ready TraceLift-Groups",
+                       choices=("tiny", "gsm8k", "groups"))
     data: str = knob("", "training file (gsm8k or groups); empty with gsm8k: fetched once from its public repository")
     heldout_data: str = knob("", "held-out file, in the same format")
-    train: int = knob(3000, "training groups")
-    heldout: int = knob(300, "held-out groups, and as many longer ones in the tiny world")
-    negatives: int = knob(4, "flawed traces per group")
+    train: int = knob(3000, "training groups", low=1)
+    heldout: int = knob(300, "held-out groups, and as many longer ones in the tiny world", low=1)
+    negatives: int = knob(4, "flawed traces per group", low=1)
     seed: int = knob(0, "which problems, which flaws")
     cache: str = knob("~/.cache/tracelift", "folder for fetched files")
 
@@ -895,12 +942,9 @@ PRESETS = {"tiny": {}, "smoke": {"train": 40, "heldout": 20},
 def load_groups(settings: DataSettings) -> dict[str, list[dict]]:
     """Groups of every split. UserError for impossible combinations, or when a source gives fewer than asked for."""
     s, wanted = settings, {"train": settings.train, "heldout": settings.heldout}
-    if s.source not in ("tiny", "gsm8k", "groups") or s.task_type not in DIMENSIONS:
-        raise UserError(f"--source {s.source} --task_type {s.task_type}: must be tiny, gsm8k or groups; math or code")
-    if min(s.train, s.heldout, s.negatives) < 1:
-        raise UserError("--train, --heldout and --negatives must be at least 1")
     if s.source == "tiny" and (s.data or s.heldout_data) or s.source == "gsm8k" and s.task_type == "code":
-        raise UserError(f"--source {s.source} does not go with " + ("--task_type code" if s.source == "gsm8k" else "--data"))
+        other = "--task_type code" if s.source == "gsm8k" else "--data"
+        raise UserError(f"--source {s.source} does not go with {other}")
     groups = {}
     for split, n in (wanted | ({"longer": s.heldout} if s.source == "tiny" else {})).items():
         path = s.data if split == "train" else s.heldout_data
@@ -914,12 +958,13 @@ def load_groups(settings: DataSettings) -> dict[str, list[dict]]:
             else:
                 part = "train" if split == "train" else "test"
                 path = path or fetch(GSM8K_URL.format(part), GSM8K_SHA256[part], Path(s.cache).expanduser())
-                problems = read_gsm8k(path)
+                problems = [p for p in read_gsm8k(path) if p.reference_reasoning]
                 random.Random(s.seed).shuffle(problems)
             groups[split] = build_groups(problems[:n + n // 4 + 4], s.negatives, s.seed)[:n]
         if len(groups[split]) < n:
-            raise UserError(f"{path or s.source}: gives only {len(groups[split])} groups of {s.negatives} flawed traces, "
-                            f"--{'train' if split == 'train' else 'heldout'} asks for {n}; lower it or --negatives")
+            flag = "--train" if split == "train" else "--heldout"
+            raise UserError(f"{path or s.source}: gives only {len(groups[split])} groups of {s.negatives} flawed "
+                            f"traces, {flag} asks for {n}; lower it or --negatives")
     return groups
 
 
@@ -934,8 +979,7 @@ def main(argv) -> None:
             write_groups(folder / f"{split}.jsonl", groups)
     for path in sorted(folder.glob("*.jsonl")):
         print(f"{path}: {len(read_groups(path))} groups")
-    task = f" --task_type {settings.task_type}" if settings.source == "tiny" else ""
-    print(f"next: python executor.py --preset {settings.preset} --run {settings.run}{task}")
+    print(f"next: python executor.py --preset {settings.preset} --run {settings.run}")
 
 
 if __name__ == "__main__":

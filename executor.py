@@ -6,8 +6,8 @@ first training step to the last.
 
 Shapes: B rows, T tokens, V vocabulary, N prompts, S samples per prompt, K executor runs.
 
-    python executor.py --preset tiny --run runs/tiny-math --task_type math    # trains the tiny base model
-    python executor.py --preset gsm8k --run runs/gsm8k --model Qwen/Qwen2.5-0.5B-Instruct
+    python executor.py --preset tiny --run runs/tiny-math                     # trains the tiny base model
+    python executor.py --preset gsm8k --run runs/gsm8k-math --model Qwen/Qwen2.5-0.5B-Instruct
 
 Left out: paged caches, captured graphs, several GPUs. Decoding is a plain loop that a reader can step through.
 """
@@ -48,7 +48,7 @@ def load(path_or_name: str, device=None, dtype=None):
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{path_or_name}: no tokenizer can be loaded ({_first_line(error)}); --model must be a Hugging "
                         "Face folder with tokenizer.json, or a name on a hub that can be reached") from None
     if tokenizer.eos_token_id is None:
@@ -78,6 +78,17 @@ def token_logits(model, ids: torch.Tensor, select: torch.Tensor, mask: torch.Ten
     positions are prompt. ids (B, T), select (B, T) bool. Right padding needs no mask under causal attention."""
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return model.get_output_embeddings()(hidden[select])
+
+
+def check_head(model) -> None:
+    """UserError for a model whose logits are not its head applied to its last hidden state (Gemma 2 and Granite scale
+    or cap them): `token_logits` would score another distribution than the one that was sampled."""
+    ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
+    with torch.no_grad():
+        full = model(input_ids=ids).logits[0].float()
+        ours = token_logits(model, ids, torch.ones_like(ids).bool()).float()
+    if not torch.allclose(full, ours, rtol=1e-3, atol=1e-3 * float(full.abs().max())):
+        raise UserError(f"{model.config.model_type} models change the logits after their head; train another kind")
 
 
 def pad(rows: list[list[int]], value: int, device, left: bool = False) -> torch.Tensor:
@@ -200,7 +211,8 @@ class Executor:
     def __init__(self, model, tokenizer, *, max_new_tokens: int, temperature: float = 0.7, top_p: float = 1.0,
                  exec_score: str = "binary", generator=None):
         self.model, self.tokenizer, self.generator = freeze(model), tokenizer, generator
-        self.max_new_tokens, self.temperature, self.top_p, self.exec_score = max_new_tokens, temperature, top_p, exec_score
+        self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
+        self.exec_score = exec_score
         self.spent = {"executor_prompt_tokens": 0, "executor_tokens": 0, "program_runs": 0}
         self._baseline: dict[tuple[str, int], int] = {}
 
@@ -315,6 +327,11 @@ def base_sequence(tokenizer, example: data.BaseExample) -> tuple[list[int], list
     return ids, labels
 
 
+def schedule(step: int, total: int, warmup: int) -> float:
+    """Factor of the learning rate: linear warm-up, then linear decay to 0 over `total` steps."""
+    return min((step + 1) / max(1, warmup), (total - step) / max(1, total - warmup))
+
+
 def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: float, batch_size: int,
              learning_rate: float, warmup: int, seed: int, pad_id: int, title: str = "finetune") -> float:
     """Supervised training on (ids, labels); labels[t] is what follows ids[t], IGNORE where there is no loss.
@@ -339,7 +356,7 @@ def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: flo
         learn = labels != IGNORE
         loss = F.cross_entropy(token_logits(model, ids, learn).float(), labels[learn])
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min((step + 1) / max(1, warmup), (total - step) / max(1, total - warmup))
+            group["lr"] = learning_rate * schedule(step, total, warmup)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -358,19 +375,18 @@ class BaseSettings:
     """Settings of `python executor.py`."""
     run: str = knob("runs/tiny-math", "run folder; holds groups/")
     preset: str = knob("tiny", "named defaults")
-    task_type: str = knob("math", "math or code; for the tiny base model")
     model: str = knob("", "Hugging Face folder or name, for planner and executor; empty: train the tiny base model")
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
-    hidden: int = knob(128, "width of the tiny model")
-    layers: int = knob(4, "depth of the tiny model")
-    sequences: int = knob(52000, "of the tiny corpus, one problem each, one epoch")
-    batch_size: int = knob(16, "sequences per step")
-    learning_rate: float = knob(2e-3, "peak, AdamW")
-    warmup: int = knob(100, "steps of linear warm-up; then linear decay to 0")
+    hidden: int = knob(128, "width of the tiny model; a multiple of 8", low=8)
+    layers: int = knob(4, "depth of the tiny model", low=1)
+    sequences: int = knob(52000, "of the tiny corpus, one problem each, one epoch", low=1)
+    batch_size: int = knob(16, "sequences per step", low=1)
+    learning_rate: float = knob(2e-3, "peak, AdamW", above=0)
+    warmup: int = knob(100, "steps of linear warm-up; then linear decay to 0", low=0)
     seed: int = knob(0, "corpus, initial weights, order")
-    eval_problems: int = knob(300, "held-out problems for the check at the end")
-    executor_temperature: float = knob(0.7, "of the executor in the check")
-    max_answer_tokens: int = knob(64, "longest executor output in the check")
+    eval_problems: int = knob(300, "held-out problems for the check at the end", low=1)
+    executor_temperature: float = knob(0.7, "of the executor in the check", low=0)
+    max_answer_tokens: int = knob(64, "longest executor output in the check", low=1)
 
 
 PRESETS = {"tiny": {}, "smoke": {"sequences": 640, "hidden": 64, "layers": 2, "eval_problems": 16},
@@ -382,14 +398,19 @@ def base_of(run) -> str:
     path = Path(run) / "base.json"
     if not path.is_file():
         raise UserError(f"{path}: no base model yet; run python executor.py --run {run} first")
-    model = json.loads(path.read_text())["model"]
+    try:
+        model = json.loads(path.read_text())["model"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); delete it and run python executor.py again") from None
     return str(Path(run) / "base") if model == "base" else model
 
 
-def train_base(settings: BaseSettings, folder: Path) -> float:
+def train_base(settings: BaseSettings, task_type: str, folder: Path) -> float:
     """Trains the tiny base model from nothing and saves it as a Hugging Face folder. Returns the final loss."""
+    if settings.hidden % 8:
+        raise UserError(f"--hidden {settings.hidden}: must be a multiple of 8, for 4 attention heads of even width")
     torch.manual_seed(settings.seed)
-    corpus = data.base_corpus(settings.task_type, settings.sequences, settings.seed)
+    corpus = data.base_corpus(task_type, settings.sequences, settings.seed)
     tokenizer = tiny_tokenizer([e.prompt + e.trace + e.ask + e.answer for e in corpus])
     model = tiny_model(len(tokenizer), settings.hidden, settings.layers).to(pick_device(settings.device))
     loss = finetune(model, [base_sequence(tokenizer, e) for e in corpus], epochs=1, batch_size=settings.batch_size,
@@ -405,10 +426,12 @@ def main(argv) -> None:
     settings = data.parse_settings(BaseSettings, PRESETS, argv, "executor.py")
     run = Path(settings.run)
     if data.begin_stage(run, "base", settings, run / "base.json"):
-        heldout = [data.problem_of(g) for g in data.read_groups(run / "groups" / "heldout.jsonl")][:settings.eval_problems]
+        heldout = data.read_problems(run / "groups" / "heldout.jsonl")[:settings.eval_problems]
         record = {"model": settings.model or "base", "problems": len(heldout)}
         if not settings.model:
-            record["train_loss"] = train_base(settings, run / "base")
+            if {p.source for p in heldout} != {"tiny"}:
+                raise UserError(f"{run}/groups are not of the tiny world: give a pretrained model with --model")
+            record["train_loss"] = train_base(settings, heldout[0].task_type, run / "base")
         device = pick_device(settings.device)
         model, tokenizer = load(settings.model or str(run / "base"), device)
         frozen = Executor(model, tokenizer, max_new_tokens=settings.max_answer_tokens,

@@ -48,7 +48,10 @@ class RubricRewardModel(nn.Module):
         hidden = model.config.hidden_size
         self.model, self.tokenizer = model, tokenizer
         self.dimension_names = list(dimension_names)
-        self.dimension_weights = list(dimension_weights or [1.0 / len(self.dimension_names)] * len(self.dimension_names))
+        D = len(self.dimension_names)
+        self.dimension_weights = list(dimension_weights or [1.0 / D] * D)
+        if len(self.dimension_weights) != D:
+            raise UserError(f"rm_dimension_weights has {len(self.dimension_weights)} numbers for {D} dimension names")
         self.dimension_heads = nn.ModuleList(nn.Linear(hidden, NUM_LABELS) for _ in self.dimension_names)
         self.total_head = nn.Linear(hidden, 1)
 
@@ -76,7 +79,8 @@ class RubricRewardModel(nn.Module):
         context = getattr(self.model.config, "max_position_embeddings", None)
         for text, row in zip(texts, rows):
             if not row or context and len(row) > context:
-                raise UserError(f"the reward model cannot read a text of {len(row)} tokens (context {context}): {text[:80]!r}")
+                raise UserError(f"the reward model cannot read a text of {len(row)} tokens (context {context}): "
+                                f"{text[:80]!r}")
         device = self.total_head.weight.device
         ids = executor.pad(rows, executor.pad_id(self.tokenizer), device)
         length = torch.tensor([len(row) for row in rows], device=device)
@@ -97,7 +101,8 @@ class RubricRewardModel(nn.Module):
         return score, dimensions
 
     def save_pretrained(self, folder, metrics: dict | None = None) -> None:
-        """config.json, model.safetensors, the tokenizer and metrics.json; the folder appears whole or not at all."""
+        """config.json, model.safetensors, the tokenizer and metrics.json, written beside and then renamed: an
+        unfinished folder never has the name of a finished one."""
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -131,11 +136,14 @@ class RubricRewardModel(nn.Module):
                 raise UserError(f"{folder}/config.json: key {key!r} is missing; this is not a rubric reward model")
         if raw["rm_num_labels"] != NUM_LABELS or not raw["rm_use_total_head"]:
             raise UserError(f"{folder}/config.json: needs rm_num_labels {NUM_LABELS} and rm_use_total_head true")
-        rm = cls(AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32,
-                                       attn_implementation="sdpa"),
-                 AutoTokenizer.from_pretrained(folder), raw["rm_dimension_names"], raw["rm_dimension_weights"])
         try:
-            state = {}
+            model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32,
+                                          attn_implementation="sdpa")
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: no backbone or tokenizer can be loaded ({error})") from None
+        rm, state = cls(model, tokenizer, raw["rm_dimension_names"], raw["rm_dimension_weights"]), {}
+        try:
             for shard in sorted(folder.glob("*.safetensors")):
                 state.update(load_file(shard))
             rm.load_state_dict(state, strict=True)
@@ -155,7 +163,8 @@ def group_rows(group: dict, names: list[str]) -> tuple[list[str], torch.Tensor, 
                         "remove this group from groups/*.jsonl")
     traces = [(t, True) for t in group["positive_pool"]] + [(t, False) for t in group["negative_bank"]]
     if set(names) != set(data.DIMENSIONS[problem.task_type]):
-        raise UserError(f"group {problem.problem_id} is about {problem.task_type}, the reward model about {', '.join(names)}")
+        raise UserError(f"group {problem.problem_id} is about {problem.task_type}, the reward model about "
+                        f"{', '.join(names)}")
     return ([data.rm_text(problem, t["reasoning"]) for t, _ in traces],
             torch.tensor([[t["rubric"][d] for d in names] for t, _ in traces]),
             torch.tensor([float(t["rubric"]["total"]) for t, _ in traces]),
@@ -205,7 +214,8 @@ def evaluate(rm, groups: list[dict]) -> dict:
         for trace, won in zip(group["negative_bank"], beats.float().mean(dim=0).tolist()):
             by_kind.setdefault(trace["negative_kind"], []).append(won)
     right, error, hits = torch.cat(right).float(), torch.cat(error), torch.cat(hits).mean(dim=0)
-    return {"groups": len(groups), "pair_accuracy": right.mean().item(), "group_accuracy": sum(group_right) / len(group_right),
+    return {"groups": len(groups), "pair_accuracy": right.mean().item(),
+            "group_accuracy": sum(group_right) / len(group_right),
             "total_mae": error.abs().mean().item(), "total_rmse": error.square().mean().sqrt().item(),
             **{f"accuracy_{d}": hit for d, hit in zip(rm.dimension_names, hits.tolist())},
             "pair_accuracy_by_kind": {kind: sum(won) / len(won) for kind, won in sorted(by_kind.items())}}
@@ -217,13 +227,13 @@ class RMSettings:
     run: str = knob("runs/tiny-math", "run folder; holds groups/ and base.json")
     preset: str = knob("tiny", "named defaults")
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
-    epochs: float = knob(2.0, "passes over the training groups")
-    groups_per_batch: int = knob(8, "whole groups in a batch, so that every pair is inside it")
-    learning_rate: float = knob(1e-3, "AdamW; the tiny backbone wants more than a pretrained one")
-    warmup: int = knob(30, "steps of linear warm-up; then linear decay to 0")
-    nn_weight: float = knob(0.0, "weight of pairs of two flawed traces; off in the paper's code too")
-    max_groups: int = knob(0, "use only this many training groups; 0: all")
-    max_heldout: int = knob(300, "check on this many held-out groups")
+    epochs: float = knob(2.0, "passes over the training groups", above=0)
+    groups_per_batch: int = knob(8, "whole groups in a batch, so that every pair is inside it", low=1)
+    learning_rate: float = knob(1e-3, "AdamW; the tiny backbone wants more than a pretrained one", above=0)
+    warmup: int = knob(30, "steps of linear warm-up; then linear decay to 0", low=0)
+    nn_weight: float = knob(0.0, "weight of pairs of two flawed traces; off in the paper's code too", low=0)
+    max_groups: int = knob(0, "use only this many training groups; 0: all", low=0)
+    max_heldout: int = knob(300, "check on this many held-out groups", low=1)
     seed: int = knob(0, "heads, order of batches")
 
 
@@ -240,8 +250,9 @@ def train(settings: RMSettings) -> dict:
     tasks = {group["task_type"] for group in groups + heldout}
     if len(tasks) > 1:
         raise UserError(f"{settings.run}/groups: holds both math and code, whose rubrics differ; use one run for each")
-    base, tokenizer = executor.load(executor.base_of(settings.run), executor.pick_device(settings.device), torch.float32)
-    rm = RubricRewardModel(base.base_model, tokenizer, data.DIMENSIONS[tasks.pop()]).to(executor.pick_device(settings.device))
+    device = executor.pick_device(settings.device)
+    base, tokenizer = executor.load(executor.base_of(settings.run), device, torch.float32)
+    rm = RubricRewardModel(base.base_model, tokenizer, data.DIMENSIONS[tasks.pop()]).to(device)
     rows = [group_rows(group, rm.dimension_names) for group in groups]
     optimizer = torch.optim.AdamW(rm.parameters(), lr=settings.learning_rate, weight_decay=0.01)
     total = max(1, math.ceil(len(rows) * settings.epochs / settings.groups_per_batch))
@@ -252,11 +263,10 @@ def train(settings: RMSettings) -> dict:
         while len(order) < settings.groups_per_batch:
             order += rng.sample(range(len(rows)), len(rows))
         batch, order = [rows[i] for i in order[:settings.groups_per_batch]], order[settings.groups_per_batch:]
-        device = rm.total_head.weight.device
         labels, gold, positive = (torch.cat([r[k] for r in batch]).to(device) for k in (1, 2, 3))
         group = torch.repeat_interleave(torch.arange(len(batch)), torch.tensor([len(r[0]) for r in batch])).to(device)
         for g in optimizer.param_groups:
-            g["lr"] = settings.learning_rate * min((step + 1) / max(1, settings.warmup), (total - step) / max(1, total - settings.warmup))
+            g["lr"] = settings.learning_rate * executor.schedule(step, total, settings.warmup)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             outputs = rm(*rm.encode(list(itertools.chain(*(r[0] for r in batch)))))
         loss = rm_loss(rm, *outputs, labels, gold, positive, group, settings.nn_weight)

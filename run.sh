@@ -20,7 +20,8 @@ if [ "${SKIP_INSTALL:-0}" = 1 ]; then
   python=python3
 else
   python=.venv/bin/python
-  python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed" >&2; exit 2; }
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    { echo "Python 3.10 or newer is needed" >&2; exit 2; }
   if [ ! -e .venv/installed ] || [ requirements.txt -nt .venv/installed ]; then
     python3 -m venv .venv
     # torch first and alone: with it in place the other packages do not choose another build
@@ -32,6 +33,18 @@ fi
 
 if [ "$command" = test ]; then exec "$python" -m pytest -q tests; fi
 
+for mode in ${MODES:-}; do
+  case $mode in
+    exec_only | tracelift | tracelift-code | rm_only | uplift_only) ;;
+    *) echo "MODES: there is no mode $mode" >&2; exit 2 ;;
+  esac
+done
+for seed in ${SEEDS:-}; do
+  case $seed in *[!0-9]*) echo "SEEDS: $seed is no number" >&2; exit 2 ;; esac
+done
+for task in ${TASKS:-}; do
+  case $task in math | code) ;; *) echo "TASKS: $task is neither math nor code" >&2; exit 2 ;; esac
+done
 preset=${PRESET:-tiny}
 if [ "$command" = smoke ]; then preset=smoke; fi
 run=${RUN:-runs/$preset}
@@ -43,12 +56,12 @@ pipeline() {
   stage() {
     echo "$(date +%T)  $folder: $1" >&3
     shift
-    "$python" "$@" || { echo "$(date +%T)  $folder: failed in $1" >&3; exit 1; }
+    "$python" "$@" || { echo "$(date +%T)  $folder: failed in $1" >&3; exit 2; }
   }
 
   stage "problems, flawed traces, rubrics" data.py "${common[@]}" --task_type "$task" \
     ${DATA:+--data "$DATA"} ${HELDOUT_DATA:+--heldout_data "$HELDOUT_DATA"}
-  stage "base model: planner and frozen executor" executor.py "${common[@]}" --task_type "$task" ${MODEL:+--model "$MODEL"}
+  stage "base model: planner and frozen executor" executor.py "${common[@]}" ${MODEL:+--model "$MODEL"}
   stage "rubric reward model" rm.py "${common[@]}"
   for seed in ${SEEDS:-0}; do
     for mode in ${MODES:-exec_only tracelift}; do
@@ -66,10 +79,12 @@ fi
 # The tiny world's domains run side by side, with the cores divided between them: so small a model gains little from
 # a second thread.
 tasks=(${TASKS:-math code})
-cores=$(nproc)
+cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ${#tasks[@]} ? cores / ${#tasks[@]} : 1))}
+set -m   # a process group for each domain, so that stopping this script stops all of it
 pids=()
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'for pid in "${pids[@]}"; do kill -- "-$pid" 2>/dev/null || true; done' EXIT
+trap 'exit 130' INT TERM
 for task in "${tasks[@]}"; do
   mkdir -p "$run-$task"
   pipeline "$task" >"$run-$task/log.txt" 2>&1 &
@@ -77,14 +92,18 @@ for task in "${tasks[@]}"; do
 done
 echo "progress bars and details: tail -f $run-*/log.txt"
 for i in "${!tasks[@]}"; do
-  if ! wait "${pids[$i]}"; then
+  status=0
+  wait "${pids[$i]}" || status=$?
+  if [ "$status" != 0 ]; then
     echo "failed; the end of $run-${tasks[$i]}/log.txt:" >&2
     tail -n 15 "$run-${tasks[$i]}/log.txt" >&2
-    exit 1
+    exit "$status"
   fi
 done
 for task in "${tasks[@]}"; do
   printf '\n== %s\n\n' "$task"
   cat "$run-$task/results.md"
 done
-if [ "$command" = smoke ]; then echo "This was a smoke test: every stage ran, at a size at which the numbers mean nothing."; fi
+if [ "$command" = smoke ]; then
+  echo "This was a smoke test: every stage ran, at a size at which the numbers mean nothing."
+fi

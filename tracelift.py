@@ -45,6 +45,7 @@ from rm import RubricRewardModel
 
 MODES = ("tracelift", "tracelift-code", "exec_only", "rm_only", "uplift_only")
 RM_MODES = ("tracelift", "tracelift-code", "rm_only")
+UPLIFT_MODES = ("tracelift", "tracelift-code", "uplift_only")
 
 
 @dataclass(frozen=True)
@@ -90,18 +91,19 @@ def combine(mode: str, *, e2e=None, rm=None, with_trace=None, without_trace=None
 def measure(settings, frozen: Executor, rm, problems: list[Problem], traces: list[str]) -> tuple[list[Reward], list]:
     """Rewards of the traces (problems[i] belongs to traces[i]), and the executor runs behind them. Only the parts
     that the mode needs are measured. Failures of executor, sandbox or reward model are raised, never scored."""
-    mode, K = settings.mode, settings.repeats
-    uses_uplift, scores = mode in ("tracelift", "tracelift-code", "uplift_only"), [None] * len(traces)
-    if mode in RM_MODES:
-        scores = rm.score([data.rm_text(p, t) for p, t in zip(problems, traces)])[0].tolist()
-    runs = [[] for _ in traces] if mode == "rm_only" else frozen.run(problems, traces, 1 + K * uses_uplift)
-    without = frozen.baseline(problems, K) if uses_uplift else [None] * len(traces)
+    mode, K, n = settings.mode, settings.repeats, len(traces)
+    uses_rm, uses_uplift = mode in RM_MODES, mode in UPLIFT_MODES
+    scores = rm.score([data.rm_text(p, t) for p, t in zip(problems, traces)])[0].tolist() if uses_rm else [None] * n
+    runs = [[] for _ in traces] if mode == "rm_only" else frozen.run(problems, traces, 1 + K if uses_uplift else 1)
+    baseline = frozen.baseline(problems, K) if uses_uplift else [None] * n
     rewards = []
-    for score, (e2e, uplift_runs), count in zip(scores, ((r[:1], r[1:]) for r in runs), without):
-        part = {"e2e": e2e[0].score if e2e else None, "rm": score,
-                "with_trace": sum(run.ok for run in uplift_runs) if uses_uplift else None, "without_trace": count}
-        rewards.append(Reward(**part, uplift=(part["with_trace"] - count) / K if uses_uplift else None,
-                              total=combine(mode, **part, repeats=K, w_e=settings.w_e, w_r=settings.w_r)))
+    for i in range(n):
+        e2e = runs[i][0].score if runs[i] else None               # the first run is e2e, the other K are the uplift's
+        with_trace = sum(run.ok for run in runs[i][1:]) if uses_uplift else None
+        uplift = (with_trace - baseline[i]) / K if uses_uplift else None
+        total = combine(mode, e2e=e2e, rm=scores[i], with_trace=with_trace, without_trace=baseline[i], repeats=K,
+                        w_e=settings.w_e, w_r=settings.w_r)
+        rewards.append(Reward(e2e, scores[i], with_trace, baseline[i], uplift, total))
     return rewards, runs
 
 
@@ -112,34 +114,35 @@ class TrainSettings:
     """Settings of `python tracelift.py train`."""
     run: str = knob("runs/tiny-math", "run folder; holds groups/, base.json and rm/")
     preset: str = knob("tiny", "named defaults")
-    mode: str = knob("tracelift", "reward: " + ", ".join(MODES))
+    mode: str = knob("tracelift", "reward: " + ", ".join(MODES), choices=MODES)
     seed: int = knob(0, "order of problems and all sampling")
     name: str = knob("", "the planner is saved as planner-NAME-seedSEED; empty: the mode")
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
     init: str = knob("", "model that the planner starts from; empty: the run's base model")
-    steps: int = knob(80, "optimizer steps, each on fresh rollouts (times inner_epochs)")
-    problems_per_step: int = knob(12, "N")
-    group_size: int = knob(8, "G, traces per problem; the advantage compares them")
-    repeats: int = knob(3, "K, executor runs behind each success rate; the paper's 3")
-    w_e: float = knob(0.5, "weight of end-to-end success")
-    w_r: float = knob(0.5, "weight of rm * uplift")
-    exec_score: str = knob("binary", "score of a program: binary, pass_rate, coderl, hybrid")
-    learning_rate: float = knob(3e-4, "AdamW, constant after warm-up; the tiny model wants more than a pretrained one")
-    warmup: int = knob(5, "steps of linear warm-up")
-    clip_low: float = knob(0.2, "PPO clip below 1; matters only with inner_epochs > 1")
-    clip_high: float = knob(0.2, "PPO clip above 1")
-    beta: float = knob(0.0, "weight of the KL to the starting planner; 0 keeps no reference policy in memory")
-    scale: str = knob("std", "std: divide advantages by the group's spread; none: do not (Dr. GRPO)")
-    weights: str = knob("dapo", "token weights: dapo (mean over the step's tokens), grpo, dr_grpo")
-    inner_epochs: int = knob(1, "updates per rollout")
-    micro_batch: int = knob(96, "sequences per forward and backward; the gradient does not depend on it")
-    grad_clip: float = knob(1.0, "largest gradient norm")
-    temperature: float = knob(1.0, "of the planner, in sampling and in scoring")
-    executor_temperature: float = knob(0.7, "of the executor")
-    max_trace_tokens: int = knob(80, "longest planner completion; a cut one counts as unclosed")
-    max_answer_tokens: int = knob(64, "longest executor output")
-    max_problems: int = knob(0, "train on this many problems only; 0: all")
-    save_every: int = knob(20, "steps between checkpoints; a stopped run continues from the last one")
+    steps: int = knob(80, "rollouts, each followed by inner_epochs updates", low=1)
+    problems_per_step: int = knob(12, "N", low=1)
+    group_size: int = knob(8, "G, traces per problem; the advantage compares them", low=2)
+    repeats: int = knob(3, "K, executor runs behind each success rate; the paper's 3", low=1)
+    w_e: float = knob(0.5, "weight of end-to-end success", low=0)
+    w_r: float = knob(0.5, "weight of rm * uplift", low=0)
+    exec_score: str = knob("binary", "score of a program", choices=("binary", "pass_rate", "coderl", "hybrid"))
+    learning_rate: float = knob(3e-4, "AdamW, constant after warm-up; for the tiny model", above=0)
+    warmup: int = knob(5, "steps of linear warm-up", low=0)
+    clip_low: float = knob(0.2, "PPO clip below 1; matters only with inner_epochs > 1", low=0)
+    clip_high: float = knob(0.2, "PPO clip above 1", low=0)
+    beta: float = knob(0.0, "weight of the KL to the starting planner; 0 keeps no reference policy in memory", low=0)
+    scale: str = knob("std", "std: divide advantages by the group's spread; none: do not (Dr. GRPO)",
+                      choices=("std", "none"))
+    weights: str = knob("dapo", "of tokens; dapo: mean over the step's tokens", choices=("dapo", "grpo", "dr_grpo"))
+    inner_epochs: int = knob(1, "updates per rollout", low=1)
+    micro_batch: int = knob(96, "sequences per forward and backward; the gradient does not depend on it", low=1)
+    grad_clip: float = knob(1.0, "largest gradient norm", above=0)
+    temperature: float = knob(1.0, "of the planner, in sampling and in scoring", above=0)
+    executor_temperature: float = knob(0.7, "of the executor", low=0)
+    max_trace_tokens: int = knob(80, "longest planner completion; a cut one counts as unclosed", low=1)
+    max_answer_tokens: int = knob(64, "longest executor output", low=1)
+    max_problems: int = knob(0, "train on this many problems only; 0: all", low=0)
+    save_every: int = knob(20, "steps between checkpoints; a stopped run continues from the last one", low=1)
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,12 @@ class EvalSettings:
     run: str = knob("runs/tiny-math", "run folder")
     preset: str = knob("tiny", "named defaults")
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
-    problems: int = knob(300, "held-out problems per row")
+    problems: int = knob(300, "held-out problems per row", low=1)
     seed: int = knob(0, "of the sampling")
-    executor_temperature: float = knob(0.7, "of the executor, as in training")
-    max_trace_tokens: int = knob(80, "longest planner completion")
-    max_answer_tokens: int = knob(64, "longest executor output")
-    traces: int = knob(3, "inspect: traces to show")
+    executor_temperature: float = knob(0.7, "of the executor, as in training", low=0)
+    max_trace_tokens: int = knob(80, "longest planner completion", low=1)
+    max_answer_tokens: int = knob(64, "longest executor output", low=1)
+    traces: int = knob(3, "inspect: traces to show", low=2)
     planner: str = knob("", "inspect: folder name of the planner in the run; empty: the base model")
 
 
@@ -164,23 +167,6 @@ TRAIN_PRESETS = {
               "max_trace_tokens": 256, "max_answer_tokens": 256, "warmup": 10}}
 EVAL_PRESETS = {"tiny": {}, "smoke": {"problems": 16},
                 "gsm8k": {"problems": 200, "max_trace_tokens": 256, "max_answer_tokens": 256}}
-
-
-def check_settings(s: TrainSettings) -> None:
-    """UserError for values that cannot work, before anything is written."""
-    positive = ("steps", "problems_per_step", "repeats", "inner_epochs", "save_every", "micro_batch", "max_trace_tokens",
-                "max_answer_tokens", "learning_rate", "temperature", "grad_clip")
-    choices = {"mode": MODES, "scale": ("std", "none"), "weights": ("dapo", "grpo", "dr_grpo"),
-               "exec_score": ("binary", "pass_rate", "coderl", "hybrid")}
-    rules = [(0 < getattr(s, key) < math.inf, key, "above 0") for key in positive]
-    rules += [(0 <= getattr(s, key) < math.inf, key, "0 or more")
-              for key in ("beta", "clip_low", "clip_high", "warmup", "executor_temperature", "max_problems")]
-    rules += [(getattr(s, key) in options, key, "one of " + ", ".join(options)) for key, options in choices.items()]
-    rules += [(s.group_size >= 2, "group_size", "at least 2: the advantage compares traces of one problem"),
-              ("/" not in s.name, "name", "a plain name")]
-    for fine, key, must in rules:
-        if not fine:
-            raise UserError(f"--{key} {getattr(s, key)!r}: must be {must}")
 
 
 # ------------------------------------------------------------------------------------------------ rollout and loss
@@ -213,8 +199,10 @@ def rollout(planner, tokenizer, problems: list[Problem], settings, generator) ->
     length = torch.tensor([len(t) for t in c.tokens], device=device)[:, None]
     position = torch.arange(ids.shape[1], device=device)[None]
     texts = tokenizer.batch_decode(c.tokens, skip_special_tokens=True)
-    return Rollout([p for p in problems for _ in range(settings.group_size)], c, [data.extract_reasoning(t) for t in texts],
-                   sum(data.CLOSE not in t for t in texts), ids, (position >= start) & (position < start + length), target)
+    scored = (position >= start) & (position < start + length)
+    return Rollout([p for p in problems for _ in range(settings.group_size)], c,
+                   [data.extract_reasoning(t) for t in texts], sum(data.CLOSE not in t for t in texts),
+                   ids, scored, target)
 
 
 @torch.no_grad()
@@ -234,11 +222,12 @@ def autocast(device: torch.device):
 
 
 def policy_gradient(planner, batch: Rollout, reward: torch.Tensor, settings, old_logp=None, ref_logp=None) -> dict:
-    """Adds the gradient of one update to planner's .grad and returns loss, entropy, KL and clip share of all tokens.
-    reward (B,); old_logp and ref_logp (M,) or None (on-policy; no KL)."""
+    """Adds the gradient of one update to planner's .grad and returns loss, entropy, KL and clip share of all tokens
+    (None where not measured). reward (B,); old_logp and ref_logp (M,) or None (on-policy; no KL)."""
     token_weight = kernels.token_weights(batch.scored, settings.weights, max_len=settings.max_trace_tokens)   # (B, T)
-    totals, at = {"loss": 0.0, "entropy": 0.0, "kl": 0.0, "clip_share": 0.0}, 0
-    M = int(batch.scored.sum())
+    totals = {"loss": 0.0, "entropy": 0.0, "kl": None if ref_logp is None else 0.0,
+              "clip_share": None if old_logp is None else 0.0}
+    M, at = int(batch.scored.sum()), 0
     for rows in torch.arange(len(batch.ids)).split(settings.micro_batch):
         chosen = batch.scored[rows]                                                            # (b, T)
         with autocast(batch.ids.device):
@@ -266,15 +255,18 @@ def policy_gradient(planner, batch: Rollout, reward: torch.Tensor, settings, old
 
 def train(settings: TrainSettings) -> Path:
     """Trains one planner with GRPO and returns its folder: model, tokenizer, metrics.jsonl, samples.jsonl."""
-    check_settings(settings)
+    data.check_settings(settings)
+    if "/" in settings.name:
+        raise UserError(f"--name {settings.name!r}: must be a plain name")
     run, name = Path(settings.run), f"planner-{settings.name or settings.mode}-seed{settings.seed}"
     out, work = run / name, run / f"{name}.partial"
     if not data.begin_stage(run, name, settings, out, work / "checkpoint.pt"):
         return out
     device = executor.pick_device(settings.device)
-    problems = [data.problem_of(g) for g in data.read_groups(run / "groups" / "train.jsonl")][:settings.max_problems or None]
+    problems = data.read_problems(run / "groups" / "train.jsonl")[:settings.max_problems or None]
     base = executor.base_of(run)
     planner, tokenizer = executor.load(settings.init or base, device, torch.float32)
+    executor.check_head(planner)
     reference = executor.freeze(copy.deepcopy(planner)) if settings.beta > 0 else None
     sampling = torch.Generator(device).manual_seed(settings.seed)
     frozen = Executor(*executor.load(base, device), max_new_tokens=settings.max_answer_tokens,
@@ -288,9 +280,10 @@ def train(settings: TrainSettings) -> Path:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         data.record_stage(settings.run, name, settings)
-    bar = tqdm(range(state["step"], settings.steps), initial=state["step"], total=settings.steps, desc=name, mininterval=5)
+    bar = tqdm(range(state["step"], settings.steps), initial=state["step"], total=settings.steps, desc=name,
+               mininterval=5)
     for step in bar:
-        clock = Clock()
+        clock, updates = Clock(), []
         with clock("rollout"):                                           # 1. N problems, G traces each
             planner.eval()
             batch = rollout(planner, tokenizer, problems_at(problems, step, settings), settings, sampling)
@@ -309,10 +302,12 @@ def train(settings: TrainSettings) -> Path:
                     raise FloatingPointError(f"step {step}: the gradient is not finite; lower --learning_rate")
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                updates.append({**health, "grad_norm": norm.item()})
         state["step"], state["seconds"] = step + 1, state["seconds"] + clock.total()           # 4. write it down
         state["planner_tokens"] += sum(map(len, batch.completions.tokens))
-        line = {"step": step, **summarize(rewards, runs, batch, settings), **health, "grad_norm": norm.item(),
-                **frozen.spent, **{k: state[k] for k in ("planner_tokens", "seconds")}, **clock.seconds}
+        line = {"step": step, **summarize(rewards, runs, batch, settings),
+                **{key: mean(update[key] for update in updates) for key in updates[0]}, **frozen.spent,
+                **{key: state[key] for key in ("planner_tokens", "seconds")}, **clock.seconds}
         append_jsonl(work / "metrics.jsonl", [line])
         if step % settings.save_every == 0:
             append_jsonl(work / "samples.jsonl", samples(step, rewards, batch, runs, settings))
@@ -329,11 +324,10 @@ def train(settings: TrainSettings) -> Path:
 def problems_at(problems: list[Problem], step: int, settings) -> list[Problem]:
     """The N problems of a step: epochs of a seeded shuffle, a function of the step alone, so that a resumed run and
     runs of other modes see the same problems."""
-    N, chosen = settings.problems_per_step, []
-    for i in range(step * N, (step + 1) * N):
-        epoch, place = divmod(i, len(problems))
-        chosen.append(problems[random.Random(f"{settings.seed} {epoch}").sample(range(len(problems)), len(problems))[place]])
-    return chosen
+    first, last = step * settings.problems_per_step, (step + 1) * settings.problems_per_step
+    shuffled = {epoch: random.Random(f"{settings.seed} {epoch}").sample(problems, len(problems))
+                for epoch in range(first // len(problems), (last - 1) // len(problems) + 1)}
+    return [shuffled[i // len(problems)][i % len(problems)] for i in range(first, last)]
 
 
 class Clock:
@@ -367,7 +361,7 @@ def summarize(rewards: list[Reward], runs: list, batch: Rollout, settings) -> di
     return {"reward": mean(totals), "success": mean(r[0].ok if r else None for r in runs),
             "e2e": mean(r.e2e for r in rewards), "uplift": mean(r.uplift for r in rewards),
             "rm": mean(r.rm for r in rewards), "without_trace": mean(
-                r.without_trace / settings.repeats if r.without_trace is not None else None for r in rewards),
+                None if r.without_trace is None else r.without_trace / settings.repeats for r in rewards),
             "faithful": mean(c[0] for c in checks), "leak": mean(c[1] for c in checks),
             "groups_without_spread": mean(max(g) == min(g) for g in groups),
             "reward_spread": mean(statistics.pstdev(g) for g in groups), "unclosed": batch.unclosed / len(rewards),
@@ -419,9 +413,10 @@ def evaluate(settings: EvalSettings) -> dict:
     run, device = Path(settings.run), executor.pick_device(settings.device)
     data.begin_stage(settings.run, "evaluate", settings, run / "results.json")
     base = executor.base_of(run)
-    splits = {s: [data.problem_of(g) for g in data.read_groups(run / "groups" / f"{s}.jsonl")][:settings.problems]
-              for s in ("heldout", "longer") if s == "heldout" or (run / "groups" / f"{s}.jsonl").exists()}
-    planners = sorted(p for p in run.glob("planner-*-seed*") if (p / "config.json").exists())
+    files = {split: run / "groups" / f"{split}.jsonl" for split in ("heldout", "longer")}
+    splits = {split: data.read_problems(path)[:settings.problems] for split, path in files.items()
+              if split == "heldout" or path.exists()}
+    planners = sorted(p for p in run.glob("planner-*-seed*") if (p / "config.json").exists() and p.suffix != ".partial")
     path = run / "results.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     results = {}
@@ -436,15 +431,17 @@ def evaluate(settings: EvalSettings) -> dict:
             results[name] = known[name]
             continue
         entry = {"spent": spent} if spent else {}
-        planner, own_tokenizer = executor.load(folder, device) if folder else (None, None)
+        planner, own_tokenizer = executor.load(folder, device, torch.float32) if folder else (None, None)
         for split, problems in splits.items():
             for temperature in (0.0, 1.0) if planner else (0.0,):
                 frozen.generator = torch.Generator(device).manual_seed(settings.seed)
+                traces, unclosed = None, {}
                 if planner:
-                    traces, unclosed = write_traces(planner, own_tokenizer, problems, temperature, settings, frozen.generator)
-                else:
-                    traces, unclosed = [p.reference_reasoning for p in problems] if name == "reference trace" else None, 0.0
-                entry[f"{split} T={temperature:g}"] = judge(frozen, problems, traces) | ({"unclosed": unclosed} if planner else {})
+                    traces, unclosed = write_traces(planner, own_tokenizer, problems, temperature, settings,
+                                                    frozen.generator)
+                elif name == "reference trace":
+                    traces = [p.reference_reasoning for p in problems]
+                entry[f"{split} T={temperature:g}"] = judge(frozen, problems, traces) | unclosed
         results[name] = entry
         data.record_stage(settings.run, "evaluate", settings)
         data.write_atomic(path, json.dumps({**known, **results}, indent=1))
@@ -459,13 +456,14 @@ def training_cost(log: Path) -> dict:
     return {key: last["step"] + 1 if key == "steps" else last[key] for key in COSTS}
 
 
-def write_traces(planner, tokenizer, problems, temperature, settings, generator) -> tuple[list[str], float]:
-    """One trace for each problem, and the share that was not closed."""
-    c = executor.generate(planner, [data.encode_prompt(tokenizer, data.planner_prompt(p)) for p in problems],
-                          max_new_tokens=settings.max_trace_tokens, temperature=temperature,
-                          eos_id=tokenizer.eos_token_id, pad_id=executor.pad_id(tokenizer), generator=generator)
+def write_traces(planner, tokenizer, problems, temperature, settings, generator) -> tuple[list[str], dict]:
+    """One trace for each problem, and {"unclosed": share that was not closed}."""
+    prompts = [data.encode_prompt(tokenizer, data.planner_prompt(p)) for p in problems]
+    with autocast(planner.device):
+        c = executor.generate(planner, prompts, max_new_tokens=settings.max_trace_tokens, temperature=temperature,
+                              eos_id=tokenizer.eos_token_id, pad_id=executor.pad_id(tokenizer), generator=generator)
     texts = tokenizer.batch_decode(c.tokens, skip_special_tokens=True)
-    return [data.extract_reasoning(t) for t in texts], mean(data.CLOSE not in t for t in texts)
+    return [data.extract_reasoning(t) for t in texts], {"unclosed": mean(data.CLOSE not in t for t in texts)}
 
 
 def judge(frozen: Executor, problems: list[Problem], traces: list[str] | None) -> dict:
@@ -502,48 +500,52 @@ def table(results: dict) -> str:
             cells = [spread([m.get(metric) for m in measured]) for metric in METRICS]
             lines.append(f"| {name} | {len(entries) if 'spent' in entries[0] else ''} | " + " | ".join(cells) + " |")
         lines.append("")
-    lines += ["cost of training (mean over seeds):", "", "| reward | " + " | ".join(c.replace("_", " ") for c in COSTS) + " |",
-              "|---" * (len(COSTS) + 1) + "|"]
+    lines += ["cost of training (mean over seeds):", "",
+              "| reward | " + " | ".join(c.replace("_", " ") for c in COSTS) + " |", "|---" * (len(COSTS) + 1) + "|"]
     for name, entries in names.items():
         if "spent" in entries[0]:
-            lines.append(f"| {name} | " + " | ".join(f"{mean(e['spent'][c] for e in entries):,.0f}" for c in COSTS) + " |")
+            cells = [f"{mean(e['spent'][c] for e in entries):,.0f}" for c in COSTS]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def spread(values: list) -> str:
-    """"0.81" or, for several seeds, "0.81 +- 0.02" (sample standard deviation)."""
+    """The mean, as "0.81", or for several seeds "0.81 ± 0.02" (sample standard deviation)."""
     if any(v is None for v in values):
         return ""
     return f"{mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def inspect(settings: EvalSettings) -> str:
-    """One held-out problem, traces, scores per dimension, executor outputs with and without a trace, reward and
-    advantage, as text for a person to read."""
+    """One held-out problem and its traces, from the executor's runs to the advantage, as text for a person to read."""
     run, device = Path(settings.run), executor.pick_device(settings.device)
-    groups = data.read_groups(run / "groups" / "heldout.jsonl")
-    problem = data.problem_of(groups[settings.seed % len(groups)])
+    problems = data.read_problems(run / "groups" / "heldout.jsonl")
+    problem, generator = problems[settings.seed % len(problems)], torch.Generator(device).manual_seed(settings.seed)
     base, tokenizer = executor.load(executor.base_of(run), device)
-    planner, own_tokenizer = executor.load(run / settings.planner, device) if settings.planner else (base, tokenizer)
-    rm, generator = RubricRewardModel.from_pretrained(run / "rm", device), torch.Generator(device).manual_seed(settings.seed)
+    folder = run / settings.planner if settings.planner else executor.base_of(run)
+    planner, own_tokenizer = executor.load(folder, device, torch.float32)
+    rm = RubricRewardModel.from_pretrained(run / "rm", device)
     frozen = Executor(base, tokenizer, max_new_tokens=settings.max_answer_tokens,
                       temperature=settings.executor_temperature, generator=generator)
-    train_settings = TrainSettings(run=settings.run, mode="tracelift", group_size=max(2, settings.traces),
-                                   max_trace_tokens=settings.max_trace_tokens)
-    batch = rollout(planner, own_tokenizer, [problem], train_settings, generator)
-    rewards, runs = measure(train_settings, frozen, rm, batch.problems, batch.traces)
-    advantages = kernels.group_advantage(torch.tensor([r.total for r in rewards]), train_settings.group_size).tolist()
+    step = TrainSettings(mode="tracelift", group_size=settings.traces, max_trace_tokens=settings.max_trace_tokens)
+    batch = rollout(planner, own_tokenizer, [problem], step, generator)
+    rewards, runs = measure(step, frozen, rm, batch.problems, batch.traces)
+    alone = frozen.run([problem], None, step.repeats)[0]
     dimensions = rm.score([data.rm_text(problem, t) for t in batch.traces])[1].tolist()
-    K, lines = train_settings.repeats, [f"problem    {problem.problem}", f"reference  {problem.reference_reasoning}"]
-    lines += [f"no trace   {run_.output.strip()!r} {'right' if run_.ok else 'wrong'}" for run_ in frozen.run([problem], None, K)[0]]
-    for trace, reward, dims, trace_runs, advantage in zip(batch.traces, rewards, dimensions, runs, advantages):
+    advantages = kernels.group_advantage(torch.tensor([r.total for r in rewards]), step.group_size).tolist()
+
+    show = lambda r: f"{r.output.strip()!r} {'right' if r.ok else 'wrong'}"
+    lines = [f"problem     {problem.problem}", f"reference   {problem.reference_reasoning}"]
+    lines += [f"no trace    {show(r)}" for r in alone]
+    for i, (trace, reward) in enumerate(zip(batch.traces, rewards)):
         check = data.check_trace(problem, trace)
-        lines += ["", f"trace      {trace}" + ("" if check is None else f"    (faithful: {check[0]}, leak: {check[1]})")]
-        lines += [f"  {'e2e run' if i == 0 else 'uplift run'}  {r.output.strip()!r} {'right' if r.ok else 'wrong'}" for i, r in enumerate(trace_runs)]
-        lines += ["  rubric   " + ", ".join(f"{n} {d:.1f}" for n, d in zip(rm.dimension_names, dims)),
-                  f"  uplift   {reward.with_trace}/{K} with - {reward.without_trace}/{K} without = {reward.uplift:+.2f}",
-                  f"  reward   0.5 * {reward.e2e:.0f} + 0.5 * {reward.rm:.2f} * {reward.uplift:+.2f} = {reward.total:.3f}"
-                  f"      advantage {advantage:+.2f}"]
+        lines += ["", f"trace       {trace}" + (f"    (faithful: {check[0]}, leak: {check[1]})" if check else "")]
+        lines += [f"  e2e       {show(runs[i][0])}"] + [f"  uplift    {show(r)}" for r in runs[i][1:]]
+        lines += ["  rubric    " + ", ".join(f"{n} {d:.1f}" for n, d in zip(rm.dimension_names, dimensions[i])),
+                  f"  uplift    ({reward.with_trace} with - {reward.without_trace} without) / {step.repeats}"
+                  f" = {reward.uplift:+.2f}",
+                  f"  reward    {step.w_e:g} * {reward.e2e:g} + {step.w_r:g} * {reward.rm:.2f} * {reward.uplift:+.2f}"
+                  f" = {reward.total:.3f}      advantage {advantages[i]:+.2f}"]
     return "\n".join(lines)
 
 
@@ -554,7 +556,8 @@ def main(argv) -> None:
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
     if command == "train":
         settings = data.parse_settings(TrainSettings, TRAIN_PRESETS, rest, "tracelift.py train")
-        print(f"{train(settings)}: trained\nnext: python tracelift.py evaluate --preset {settings.preset} --run {settings.run}")
+        print(f"{train(settings)}: trained")
+        print(f"next: python tracelift.py evaluate --preset {settings.preset} --run {settings.run}")
     elif command == "evaluate":
         settings = data.parse_settings(EvalSettings, EVAL_PRESETS, rest, "tracelift.py evaluate")
         print(table(evaluate(settings)))

@@ -249,7 +249,7 @@ BY_HAND = {
     | {solution(second=f"{n}+{{a}}", b=n + 30, c=n + 20) for n in (6, 5, 10)},
     "dropped_step": {"\n".join(STEPS[1:]), "\n".join([STEPS[0], STEPS[2]])},
     "unsupported_leap": {solution().replace("6*5 = <<6*5=30>>", ""), solution().replace("48+30 = <<48+30=78>>", "")},
-    "answer_leak": {solution() + "\nThe final answer is 68."},
+    "answer_leak": {data.hide_result(solution(), "68") + "\nThe final answer is 68."},      # keeps the "?" of the good one
 }
 
 
@@ -529,8 +529,9 @@ def test_all_of_gsm8k():
     assert tuple(map(len, problems)) == (7473, 1319)
     problems = [*problems[0], *problems[1]]
     assert len({p.problem_id for p in problems}) == len(problems)
-    assert not [p for p in problems if "<<" in p.reference_reasoning or "####" in p.reference_reasoning]
-    annotated = [p for p in problems if "<<" in p.reference_solution]
+    annotated = [p for p in problems if p.reference_reasoning is not None]
+    assert not [p for p in annotated if "<<" in p.reference_reasoning or "####" in p.reference_reasoning]
+    assert not [p for p in problems if p.reference_reasoning is None and re.search(r"<<[^<>]*=[^<>]*>>", p.reference_solution)]
     assert len(annotated) > 0.98 * len(problems)
     stated = []
     for p in annotated:

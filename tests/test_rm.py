@@ -348,7 +348,7 @@ def test_training_beats_chance_and_saves_what_it_measured(tmp_path, capsys):
     """From a random backbone, held-out pairs come out clearly better than the 0.5 of guessing."""
     run = tmp_path / "run"
     data.main(["--preset", "smoke", "--run", str(run), "--task_type", "code", "--train", "200", "--heldout", "60"])
-    executor.main(["--preset", "smoke", "--run", str(run), "--task_type", "code", "--sequences", "64", "--hidden", "32",
+    executor.main(["--preset", "smoke", "--run", str(run), "--sequences", "64", "--hidden", "32",
                    "--layers", "1", "--eval_problems", "2", "--max_answer_tokens", "4", "--device", "cpu"])
     argv = ["--preset", "smoke", "--run", str(run), "--epochs", "3", "--learning_rate", "3e-3", "--max_heldout", "60",
             "--device", "cpu"]
