@@ -221,8 +221,8 @@ def run_programs(programs: list[str], tests: list[list[dict]], *, timeout: float
     Raises ValueError naming the argument (an assert that is not Python, too), SandboxError when the machinery fails.
     """
     _check(programs, tests, timeout, memory_mb, workers)
-    if not hasattr(os, "fork"):
-        raise SandboxError("run_programs needs fork, which this platform does not have; use Linux")
+    if not sys.platform.startswith("linux") or not hasattr(os, "fork"):
+        raise SandboxError(f"run_programs needs fork and prctl of Linux, this platform is {sys.platform}; use Linux")
     keys = [(program, tuple((t.get("input"), t.get("output"), t.get("assert")) for t in own))
             for program, own in zip(programs, tests)]
     jobs, verdicts = deque(dict.fromkeys(keys)), {}
