@@ -73,11 +73,16 @@ def freeze(model):
     return model.eval().requires_grad_(False)
 
 
+def token_hidden(model, ids: torch.Tensor, select: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Last hidden states (M, H) at the selected positions. ids (B, T), select (B, T) bool. Right padding needs no mask
+    under causal attention."""
+    return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[select]
+
+
 def token_logits(model, ids: torch.Tensor, select: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Logits (M, V) at the selected positions only: the vocabulary is the widest part of a small model, and most
-    positions are prompt. ids (B, T), select (B, T) bool. Right padding needs no mask under causal attention."""
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return model.get_output_embeddings()(hidden[select])
+    positions are prompt. Arguments of `token_hidden`."""
+    return model.get_output_embeddings()(token_hidden(model, ids, select, mask))
 
 
 def check_head(model) -> None:

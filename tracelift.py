@@ -231,14 +231,15 @@ def policy_gradient(planner, batch: Rollout, reward: torch.Tensor, settings, old
     for rows in torch.arange(len(batch.ids)).split(settings.micro_batch):
         chosen = batch.scored[rows]                                                            # (b, T)
         with autocast(batch.ids.device):
-            logits = executor.token_logits(planner, batch.ids[rows], chosen)                   # (m, V)
-        m = slice(at, at + len(logits))
-        at += len(logits)
+            hidden = executor.token_hidden(planner, batch.ids[rows], chosen)                   # (m, H)
+        m = slice(at, at + len(hidden))
+        at += len(hidden)
         old, ref = (None if x is None else x[m] for x in (old_logp, ref_logp))
-        loss, logp, entropy, advantage = kernels.grpo_loss(
-            logits, batch.target[rows][chosen], reward, rows.to(reward.device)[:, None].expand_as(chosen)[chosen],
-            token_weight[rows][chosen], settings.group_size, old, ref, temperature=settings.temperature,
-            clip_low=settings.clip_low, clip_high=settings.clip_high, beta=settings.beta, scale=settings.scale == "std")
+        loss, logp, entropy, advantage = head_loss(
+            planner, hidden, batch.target[rows][chosen], reward,
+            rows.to(reward.device)[:, None].expand_as(chosen)[chosen], token_weight[rows][chosen], settings.group_size,
+            old, ref, temperature=settings.temperature, clip_low=settings.clip_low, clip_high=settings.clip_high,
+            beta=settings.beta, scale=settings.scale == "std")
         loss.backward()
         totals["loss"] += loss.item()
         totals["entropy"] += entropy.sum().item() / M
@@ -249,6 +250,18 @@ def policy_gradient(planner, batch: Rollout, reward: torch.Tensor, settings, old
             cut = (ratio < 1 - settings.clip_low) & (advantage < 0) | (ratio > 1 + settings.clip_high) & (advantage > 0)
             totals["clip_share"] += cut.sum().item() / M
     return totals
+
+
+def head_loss(planner, hidden, *rows, **settings):
+    """kernels.grpo_loss of the planner's head on hidden (m, H). Where the fused kernel runs and the head is a plain
+    matrix, the (m, V) logits are never held whole."""
+    head = planner.get_output_embeddings()
+    if kernels.backend(hidden.device) == "triton" and type(head) is torch.nn.Linear and head.bias is None:
+        work = torch.bfloat16 if hidden.is_cuda else hidden.dtype        # the head's product as autocast would do it
+        return kernels.linear_grpo_loss(hidden.to(work), head.weight.to(work), *rows, **settings)
+    with autocast(hidden.device):
+        logits = head(hidden)
+    return kernels.grpo_loss(logits, *rows, inplace=True, **settings)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -280,6 +293,7 @@ def train(settings: TrainSettings) -> Path:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         data.record_stage(settings.run, name, settings)
+    print(f"{name}: on {device}, loss by the {kernels.backend(device)} kernels")
     bar = tqdm(range(state["step"], settings.steps), initial=state["step"], total=settings.steps, desc=name,
                mininterval=5)
     for step in bar:

@@ -1,4 +1,4 @@
-"""GRPO loss in plain PyTorch: slow, obvious, any dtype and device. It is the CPU path and the oracle for faster ones.
+"""GRPO loss in plain PyTorch: slow, obvious, any dtype and device. It is the CPU path, and the oracle of grpo.py.
 
 Letters: M rows (one row is one token, padded or packed alike), V vocabulary, H hidden, B sequences, T tokens of a
 sequence, G traces of one problem. Sequence b belongs to problem b // G. For a row with weight w of sequence b:
@@ -72,73 +72,6 @@ def grpo_loss_reference(logits, target, reward, seq, weight, group_size, old_log
     return loss, dense(logp.detach()), dense(entropy), dense(A)
 
 
-def linear_grpo_loss(hidden, weight_lm_head, target, reward, seq, weight, group_size, old_logp=None, ref_logp=None, *,
-                     temperature=1.0, clip_low=0.2, clip_high=0.2, beta=0.0, adv_eps=1e-6, ddof=0, scale=True,
-                     chunk=4096):
-    """grpo_loss of hidden @ weight_lm_head.T without ever holding all the logits. Same outputs, arguments and errors.
-
-    hidden          (M,H) float.
-    weight_lm_head  (V,H) float of the same dtype. Gradients go to either or both, whichever requires them.
-    chunk           rows whose logits exist at the same time.
-
-    Each chunk's gradients are taken in the forward pass, while its logits exist, and only scaled in the backward. So
-    no logits are computed twice; in exchange dhidden (M,H) and dhead (V,H), the latter summed in float32, live from
-    forward to backward. The peak is those plus a handful of (chunk,V) temporaries. Padded rows cost nothing.
-    The logits have the dtype of hidden, as those of a model's own head would. Differentiable once, not twice.
-    """
-    _check_tensor("hidden", hidden, ("M", "H"), FLOATS)
-    _check_tensor("weight_lm_head", weight_lm_head, ("V", hidden.shape[1]), (hidden.dtype,), hidden.device)
-    _require(isinstance(chunk, int) and chunk > 0, "chunk", repr(chunk), "a positive int")
-    _check_rows(hidden, target, reward, seq, weight, old_logp, ref_logp)
-    if not torch.is_grad_enabled():  # a Function cannot see no_grad() from inside; do not take gradients nobody wants
-        hidden, weight_lm_head = hidden.detach(), weight_lm_head.detach()
-
-    def chunk_loss(logits, rows):
-        pick = lambda x: None if x is None else x[rows]
-        return grpo_loss_reference(logits, target[rows], reward, seq[rows], weight[rows], group_size, pick(old_logp),
-                                   pick(ref_logp), temperature=temperature, clip_low=clip_low, clip_high=clip_high,
-                                   beta=beta, adv_eps=adv_eps, ddof=ddof, scale=scale)
-
-    live = weight.detach().nonzero()[:, 0]
-    return _LinearLoss.apply(hidden, weight_lm_head, live.split(chunk), chunk_loss)
-
-
-class _LinearLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, head, chunks, chunk_loss):
-        work = _work_dtype(hidden)
-        want_hidden, want_head, *_ = ctx.needs_input_grad
-        dhidden = torch.zeros_like(hidden) if want_hidden else None
-        dhead = torch.zeros_like(head, dtype=work) if want_head else None
-        loss = hidden.new_zeros((), dtype=work)
-        per_row = [hidden.new_zeros(len(hidden), dtype=work) for _ in ("logp", "entropy", "advantage")]
-        for rows in chunks:
-            h = hidden[rows]
-            logits = (h @ head.T).requires_grad_(want_hidden or want_head)
-            with torch.enable_grad():
-                part, *row_parts = chunk_loss(logits, rows)
-            loss += part.detach()
-            for whole, values in zip(per_row, row_parts):
-                whole[rows] = values
-            if logits.requires_grad:
-                dlogits, = torch.autograd.grad(part, logits)
-                if want_hidden:
-                    dhidden[rows] = dlogits @ head
-                if want_head:
-                    dhead.addmm_(dlogits.T.to(work), h.to(work))
-        ctx.head_dtype = head.dtype
-        ctx.save_for_backward(dhidden, dhead)
-        ctx.mark_non_differentiable(*per_row)
-        return loss, *per_row
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        dhidden, dhead = ctx.saved_tensors
-        return (None if dhidden is None else dhidden * grad,
-                None if dhead is None else (dhead * grad).to(ctx.head_dtype), None, None)
-
-
 # ---- its parts ----
 
 def token_logp(logits, target, temperature=1.0):
@@ -159,7 +92,7 @@ def _logp_entropy(logits, target, temperature):
         entropy = -(logq.exp() * logq.clamp(min=-1e30)).sum(-1)
     logp = logq.gather(1, target.clamp(0, V - 1)[:, None])[:, 0]
     outside = (target < 0) | (target >= V)
-    return logp + torch.zeros_like(logp).masked_fill(outside, float("nan")), entropy
+    return logp * torch.ones_like(logp).masked_fill(outside, float("nan")), entropy         # NaN in the gradient too
 
 
 def group_advantage(reward, group_size, adv_eps=1e-6, ddof=0, scale=True):

@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import math
+import os
+import pickle
 import re
 import shutil
 import statistics
@@ -334,6 +336,45 @@ def test_gradient_is_the_textbook_one_whatever_the_micro_batch(models, sampled, 
         again, part = gradient(models[0], lambda m: policy_gradient(m, batch, reward, dataclasses.replace(s, micro_batch=micro_batch), old, ref))
         assert (part - fast).norm() < 1e-6 * fast.norm()
         assert again == pytest.approx(health, abs=1e-5), "metrics are of all micro-batches, not of the last"
+
+
+FUSED = """
+import pickle, sys
+import kernels, tracelift
+from kernels import grpo
+planner, batch, reward, settings, old, ref = pickle.load(sys.stdin.buffer)
+kernels.grpo_loss, calls = grpo.grpo_loss, []
+for path in "triton", "linear":
+    if path == "linear":                     # as on a GPU: the head's weights go to linear_grpo_loss
+        kernels.backend = lambda device: "triton"
+        kernels.linear_grpo_loss = lambda *a, f=kernels.linear_grpo_loss, **k: calls.append(1) or f(*a, **k)
+    health = tracelift.policy_gradient(planner, batch, reward, settings, old, ref)
+    sys.stdout.buffer.write(pickle.dumps((health, {n: p.grad for n, p in planner.named_parameters()})))
+    planner.zero_grad(set_to_none=True)
+assert len(calls) == 4                       # micro-batches
+"""
+
+
+def test_the_fused_paths_agree_with_the_reference(models, sampled):
+    """One real training step by the Triton kernel and by its linear variant, in the interpreter (a process of its own,
+    for the choice is made once): the same loss, metrics and gradients as on the reference path."""
+    pytest.importorskip("triton")
+    batch, reward = sampled
+    s = settings(max_trace_tokens=24, micro_batch=3, temperature=0.9, beta=0.2, clip_low=0.1)
+    old = completion_logp(models[0], batch, s) + 0.1
+    planner = copy.deepcopy(models[0])
+    work = pickle.dumps((planner, batch, reward, s, old, old - 0.3))
+    done = subprocess.run([sys.executable, "-c", FUSED], input=work, capture_output=True, cwd=ROOT,
+                          env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr.decode()
+    want = policy_gradient(planner, batch, reward, s, old, old - 0.3)
+    results = io.BytesIO(done.stdout)
+    for _ in "triton", "linear":
+        health, grads = pickle.load(results)
+        assert health == pytest.approx(want, abs=1e-6)
+        for name, p in planner.named_parameters():
+            torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-6)
+    assert max(p.grad.abs().max() for p in planner.parameters()) > 1e-2
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3])

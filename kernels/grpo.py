@@ -1,0 +1,200 @@
+"""The GRPO loss as two Triton kernels: group advantage, log-prob, entropy, clipped surrogate and KL in one pass over
+the logits, their gradient in another. Copy it alone: it needs torch and triton. A new V or temperature compiles again.
+
+    weight = mask.flatten() / mask.sum()                 # (M,), one weight per token of the whole step; 0 is padding
+    loss, logp, entropy, advantage = grpo_loss(logits, target, reward, seq, weight, group_size=8, old_logp=old)
+
+M rows (one row is one token), V vocabulary, B sequences, groups of G sequences. For a row x of sequence b, weight w,
+C = log2(e) / temperature, m the running maximum of x (from -1e30 up, so that a first block of -inf is harmless):
+
+    s   = sum 2^(x C - m C)      logp = ln 2 * ((x[target] - m) C - log2 s)      p = 2^(x C - m C) / s
+    A   = -mu / (sqrt(sum (d - mu)^2 / max(n - ddof, 1)) + adv_eps)     d = r - r_b of the n finite rewards, mu = mean d
+    rho = exp(logp - old)        l = -min(rho A, clip(rho) A) + beta (exp(ref - logp) - (ref - logp) - 1)
+    loss = sum w l               dl/dlogp = -A rho [rho A <= clip(rho) A] + beta (1 - exp(ref - logp))
+    dx  = w dl/dlogp (onehot - p) / temperature
+
+Measured from the row's own reward, equal ones give exactly 0; r - mean leaves noise, which a tiny std blows up. Each
+row works out its group again (G floats from cache beside 300 KB of logits), so groups may straddle micro-batches. The
+forward keeps m, s and w dl/dlogp of each row; the backward knows nothing of PPO. Bytes per bf16 element: 2 read by the
+forward, 2 read and 2 written by the backward. fp32 inside (fp64 for fp64 logits); no atomics: equal inputs, equal bits.
+Instructions per element of the inner loop (sm_90, bf16, triton 3.7.1; python -m kernels.sass): forward 10.1, or 18.6 if
+written with tl.exp and a mask in every block; backward 10.1. No GPU has timed this file yet.
+"""
+import torch
+import triton
+import triton.language as tl
+
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+BLOCK, FORWARD_WARPS, BACKWARD_WARPS = 4096, 4, 8     # fixed: autotuning would run the in-place kernel several times
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@triton.jit
+def _online(x, top, total, weighted, C: tl.constexpr):
+    """Takes a block into top = m, total = s and weighted = sum d 2^d, where d = (x - m) C."""
+    new = tl.maximum(top, tl.max(x, 0))
+    d = x * C - new * C
+    e = tl.exp2(d)
+    shift = (top - new) * C
+    keep = tl.exp2(shift)
+    weighted = keep * (weighted + total * shift) + tl.sum(e * tl.maximum(d, -1e30), 0)  # 0 * -inf is NaN
+    return new, keep * total + tl.sum(e, 0), weighted
+
+
+@triton.jit
+def _advantage(R, b, B, G, adv_eps, ddof, GROUP: tl.constexpr, SCALE: tl.constexpr):
+    i, inside = tl.arange(0, GROUP), (b >= 0) & (b < B)
+    r = tl.load(R + b // G * G + i, mask=(i < G) & inside, other=float("nan"))
+    own = tl.load(R + b, mask=inside, other=0.0)
+    finite = tl.abs(r) < float("inf")
+    n = tl.maximum(tl.sum(finite.to(tl.int32), 0), 1)
+    d = tl.where(finite, r - own, 0.0)
+    A = -tl.sum(d, 0) / n
+    if SCALE:
+        variance = tl.sum(tl.where(finite, (d + A) * (d + A), 0.0), 0) / tl.maximum(n - ddof, 1)
+        A = tl.where(A == 0, 0.0, A / (tl.sqrt(variance) + adv_eps))
+    return tl.where(inside, tl.where(tl.abs(own) < float("inf"), A, 0.0), float("nan"))
+
+
+@triton.jit(do_not_specialize=["B", "G", "ddof"])
+def _forward(X, stride, TARGET, LOGP, ENTROPY, TOP, TOTAL, LOSS, ADV, COEF, R, SEQ, W, OLD, REF, B, G, clip_low,
+             clip_high, beta, adv_eps, ddof, V: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr,
+             GROUP: tl.constexpr = 1, SCALE: tl.constexpr = False):
+    row = tl.program_id(0).to(tl.int64)      # 32768 x 151936 elements are 2.3 x 2^31
+    dtype: tl.constexpr = LOGP.dtype.element_ty
+    w = 1.0 if R is None else tl.load(W + row)
+    if w == 0:
+        return  # padding: the outputs hold zeros already
+    C: tl.constexpr = LOG2E / TAU
+    X, col = X + row * stride, tl.arange(0, BLOCK)
+    top, total, weighted = tl.full((), -1e30, dtype), tl.full((), 0.0, dtype), tl.full((), 0.0, dtype)
+    for start in range(0, V // BLOCK * BLOCK, BLOCK):
+        top, total, weighted = _online(tl.load(X + start + col).to(dtype), top, total, weighted, C)
+    if V % BLOCK:
+        x = tl.load(X + V // BLOCK * BLOCK + col, mask=col < V % BLOCK, other=-float("inf"))
+        top, total, weighted = _online(x.to(dtype), top, total, weighted, C)
+    target = tl.load(TARGET + row)
+    inside = (target >= 0) & (target < V)
+    x = tl.load(X + target, mask=inside, other=float("nan")).to(dtype)
+    logp = ((x - top) * C - tl.log2(total)) * LN2
+    tl.store(LOGP + row, logp)
+    tl.store(ENTROPY + row, (tl.log2(total) - weighted / total) * LN2)
+    tl.store(TOP + row, top)
+    tl.store(TOTAL + row, tl.where(inside, total, float("nan")))
+    if R is not None:
+        A = _advantage(R, tl.load(SEQ + row).to(tl.int64), B, G, adv_eps, ddof, GROUP, SCALE).to(dtype)
+        rho = tl.exp2((logp - (logp if OLD is None else tl.load(OLD + row).to(dtype))) * LOG2E)
+        plain, clipped = rho * A, tl.minimum(tl.maximum(rho, 1 - clip_low), 1 + clip_high) * A
+        loss = -tl.where(plain > clipped, clipped, plain)         # a NaN of plain comes through
+        slope = -tl.where(plain > clipped, 0.0, plain)
+        if REF is not None:
+            gap = tl.load(REF + row).to(dtype) - logp
+            ratio = tl.exp2(gap * LOG2E)
+            loss += beta * (ratio - gap - 1)
+            slope += beta * (1 - ratio)
+        tl.store(LOSS + row, w.to(dtype) * loss)
+        tl.store(ADV + row, A)
+        tl.store(COEF + row, w.to(dtype) * slope)
+
+
+@triton.jit
+def _backward(X, stride, TARGET, TOP, TOTAL, COEF, D, stride_d, V: tl.constexpr, TAU: tl.constexpr,
+              BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    X, D, col = X + row * stride, D + row * stride_d, tl.arange(0, BLOCK)
+    C: tl.constexpr = LOG2E / TAU
+    k = tl.load(COEF + row) / TAU
+    if k == 0:                                       # padding and rows without gradient
+        for start in range(0, V, BLOCK):
+            tl.store(D + start + col, tl.zeros((BLOCK,), D.dtype.element_ty), mask=start + col < V)
+        return
+    target, top, scale = tl.load(TARGET + row), tl.load(TOP + row), k / tl.load(TOTAL + row)
+    for start in range(0, V, BLOCK):
+        x = tl.load(X + start + col, mask=start + col < V, other=0.0).to(k.dtype)
+        minus_kp = -scale * tl.exp2(x * C - top * C)
+        dx = tl.where(start + col == target, k + minus_kp, minus_kp)
+        tl.store(D + start + col, dx.to(D.dtype.element_ty), mask=start + col < V)
+
+
+class _Rows(torch.autograd.Function):    # the first output carries gradient: loss, or without a reward logp
+    @staticmethod
+    def forward(ctx, logits, target, temperature, inplace, group_size, scale, settings, reward, *rows):
+        M, V = logits.shape
+        outputs = [logits.new_zeros(M, dtype=torch.promote_types(logits.dtype, torch.float32)) for _ in range(7)]
+        logp, entropy, top, total, loss, advantage, coef = outputs
+        ctx.inplace, ctx.constants = inplace, dict(V=V, TAU=temperature, BLOCK=min(BLOCK, triton.next_power_of_2(V)))
+        with torch.cuda.device_of(logits):
+            _forward[(M,)](logits, logits.stride(0), target, *outputs, reward, *rows,
+                           0 if reward is None else len(reward), group_size, *settings, SCALE=scale,
+                           GROUP=triton.next_power_of_2(group_size), num_warps=FORWARD_WARPS, **ctx.constants)
+        ctx.save_for_backward(logits, target, top, total, None if reward is None else coef)
+        results = (logp, entropy) if reward is None else (loss.sum(), logp, entropy, advantage)
+        ctx.mark_non_differentiable(*results[1:])
+        return results
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        logits, target, top, total, coef = ctx.saved_tensors
+        coef = grad.contiguous() if coef is None else coef * grad
+        dlogits = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
+        with torch.cuda.device_of(logits):
+            _backward[(len(logits),)](logits, logits.stride(0), target, top, total, coef, dlogits, dlogits.stride(0),
+                                      num_warps=BACKWARD_WARPS, **ctx.constants)
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)     # whoever still needs the logits gets an error
+        return dlogits, *[None] * 12
+
+
+def grpo_loss(logits, target, reward, seq, weight, group_size, old_logp=None, ref_logp=None, *, temperature=1.0,
+              clip_low=0.2, clip_high=0.2, beta=0.0, adv_eps=1e-6, ddof=0, scale=True, inplace=False):
+    """GRPO loss of M tokens -> loss (), logp (M,), entropy (M,), advantage (M,), in nats. Only loss carries gradient.
+
+    logits (M,V) float on CUDA, last stride 1; V a multiple of 16, or all accesses are 16-bit ones. target (M,) int64:
+    shift the targets, not the logits (a slice is a copy), with weight 0 at the last position. reward (B,) float, of all
+    sequences of the step, each run of group_size a group; one that is not finite takes no part and has A = 0. seq (M,)
+    int32 or int64, the sequence of each row. weight (M,) float, mask and average in one; the loss is a plain sum, so
+    micro-batches add up. old_logp, ref_logp (M,) float or None: on-policy (rho = 1), no KL. ddof=1: sample std;
+    scale=False: no division by it (Dr. GRPO). inplace=True: the gradient overwrites logits, a second use then raises.
+    A row of weight 0 is not read; its outputs and gradient are 0. In others a target outside [0,V) or a seq outside
+    [0,B) gives NaN: raising would wait for the GPU. Bad shapes, dtypes, devices, settings: ValueError before a launch.
+    """
+    optional = {k: x for k, x in (("old_logp", old_logp), ("ref_logp", ref_logp)) if x is not None}
+    _check(logits, temperature, inplace, target=target, reward=reward, seq=seq, weight=weight, **optional)
+    _need("group_size", isinstance(group_size, int) and group_size > 0, repr(group_size), "a positive int")
+    _need("reward", len(reward) % group_size == 0, f"{len(reward)} rewards", f"a multiple of group_size = {group_size}")
+    for name, x in ("clip_low", clip_low), ("clip_high", clip_high), ("adv_eps", adv_eps), ("beta", beta):
+        _need(name, 0 <= x < float("inf"), x, "at least 0 and finite")
+    _need("ref_logp", beta == 0 or ref_logp is not None, None, f"given, because beta is {beta}")
+    _need("ddof", isinstance(ddof, int) and ddof >= 0, repr(ddof), "an int of at least 0")
+    reward = reward.to(torch.promote_types(torch.promote_types(reward.dtype, logits.dtype), torch.float32))
+    rows = (reward, seq, weight, old_logp, ref_logp if beta else None)
+    return _Rows.apply(logits, target.contiguous(), float(temperature), inplace, group_size, bool(scale),
+                       (float(clip_low), float(clip_high), float(beta), float(adv_eps), ddof),
+                       *[None if x is None else x.detach().contiguous() for x in rows])
+
+
+def token_logp(logits, target, temperature=1.0):
+    """-> logp (M,) of each target, with gradient to logits, and entropy (M,), in nats. No mask: leave padding out."""
+    _check(logits, temperature, target=target)
+    return _Rows.apply(logits, target.contiguous(), float(temperature), False, 1, False, (0.,) * 4 + (0,), *[None] * 5)
+
+
+def _check(logits, temperature, inplace=False, **rows):
+    for name, x in {"logits": logits, **rows}.items():
+        _need(name, torch.is_tensor(x), type(x).__name__, "a tensor")
+        shape = {"logits": ("M", "V"), "reward": ("B",)}.get(name, (len(logits),))
+        dtypes = {"target": [torch.int64], "seq": [torch.int32, torch.int64]}.get(name, FLOATS)
+        fits = x.dim() == len(shape) and shape[0] in ("M", "B", len(x)) and x.device == logits.device
+        _need(name, fits and x.dtype in dtypes, f"{x.dtype} {tuple(x.shape)} on {x.device}",
+              f"{shape} on {logits.device}, dtype one of {dtypes}")
+    V, stride = logits.shape[1], logits.stride()
+    _need("logits", logits.is_cuda or triton.knobs.runtime.interpret, f"on {logits.device}", "on a CUDA device")
+    _need("logits", V > 0 and stride[1] == 1 and (stride[0] >= V or not inplace), f"V = {V}, strides {stride}",
+          "of V > 0 and last stride 1, and of row stride at least V if inplace")
+    _need("temperature", 0 < temperature < float("inf"), temperature, "positive and finite")
+
+
+def _need(name, ok, was, must):
+    if not ok:
+        raise ValueError(f"{name}: got {was}, must be {must}")
