@@ -52,8 +52,10 @@ def errors(rows, V, dtype, device):
     ours, truth = grpo.grpo_loss(**s), kernels.grpo_loss_reference(**exact)
     ours[0].backward(), truth[0].backward()
     gap = lambda a, b: (a.double() - b).abs().max().item()
+    naive = s["logits"].detach().log_softmax(-1).gather(1, s["target"][:, None])[:, 0]
     return {"loss": gap(ours[0], truth[0]), "logp": gap(ours[1], truth[1]),
-            "gradient": gap(x.grad, y.grad) / y.grad.abs().max().item()}
+            "gradient": gap(x.grad, y.grad) / y.grad.abs().max().item(),
+            f"logp of torch.log_softmax in {dtype}": gap(*(v[s["weight"] > 0] for v in (naive, truth[1])))}
 
 
 def eager(logits, target, reward, seq, weight, group_size, old_logp):

@@ -17,8 +17,8 @@ Measured from the row's own reward, equal ones give exactly 0; r - mean leaves n
 row works out its group again (G floats from cache beside 300 KB of logits), so groups may straddle micro-batches. The
 forward keeps m, s and w dl/dlogp of each row; the backward knows nothing of PPO. Bytes per bf16 element: 2 read by the
 forward, 2 read and 2 written by the backward. fp32 inside (fp64 for fp64 logits); no atomics: equal inputs, equal bits.
-Instructions per element of the inner loop (sm_90, bf16, triton 3.7.1; python -m kernels.sass): forward 10.1, or 18.6 if
-written with tl.exp and a mask in every block; backward 10.1. No GPU has timed this file yet.
+Instructions per element of the inner loop (sm_90, bf16, triton 3.6.0 and 3.7.1; python -m kernels.sass): forward 10.1,
+or 18.6 when written with tl.exp and a mask in every block; backward 10.1. No GPU has timed this file yet.
 """
 import torch
 import triton
