@@ -52,6 +52,13 @@ import time
 from dataclasses import dataclass
 from fractions import Fraction
 
+try:
+    import fcntl
+    import resource
+    _libc = ctypes.CDLL(None)
+except (ImportError, TypeError):  # Windows: only the answers work there
+    fcntl = resource = _libc = None
+
 # ---------------------------------------------------------------- answers
 
 MAX_ANSWER = 4000  # characters of one answer; a longer one is no answer
@@ -109,7 +116,8 @@ def math_equal(prediction: str | None, reference: str) -> bool:
 
 
 def _marked(text: str) -> str | None:
-    start = end = previous = -1
+    start = end = -1
+    previous = (-1, -1)  # where the box before the last one starts and ends
     opened = []  # per open brace: where its content starts, or -1 for a brace that is not a box
     # One pass over all braces: a scan per \boxed is quadratic on nested ones.
     for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\?[{}]", text):
@@ -118,7 +126,7 @@ def _marked(text: str) -> str | None:
             inside = opened.pop()
             if inside > start and text[inside:inside + MAX_ANSWER].strip(" \n}"):
                 if inside > end:
-                    previous = (start, end)  # nested boxes are one answer, boxes side by side may be two
+                    previous = start, end  # boxes side by side may be two answers, nested ones are one
                 start, end = inside, match.start()
         elif brace[-1] == "{" and brace != r"\{":
             opened.append(-1 if brace == "{" else match.end())
@@ -130,7 +138,7 @@ def _marked(text: str) -> str | None:
     if start < 0:
         return None
     content = text[start:end].strip()
-    if previous != -1 and previous[0] >= 0:
+    if previous[0] >= 0:
         between = text[previous[1] + 1:start][:MAX_ANSWER]
         if not re.search(r"\n|[.!?]\s", between.strip()) and not _MARKER.search(between):
             first = text[previous[0]:previous[1]].strip()
@@ -144,9 +152,9 @@ def _clean(text: str) -> str:
     text = re.sub(r"(?<=[0-9])(?:\\,|\u2009)(?=[0-9]{3}(?![0-9]))", ",", text).replace("\u2009", " ")
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;:()\[\]]|\^?\{?\\circ\}?|°", "", text)
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", text)
-    text = re.sub(r"\\?[$€£¥₹]|\\q?quad|\\\s|~", " ", text).replace(r"\{", "{").replace(r"\}", "}")
+    text = re.sub(r"\\?[$€£¥₹￥]|\\q?quad|\\\s|~", " ", text).replace(r"\{", "{").replace(r"\}", "}")
     text = _FRAC.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]}", text)
-    text = re.sub(rf"({_DECIMAL})\s*(?:\\times|\\cdot|[x×*·])\s*10\s*\^\s*\{{?([-+]?[0-9]+)\}}?", r"\1e\2", text)
+    text = re.sub(rf"(?<![0-9.,])({_DECIMAL})\s*(?:\\times|\\cdot|[x×*·])\s*10\s*\^\s*\{{?([-+]?[0-9]+)\}}?", r"\1e\2", text)
     return text.lstrip(" \t\r\n*`'\"").rstrip(" \t\r\n*`'\".,;:")
 
 
@@ -427,6 +435,8 @@ def _run(texts: list[str], keep: int, limits: dict) -> tuple[tuple[str, str], by
     code, cpu = reply["code"], reply["cpu"]
     if reply["late"] or cpu > limits["timeout"] or code == -signal.SIGPROF:
         return ("timeout", f"over {limits['timeout']} s of CPU or {limits['wall']} s in all"), output
+    if "asserts" in limits and reply["judged"]:
+        return ("failed_test", "what it returned could not be compared within the limits"), output
     if code == _COMPILE:
         return ("compile_error", detail), output
     if code in (_MEMORY, -signal.SIGKILL):
@@ -439,7 +449,7 @@ def _ask(job: dict, files: list[int]) -> dict | None:
     for fresh in (False, True):
         helper = _take(fresh)
         try:
-            reply = helper.exchange({**job, "layers": helper.layers}, files, job["wall"] + 30)
+            reply = helper.exchange({**job, "layers": helper.layers}, files, job["wall"] + _PATIENCE)
         except OSError:
             helper.close()
             continue
@@ -458,6 +468,7 @@ def _ask(job: dict, files: list[int]) -> dict | None:
 
 _idle: list[_Helper] = []
 _alive: set[_Helper] = set()
+_PATIENCE = 30  # seconds beyond the wall time of a run until a silent helper counts as hung
 _announced = threading.Lock()  # taken once, never released
 
 
@@ -490,7 +501,7 @@ class _Helper:
             theirs.close()
         _alive.add(self)
         try:
-            self.layers = self.exchange({"probe": True, "memory_mb": 1024, "timeout": 9, "output": 0}, [], 60)["layers"]
+            self.layers = self.exchange({"probe": True, "memory_mb": 1024, "timeout": 9, "output": 0, "wall": 60}, [], 60)["layers"]
         except (OSError, KeyError) as error:
             self.close()
             raise SandboxError(f"no helper can be started: {error} {self.said}") from None
@@ -502,10 +513,9 @@ class _Helper:
         """Sends a job and descriptors, returns the reply.  patience: seconds, for a helper that hangs.  OSError."""
         self.channel.settimeout(patience)
         socket.send_fds(self.channel, [json.dumps(job).encode()], files)
-        reply = self.channel.recv(1 << 16)
-        if not reply:
-            raise ConnectionError("it died")
-        return json.loads(reply)
+        if reply := self.channel.recv(1 << 16):
+            return json.loads(reply)
+        raise ConnectionError("it died")
 
     def close(self) -> None:
         """Ends the helper and what it runs."""
@@ -517,6 +527,7 @@ class _Helper:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+            self.said = ""
 
 
 def _close_all() -> None:
@@ -546,7 +557,7 @@ _NAMESPACES = {"user namespace": 0x10000000, "pid namespace": 0x20000000, "net n
                "ipc namespace": 0x08000000, "mount namespace": 0x00020000}
 
 
-def _serve(channel: socket.socket, sans: list[str]) -> None:
+def _serve(channel: socket.socket) -> None:
     """One job at a time, until the trainer closes the channel."""
     del sys.path[0]  # the folder of this file is no business of the programs
     sys.argv[:] = ["program.py"]
@@ -556,26 +567,29 @@ def _serve(channel: socket.socket, sans: list[str]) -> None:
     for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGXCPU, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)  # whoever started the trainer may have blocked or ignored them
     signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGCHLD])
-    libc = ctypes.CDLL(None)
-    libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: nobody reads the memory of helper and judge
     uid, gid = os.getuid(), os.getgid()
-    active = [name for name, flag in _NAMESPACES.items() if name not in sans and libc.unshare(flag) == 0]
-    if "user namespace" in active:
-        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
-    if "mount namespace" in active:
-        libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: nothing goes back
+    spaces = [name for name, flag in _NAMESPACES.items() if name not in _SANS and _libc.unshare(flag) == 0]
+    _libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: without it a plain user may not write the maps
+    if "user namespace" in spaces:
+        try:  # only files on the mount of our own need them
+            for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
+        except OSError:
+            spaces = [name for name in spaces if name != "mount namespace"]
+    _libc.prctl(4, 0, 0, 0, 0)  # nobody reads the memory of helper and judge
+    if "mount namespace" in spaces:
+        _libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: nothing goes back
     server = os.fork()  # only a child is inside the pid namespace, as its init
     if server:
         signal.signal(signal.SIGTERM, lambda *_: os.kill(server, signal.SIGKILL))
         os._exit(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]) & 1)
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    null = os.open(os.devnull, os.O_RDWR)
+    _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    null, seccomp = os.open(os.devnull, os.O_RDWR), _seccomp()
     gc.freeze()  # a collection in a child would write to, and so copy, every page
 
-    def spawn(work, files: list[int]) -> int:
-        return os.fork() or _child(work, files, channel, job, active, sans)
+    def spawn(work, *files: int) -> int:
+        return os.fork() or _child(work, files, channel, job, spaces, seccomp)
 
     while True:
         message, files, _, _ = socket.recv_fds(channel, 1 << 16, 4)
@@ -583,27 +597,28 @@ def _serve(channel: socket.socket, sans: list[str]) -> None:
             os._exit(0)
         job = json.loads(message)
         if "probe" in job:
-            pids = [spawn(None, [null] * 6)]
+            pids = [spawn(None, *[null] * 6)]
         elif "asserts" in job:
             program, tests, report, errors = files
             ours, theirs = (end.detach() for end in socket.socketpair())
-            pids = [spawn(_check_asserts, [null, null, null, ours, tests, report])]
+            pids = [spawn(_check_asserts, null, null, null, ours, tests, report)]
             for fd in (tests, report, ours):
                 os.close(fd)  # before the program starts: it shall not find them
-            pids.append(spawn(_play, [null, null, errors, theirs, program, null]))
+            pids.append(spawn(_play, null, null, errors, theirs, program, null))
             files = [program, errors, theirs]
         else:
             program, given, output, errors = files
-            pids = [spawn(_play, [given, output, errors, null, program, null])]
+            pids = [spawn(_play, given, output, errors, null, program, null)]
         for fd in files:
             os.close(fd)
-        ended, late = _wait(set(pids), time.monotonic() + job.get("wall", 60))
+        ended, late = _wait(set(pids), time.monotonic() + job["wall"])
         if "probe" not in job:
-            channel.send(json.dumps({**ended[pids[-1]], "late": late}).encode())
+            (code, cpu), (judged, _) = ended[pids[-1]], ended[pids[0]]
+            channel.send(json.dumps({"code": code, "cpu": cpu, "late": late, "judged": judged}).encode())
 
 
 def _wait(pids: set[int], deadline: float) -> tuple[dict, bool]:
-    """Waits for the children and kills everything that is left -> {pid: {"code", "cpu"}}, whether it was late."""
+    """Waits for the children, kills what is left -> {pid: (exit code, CPU seconds)}, and whether it was late."""
     ended, late = {}, False
     while True:
         try:
@@ -611,42 +626,42 @@ def _wait(pids: set[int], deadline: float) -> tuple[dict, bool]:
         except ChildProcessError:
             return ended, late
         if pid in pids:
-            ended[pid] = {"code": os.waitstatus_to_exitcode(status), "cpu": usage.ru_utime + usage.ru_stime}
-        if pid == 0 and (late := late or not signal.sigtimedwait([signal.SIGCHLD], max(0, deadline - time.monotonic()))) \
-                or len(ended) == len(pids):
-            for stray in pids - ended.keys():
-                os.kill(stray, signal.SIGKILL)
-            if os.getpid() == 1:  # of our own pid namespace; anywhere else -1 would be the user's processes
+            ended[pid] = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+        if pid == 0 and len(ended) < len(pids):
+            late = late or not signal.sigtimedwait([signal.SIGCHLD], max(0, deadline - time.monotonic()))
+        if late or len(ended) == len(pids):
+            for child in pids - ended.keys():
+                os.kill(child, signal.SIGKILL)
+            if os.getpid() == 1:  # of our own pid namespace; anywhere else -1 means all of the user's processes
                 try:
                     os.kill(-1, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
 
 
-def _child(work, files: list[int], channel: socket.socket, job: dict, active: list[str], sans: list[str]) -> None:
-    """Limits, then the work, in the forked child: descriptors 0 to 5 are the files.  Never returns."""
+def _child(work, files: tuple[int, ...], channel: socket.socket, job: dict, spaces: list[str], seccomp: bytes) -> None:
+    """Walls, then the work, in the forked child.  Descriptors: 0 stdin, 1 stdout, 2 stderr, 3 between program and
+    judge, 4 source, 5 report, 6 the trainer until the walls stand.  Never returns."""
     try:
-        import fcntl
         os.setsid()
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in (*files, channel.fileno())]
         for target, fd in enumerate(high):
             os.dup2(fd, target)
-        os.closerange(len(high), 4096)
-        layers = active + _confine(job, active, sans, work is _check_asserts)
-        if work is None or layers != job["layers"]:
-            answer = {"layers": layers} if work is None else {"error": f"the sandbox has changed: {layers}"}
-            with socket.socket(fileno=len(files)) as channel:
-                channel.send(json.dumps(answer).encode())
+        os.closerange(7, 4096)
+        active = _confine(job, spaces, seccomp, work is _check_asserts)
+        if work is None or active != job["layers"]:
+            answer = {"layers": active} if work is None else {"error": f"the sandbox has changed: {active}"}
+            os.write(6, json.dumps(answer).encode())
             os._exit(0)
-        os.close(len(files))
+        os.close(6)
         random.seed(0)  # a fork reseeds it; verdicts shall not depend on luck
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         signal.setitimer(signal.ITIMER_PROF, job["timeout"])  # the CPU limit; RLIMIT_CPU, in whole seconds, backs it up
-        with open(4, "rb") as source:
-            text = os.pread(4, os.fstat(4).st_size, 0).decode("utf-8", "surrogatepass")
-        work(text, "asserts" in job)
+        source = os.pread(4, os.fstat(4).st_size, 0).decode("utf-8", "surrogatepass")
+        os.close(4)
+        work(source, "asserts" in job)
     except BaseException as error:
-        os.write(len(files), json.dumps({"error": f"the sandbox failed: {error!r}"}).encode())
+        os.write(6, json.dumps({"error": f"the sandbox failed: {error!r}"}).encode())
     finally:
         os._exit(1)
 
@@ -736,8 +751,9 @@ def _check_asserts(source: str, _) -> None:
         if kind == "value":
             return said[0]
         raised = getattr(builtins, said[0], None)  # so that a test can expect a ValueError
-        error = (raised if isinstance(raised, type) and issubclass(raised, Exception) else RuntimeError)(said[1])
-        error.of_program = True
+        raised = raised if isinstance(raised, type) and issubclass(raised, Exception) else RuntimeError
+        error = raised(said[1].partition(": ")[2])
+        error.of_program = said[1]
         raise error
 
     for statement, names in json.loads(source):
@@ -749,7 +765,7 @@ def _check_asserts(source: str, _) -> None:
         except BaseException as error:
             detail = _describe(error)
             if hasattr(error, "of_program"):
-                result = "memory" if isinstance(error, MemoryError) else "runtime_error", detail.partition(": ")[2]
+                result = "memory" if isinstance(error, MemoryError) else "runtime_error", error.of_program
             elif isinstance(error, (_Unsupported, ImportError, SyntaxError)):
                 result = "unsupported", detail
             else:
@@ -813,86 +829,89 @@ restart_syscall 219 128, umask 95 166, sendfile 40 71, mkdir 83 -, mkdirat 258 3
 unlinkat 263 35, rename 82 -, renameat 264 38, renameat2 316 276, truncate 76 45"""
 
 
-def _confine(job: dict, active: list[str], sans: list[str], judge: bool) -> list[str]:
-    """Walls off this process, for good -> the names of the layers that hold, without the namespaces."""
-    import resource
-    libc, done, shm = ctypes.CDLL(None), ["rlimits"], b"/dev/shm"
-    scratch = "mount namespace" in active and libc.unshare(_NAMESPACES["mount namespace"]) == 0 \
-        and libc.mount(b"tmpfs", shm, b"tmpfs", 14, b"size=16m,nr_inodes=1k") == 0  # nosuid, nodev, noexec
-    os.chdir(shm if scratch else "/")
+def _confine(job: dict, spaces: list[str], seccomp: bytes, judge: bool) -> list[str]:
+    """Walls off this process, for good -> the names of the layers that hold."""
+    mount = "mount namespace"
+    scratch = (mount in spaces and _libc.unshare(_NAMESPACES[mount]) == 0 and 0 == _libc.mount(
+        b"tmpfs", b"/dev/shm", b"tmpfs", 14, b"size=16m,nr_inodes=1k"))  # MS_NOSUID | MS_NODEV | MS_NOEXEC
+    done = ["rlimits", *(name for name in spaces if name != mount or scratch)]
+    os.chdir("/dev/shm" if scratch else "/")
     for kind, value in ((resource.RLIMIT_AS, job["memory_mb"] << 20), (resource.RLIMIT_FSIZE, job["output"]),
                         (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0),
                         (resource.RLIMIT_CPU, int(job["timeout"]) + 1)):
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
-    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    if hard == resource.RLIM_INFINITY or hard >= 64 << 20:  # deep recursion; the kernel reads it when the stack grows
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    if hard == resource.RLIM_INFINITY or hard >= 64 << 20:  # deep recursion; the kernel looks when the stack grows
         resource.setrlimit(resource.RLIMIT_STACK, (64 << 20, hard))
 
-    if "no capabilities" not in sans and libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)) == 0:
+    if "no capabilities" not in _SANS and _libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)) == 0:
         done.append("no capabilities")
-    if "no_new_privs" not in sans and libc.prctl(38, 1, 0, 0, 0) == 0:
+    if "no_new_privs" not in _SANS and _libc.prctl(38, 1, 0, 0, 0) == 0:
         done.append("no_new_privs")
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the helper
-    libc.prctl(4, not judge, 0, 0, 0)       # PR_SET_DUMPABLE: /dev/stdin works only with it
-    if "landlock" not in sans and _landlock(libc, scratch and shm):
+    _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the helper
+    _libc.prctl(4, not judge, 0, 0, 0)       # PR_SET_DUMPABLE: without it /dev/stdin cannot be opened
+    if "landlock" not in _SANS and _landlock(scratch):
         done.append("landlock")
-    if "seccomp" not in sans and _seccomp(libc):
-        done.append("seccomp")
+    if seccomp:
+        code = ctypes.create_string_buffer(seccomp.replace(_OWN_PID, struct.pack("I", os.getpid())), len(seccomp))
+        if _libc.prctl(22, 2, struct.pack("HP", len(seccomp) // 8, ctypes.addressof(code)), 0, 0) == 0:
+            done.append("seccomp")
     return done
 
 
-def _landlock(libc, scratch) -> bool:
-    """From here on this process opens nothing but Python's library to read, and its scratch folder."""
-    create, add, restrict = 444, 445, 446  # the same numbers everywhere
-    abi = libc.syscall(create, None, 0, 1)
+def _landlock(scratch: bool) -> bool:
+    """From here on this process opens nothing but the libraries and four devices, and its scratch folder."""
+    create, add, restrict = 444, 445, 446  # the same numbers on every architecture
+    abi = _libc.syscall(create, None, 0, 1)
     if abi < 1:
         return False
-    everything = (1 << 13 + (abi > 1) + (abi > 2) + (abi > 4)) - 1  # 13 rights, then REFER, TRUNCATE, IOCTL_DEV
-    attributes = struct.pack("QQQ", everything, 3 * (abi > 3), 3 * (abi > 5))  # files; TCP; signals and abstract sockets
-    rules = libc.syscall(create, attributes, 24, 0)
-    read, write = 4 | 8, 2  # READ_FILE and READ_DIR; WRITE_FILE
-    allowed = {path: read for path in (os.path.dirname(os.__file__), sys.base_prefix + "/lib", "/lib", "/lib64",
-                                       "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache")}
-    allowed |= dict.fromkeys(("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"), 4 | write)
-    allowed |= {scratch: everything} if scratch else {}
-    for path, rights in allowed.items():
-        try:
+    every = (1 << 13 + (abi > 1) + (abi > 2) + (abi > 4)) - 1  # 13 rights, then REFER, TRUNCATE, IOCTL_DEV
+    # Handled: file rights; TCP bind and connect from ABI 4; abstract sockets and signals from ABI 6.
+    rules = _libc.syscall(create, struct.pack("QQQ", every, 3 * (abi > 3), 3 * (abi > 5)), 24, 0)
+    read_file, read_folder, write_file = 4, 8, 2
+    rights = dict.fromkeys((os.path.dirname(os.__file__), sys.base_prefix + "/lib", "/lib", "/lib64", "/usr/lib",
+                            "/usr/lib64", "/usr/share/zoneinfo"), read_file | read_folder)
+    rights |= dict.fromkeys(("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"), read_file | write_file)
+    rights |= {"/dev/shm": every} if scratch else {}
+    for path, allowed in rights.items():
+        if os.path.exists(path):
             fd = os.open(path, os.O_PATH)
-        except OSError:
-            continue
-        rights = rights if os.path.isdir(path) else rights & ~8
-        libc.syscall(add, rules, 1, struct.pack("=Qi", rights, fd), 0)
-        os.close(fd)
-    done = libc.syscall(restrict, rules, 0) == 0
-    os.close(rules)
-    return done
+            _libc.syscall(add, rules, 1, struct.pack("=Qi", allowed, fd), 0)
+            os.close(fd)
+    return _libc.syscall(restrict, rules, 0) == 0
 
 
-def _seccomp(libc) -> bool:
-    """From here on this process makes no system call but _CALLS and, with these arguments, the ones below."""
-    columns = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-    if os.uname().machine not in columns or sys.maxsize < 1 << 32:
-        return False
-    column, architecture = columns[os.uname().machine]
-    load, equal, end, deny, allow = 0x20, 0x15, 0x06, 0x00050000 | 38, 0x7FFF0000  # 38: ENOSYS, so that libc falls back
-    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, 0x80000000), (load, 0, 0, 0)]
-    stream = [1 | flags for flags in (0, 0x800, 0x80000, 0x80800)]
-    for numbers, argument, values in (
-            ((56, 220), 0, (0x3D0F00, 0x7D0F00)),                # clone: threads, of glibc and musl
-            ((62, 129), 0, (os.getpid(),)), ((234, 131), 0, (os.getpid(),)),  # kill, tgkill: itself
-            ((302, 261), 0, (0, os.getpid())),                   # prlimit64: itself
-            ((53, 199), 1, stream),                              # socketpair, for asyncio; datagrams can be sent elsewhere
-            ((72, 25), 1, (0, 1, 2, 3, 4, 5, 6, 7, 1030)),       # fcntl: dup, flags, locks; no F_SETOWN, a way to signal
-            ((16, 29), 1, (0x5401, 0x5413, 0x5421, 0x541B, 0x5450, 0x5451))):  # ioctl: isatty and the like
+_OWN_PID = b"\xee\xee\xee\xee"  # in the filter, replaced in each child
+
+
+def _seccomp() -> bytes:
+    """The filter (BPF) that admits _CALLS and, with these arguments only, the calls below; empty where unknown."""
+    machine = os.uname().machine
+    if "seccomp" in _SANS or machine not in ("x86_64", "aarch64") or sys.maxsize < 1 << 32:
+        return b""
+    column, architecture = (0, 0xC000003E) if machine == "x86_64" else (1, 0xC00000B7)
+    own = int.from_bytes(_OWN_PID, "little")
+    checked = (  # call numbers, which argument, its admitted values
+        ((56, 220), 0, (0x3D0F00, 0x7D0F00)),                       # clone: threads, of glibc and of musl
+        ((62, 129), 0, (own,)), ((234, 131), 0, (own,)),            # kill, tgkill: itself
+        ((302, 261), 0, (0, own)),                                  # prlimit64: itself
+        ((53, 199), 1, (1, 0x801, 0x80001, 0x80801)),               # socketpair: streams, which go nowhere else
+        ((72, 25), 1, (0, 1, 2, 3, 4, 5, 6, 7, 1030)),              # fcntl: no F_SETOWN, which can signal others
+        ((16, 29), 1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)))  # ioctl: isatty and the like
+    load, equal, leave, admit, kill = 0x20, 0x15, 0x06, 0x7FFF0000, 0x80000000
+    refuse = 0x50000 | 38  # ENOSYS: then the C library falls back from clone3 to clone
+    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (leave, 0, 0, kill), (load, 0, 0, 0)]
+    for numbers, argument, values in checked:
         code += [(equal, 0, len(values) + 3, numbers[column]), (load, 0, 0, 16 + 8 * argument)]
         code += [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
-        code += [(end, 0, 0, deny), (end, 0, 0, allow)]
-    calls = [int(call.split()[1 + column]) for call in _CALLS.split(",") if call.split()[1 + column] != "-"]
-    code += [(equal, len(calls) - i, 0, call) for i, call in enumerate(calls)] + [(end, 0, 0, deny), (end, 0, 0, allow)]
-    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-    return libc.prctl(22, 2, struct.pack("HP", len(code), ctypes.addressof(program)), 0, 0) == 0  # PR_SET_SECCOMP
+        code += [(leave, 0, 0, refuse), (leave, 0, 0, admit)]
+    calls = [call.split()[1 + column] for call in _CALLS.split(",")]
+    calls = [int(call) for call in calls if call != "-"]
+    code += [(equal, len(calls) - i, 0, call) for i, call in enumerate(calls)]
+    code += [(leave, 0, 0, refuse), (leave, 0, 0, admit)]
+    return b"".join(struct.pack("HBBI", *line) for line in code)
 
 
 # ---------------------------------------------------------------- command line
@@ -904,17 +923,61 @@ def probe() -> int:
     return 0 if all(found.values()) else 1
 
 
+def bench() -> None:
+    """Prints programs per second (4 stdin tests each) against one subprocess per test, without and with 3 GB in this
+    process, what its fork costs then, and its memory over 10,000 programs."""
+    from concurrent.futures import ThreadPoolExecutor
+    tests, cores, count = [{"input": str(i), "output": str(i + 1)} for i in range(4)], os.cpu_count() or 1, itertools.count()
+
+    def helpers(n: int) -> None:
+        verdicts = run_programs([f"print(int(input()) + 1)  # {next(count)}" for _ in range(n)], [tests] * n)
+        assert all(verdict.ok for verdict in verdicts), verdicts
+
+    def subprocesses(n: int) -> None:
+        def one(_) -> bool:
+            return all(subprocess.run([sys.executable, "-c", "print(int(input()) + 1)"], input=test["input"], text=True,
+                                      capture_output=True).stdout.split() == [test["output"]] for test in tests)
+        with ThreadPoolExecutor(cores) as pool:
+            assert all(pool.map(one, range(n)))
+
+    def fork(n: int) -> None:
+        for _ in range(n):
+            os.waitpid(os.fork() or os._exit(0), 0)
+
+    def rate(work, n: int) -> float:
+        started = time.monotonic()
+        work(n)
+        return n / (time.monotonic() - started)
+
+    print(f"{cores} cores, layers missing: {[name for name, on in layers().items() if not on] or 'none'}")
+    for gigabytes in (0, 3):
+        ballast = b"x" * (gigabytes << 30)
+        for _ in range(3):
+            warm, cold, forks = rate(helpers, 200), rate(subprocesses, 20), rate(fork, 20)
+            print(f"holding {len(ballast) >> 30} GB: {warm:.0f} programs/s, one subprocess per test {cold:.1f}: x{warm / cold:.0f};"
+                  f" one fork of this process {1000 / forks:.1f} ms", flush=True)
+        del ballast
+    for done in range(0, 10_001, 2_000):
+        with open("/proc/self/statm") as file:
+            print(f"after {done:6,} programs this process holds {int(file.read().split()[1]) * 4 / 1024:.1f} MiB", flush=True)
+        if done < 10_000:
+            helpers(2_000)
+
+
 def main(arguments: list[str]) -> int:
     """The command line -> exit status: 0 passed, 1 not, 2 bad input."""
+    if arguments not in (["probe"], ["bench"]) and len(arguments) != 2:
+        print("usage: python verify.py PROGRAM.py TESTS.json | probe | bench", file=sys.stderr)
+        return 2
     try:
         if arguments == ["probe"]:
             return probe()
-        program_path, tests_path = arguments
-        with open(program_path, encoding="utf-8") as program, open(tests_path, encoding="utf-8") as tests:
+        if arguments == ["bench"]:
+            return bench() or 0
+        with open(arguments[0], encoding="utf-8") as program, open(arguments[1], encoding="utf-8") as tests:
             verdict = run_programs([program.read()], [json.load(tests)])[0]
     except (OSError, ValueError, SandboxError) as error:
-        usage = "usage: python verify.py PROGRAM.py TESTS.json | probe | bench"
-        print(usage if len(arguments) != 2 else f"verify.py: {error}", file=sys.stderr)
+        print(f"verify.py: {error}", file=sys.stderr)
         return 2
     print(f"{verdict.outcome} {verdict.passed}/{verdict.total} {verdict.detail}".rstrip())
     return 0 if verdict.ok else 1
@@ -922,5 +985,6 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["helper"]:
-        _serve(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
+        _SANS.update(sys.argv[3:])
+        _serve(socket.socket(fileno=int(sys.argv[2])))
     sys.exit(main(sys.argv[1:]))
