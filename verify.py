@@ -486,11 +486,11 @@ class _Helper:
         if not sys.platform.startswith("linux"):
             raise SandboxError(f"run_programs needs Linux, this platform is {sys.platform}; use WSL 2, or a container")
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        env = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "TZ": "UTC"}
+        env = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "TZ": "UTC", "LD_BIND_NOW": "1"}  # not in each fork anew
         if "LD_LIBRARY_PATH" in os.environ:  # some interpreters do not start without
             env["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         # -S: no site-packages, a quick start.  Not -I, which ignores PYTHONHASHSEED and so makes set order random.
-        command = [sys.executable, "-s", "-S", "-B", _FILE, "helper", str(theirs.fileno()), *_SANS]
+        command = [sys.executable, "-s", "-S", "-B", "-c", _START, _FILE, "helper", str(theirs.fileno()), *_SANS]
         try:
             self.process = subprocess.Popen(command, env=env, cwd="/", pass_fds=[theirs.fileno()],
                                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -553,17 +553,23 @@ _FILE = os.path.abspath(__file__)
 MODULES = ("math", "cmath", "re", "random", "string", "copy", "itertools", "functools", "collections", "operator")
 _COMPILE, _MEMORY = 201, 202  # exit statuses; a program that takes one only says that it failed
 _MAX_VALUE = 4 << 20          # bytes of JSON of one value
+# What threading and random do after a fork would cost as much as the fork; a single thread needs none of it.
+_START = """import os, sys
+os.register_at_fork = lambda **_: None
+__file__ = sys.argv.pop(1)
+exec(compile(open(__file__, encoding="utf-8").read(), __file__, "exec"))"""
 _NAMESPACES = {"user namespace": 0x10000000, "pid namespace": 0x20000000, "net namespace": 0x40000000,
                "ipc namespace": 0x08000000, "mount namespace": 0x00020000}
 
 
 def _serve(channel: socket.socket) -> None:
     """One job at a time, until the trainer closes the channel."""
-    del sys.path[0]  # the folder of this file is no business of the programs
+    del sys.path[0]  # the working folder
     sys.argv[:] = ["program.py"]
     builtins.exit = builtins.quit = sys.exit  # honest programs use them, -S leaves them out
     for name in (*MODULES, "bisect", "heapq", "datetime", "decimal", "statistics", "typing"):
         __import__(name)  # once here, not in every fork
+    random.seed(0)  # verdicts shall not depend on luck
     for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGXCPU, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)  # whoever started the trainer may have blocked or ignored them
     signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGCHLD])
@@ -586,6 +592,8 @@ def _serve(channel: socket.socket) -> None:
         os._exit(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]) & 1)
     _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     null, seccomp = os.open(os.devnull, os.O_RDWR), _seccomp()
+    for call in ("capset", "mount", "prctl", "syscall", "unshare"):
+        getattr(_libc, call)  # ctypes keeps what it has looked up
     gc.freeze()  # a collection in a child would write to, and so copy, every page
 
     def spawn(work, *files: int) -> int:
@@ -654,7 +662,6 @@ def _child(work, files: tuple[int, ...], channel: socket.socket, job: dict, spac
             os.write(6, json.dumps(answer).encode())
             os._exit(0)
         os.close(6)
-        random.seed(0)  # a fork reseeds it; verdicts shall not depend on luck
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         signal.setitimer(signal.ITIMER_PROF, job["timeout"])  # the CPU limit; RLIMIT_CPU, in whole seconds, backs it up
         source = os.pread(4, os.fstat(4).st_size, 0).decode("utf-8", "surrogatepass")
