@@ -493,7 +493,8 @@ class _Helper:
         command = [sys.executable, "-s", "-S", "-B", "-c", _START, _FILE, "helper", str(theirs.fileno()), *_SANS]
         try:
             self.process = subprocess.Popen(command, env=env, cwd="/", pass_fds=[theirs.fileno()],
-                                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                            start_new_session=True)  # Ctrl-C is for the trainer
         except OSError as error:
             self.channel.close()
             raise SandboxError(f"no helper can be started with {sys.executable}: {error}") from None
@@ -562,7 +563,7 @@ _NAMESPACES = {"user namespace": 0x10000000, "pid namespace": 0x20000000, "net n
                "ipc namespace": 0x08000000, "mount namespace": 0x00020000}
 
 
-def _serve(channel: socket.socket) -> None:
+def _serve(channel: int) -> None:
     """One job at a time, until the trainer closes the channel."""
     del sys.path[0]  # the working folder
     sys.argv[:] = ["program.py"]
@@ -584,20 +585,24 @@ def _serve(channel: socket.socket) -> None:
         except OSError:
             spaces = [name for name in spaces if name != "mount namespace"]
     _libc.prctl(4, 0, 0, 0, 0)  # nobody reads the memory of helper and judge
-    if "mount namespace" in spaces:
-        _libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: nothing goes back
     server = os.fork()  # only a child is inside the pid namespace, as its init
     if server:
         signal.signal(signal.SIGTERM, lambda *_: os.kill(server, signal.SIGKILL))
         os._exit(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]) & 1)
     _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    null, seccomp = os.open(os.devnull, os.O_RDWR), _seccomp()
-    for call in ("capset", "mount", "prctl", "syscall", "unshare"):
-        getattr(_libc, call)  # ctypes keeps what it has looked up
+    while (null := os.open(os.devnull, os.O_RDWR)) < 7:
+        pass  # a child needs 0 to 6 for itself
+    channel = socket.socket(fileno=fcntl.fcntl(channel, fcntl.F_DUPFD, 7))
+    for kind, value in ((resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0)):
+        _limit(kind, value)
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    if hard == resource.RLIM_INFINITY or hard >= 64 << 20:  # deep recursion; the kernel looks when the stack grows
+        resource.setrlimit(resource.RLIMIT_STACK, (64 << 20, hard))
+    walls = _walls(spaces)  # made once, raised in each child
     gc.freeze()  # a collection in a child would write to, and so copy, every page
 
     def spawn(work, *files: int) -> int:
-        return os.fork() or _child(work, files, channel, job, spaces, seccomp)
+        return os.fork() or _child(work, files, channel, job, walls)
 
     while True:
         message, files, _, _ = socket.recv_fds(channel, 1 << 16, 4)
@@ -623,6 +628,10 @@ def _serve(channel: socket.socket) -> None:
         if "probe" not in job:
             (code, cpu), (judged, _) = ended[pids[-1]], ended[pids[0]]
             channel.send(json.dumps({"code": code, "cpu": cpu, "late": late, "judged": judged}).encode())
+        if "mount namespace" in walls["layers"] and os.listdir("/dev/shm"):
+            _libc.umount2(b"/dev/shm", 2)  # MNT_DETACH: with all that is in it
+            os.close(walls["rules"]) if walls["rules"] >= 0 else None
+            walls = _walls(spaces)
 
 
 def _wait(pids: set[int], deadline: float) -> tuple[dict, bool]:
@@ -647,18 +656,15 @@ def _wait(pids: set[int], deadline: float) -> tuple[dict, bool]:
                     pass
 
 
-def _child(work, files: tuple[int, ...], channel: socket.socket, job: dict, spaces: list[str], seccomp: bytes) -> None:
+def _child(work, files: tuple[int, ...], channel: socket.socket, job: dict, walls: dict) -> None:
     """Walls, then the work, in the forked child.  Descriptors: 0 stdin, 1 stdout, 2 stderr, 3 between program and
     judge, 4 source, 5 report, 6 the trainer until the walls stand.  Never returns."""
     try:
-        os.setsid()
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in (*files, channel.fileno())]
-        for target, fd in enumerate(high):
+        for target, fd in enumerate((*files, channel.fileno())):
             os.dup2(fd, target)
-        os.closerange(7, 4096)
-        active = _confine(job, spaces, seccomp, work is _check_asserts)
-        if work is None or active != job["layers"]:
-            answer = {"layers": active} if work is None else {"error": f"the sandbox has changed: {active}"}
+        layers = _confine(job, walls, work is _check_asserts)
+        if work is None or layers != job["layers"]:
+            answer = {"layers": layers} if work is None else {"error": f"the sandbox has changed: {layers}"}
             os.write(6, json.dumps(answer).encode())
             os._exit(0)
         os.close(6)
@@ -836,44 +842,54 @@ restart_syscall 219 128, umask 95 166, sendfile 40 71, mkdir 83 -, mkdirat 258 3
 unlinkat 263 35, rename 82 -, renameat 264 38, renameat2 316 276, truncate 76 45"""
 
 
-def _confine(job: dict, spaces: list[str], seccomp: bytes, judge: bool) -> list[str]:
+def _walls(spaces: list[str]) -> dict:
+    """What a helper prepares for its children: the layers that it has itself, the rules of Landlock, the filter."""
+    layers = ["rlimits", *(name for name in spaces if name != "mount namespace")]
+    if "mount namespace" in spaces:
+        _libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: nothing goes back
+        if _libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 14, b"size=16m,nr_inodes=1k") == 0:  # nosuid, nodev, noexec
+            layers.append("mount namespace")
+    os.chdir("/dev/shm" if "mount namespace" in layers else "/")
+    return {"layers": layers, "rules": _landlock("mount namespace" in layers), "filter": _seccomp()}
+
+
+def _limit(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+def _confine(job: dict, walls: dict, judge: bool) -> list[str]:
     """Walls off this process, for good -> the names of the layers that hold."""
-    mount = "mount namespace"
-    scratch = (mount in spaces and _libc.unshare(_NAMESPACES[mount]) == 0 and 0 == _libc.mount(
-        b"tmpfs", b"/dev/shm", b"tmpfs", 14, b"size=16m,nr_inodes=1k"))  # MS_NOSUID | MS_NODEV | MS_NOEXEC
-    done = ["rlimits", *(name for name in spaces if name != mount or scratch)]
-    os.chdir("/dev/shm" if scratch else "/")
-    for kind, value in ((resource.RLIMIT_AS, job["memory_mb"] << 20), (resource.RLIMIT_FSIZE, job["output"]),
-                        (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0),
-                        (resource.RLIMIT_CPU, int(job["timeout"]) + 1)):
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
-    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
-    if hard == resource.RLIM_INFINITY or hard >= 64 << 20:  # deep recursion; the kernel looks when the stack grows
-        resource.setrlimit(resource.RLIMIT_STACK, (64 << 20, hard))
-
-    if "no capabilities" not in _SANS and _libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)) == 0:
-        done.append("no capabilities")
-    if "no_new_privs" not in _SANS and _libc.prctl(38, 1, 0, 0, 0) == 0:
-        done.append("no_new_privs")
-    _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the helper
-    _libc.prctl(4, not judge, 0, 0, 0)       # PR_SET_DUMPABLE: without it /dev/stdin cannot be opened
-    if "landlock" not in _SANS and _landlock(scratch):
-        done.append("landlock")
-    if seccomp:
-        code = ctypes.create_string_buffer(seccomp.replace(_OWN_PID, struct.pack("I", os.getpid())), len(seccomp))
-        if _libc.prctl(22, 2, struct.pack("HP", len(seccomp) // 8, ctypes.addressof(code)), 0, 0) == 0:
-            done.append("seccomp")
-    return done
+    _limit(resource.RLIMIT_AS, job["memory_mb"] << 20)
+    _limit(resource.RLIMIT_FSIZE, job["output"])
+    _limit(resource.RLIMIT_CPU, int(job["timeout"]) + 1)
+    layers, prctl = list(walls["layers"]), _libc.prctl
+    if "no capabilities" not in _SANS and _libc.capset(*_NO_CAPABILITIES) == 0:
+        layers.append("no capabilities")
+    if "no_new_privs" not in _SANS and prctl(38, 1, 0, 0, 0) == 0:
+        layers.append("no_new_privs")
+    prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the helper
+    prctl(4, not judge, 0, 0, 0)       # PR_SET_DUMPABLE: without it /dev/stdin cannot be opened
+    if walls["rules"] >= 0 and _libc.syscall(446, walls["rules"], 0) == 0:  # landlock_restrict_self
+        layers.append("landlock")
+    os.closerange(7, 4096)
+    if walls["filter"]:
+        code, places, pointer = walls["filter"]
+        own = os.getpid().to_bytes(4, sys.byteorder)
+        for place in places:
+            code[place:place + 4] = own
+        if prctl(22, 2, pointer, 0, 0) == 0:  # PR_SET_SECCOMP
+            layers.append("seccomp")
+    return layers
 
 
-def _landlock(scratch: bool) -> bool:
-    """From here on this process opens nothing but the libraries and four devices, and its scratch folder."""
-    create, add, restrict = 444, 445, 446  # the same numbers on every architecture
+def _landlock(scratch: bool) -> int:
+    """Rules under which a process opens nothing but libraries, four devices and its scratch folder; -1 without."""
+    create, add = 444, 445  # the same numbers on every architecture
     abi = _libc.syscall(create, None, 0, 1)
-    if abi < 1:
-        return False
+    if "landlock" in _SANS or abi < 1:
+        return -1
     every = (1 << 13 + (abi > 1) + (abi > 2) + (abi > 4)) - 1  # 13 rights, then REFER, TRUNCATE, IOCTL_DEV
     # Handled: file rights; TCP bind and connect from ABI 4; abstract sockets and signals from ABI 6.
     rules = _libc.syscall(create, struct.pack("QQQ", every, 3 * (abi > 3), 3 * (abi > 5)), 24, 0)
@@ -887,19 +903,20 @@ def _landlock(scratch: bool) -> bool:
             fd = os.open(path, os.O_PATH)
             _libc.syscall(add, rules, 1, struct.pack("=Qi", allowed, fd), 0)
             os.close(fd)
-    return _libc.syscall(restrict, rules, 0) == 0
+    return rules
 
 
-_OWN_PID = b"\xee\xee\xee\xee"  # in the filter, replaced in each child
+_NO_CAPABILITIES = struct.pack("Ii", 0x20080522, 0), bytes(24)
 
 
-def _seccomp() -> bytes:
-    """The filter (BPF) that admits _CALLS and, with these arguments only, the calls below; empty where unknown."""
+def _seccomp() -> tuple | None:
+    """The filter (BPF) that admits _CALLS and, with these arguments only, the calls below: its code, the places for
+    the process's own number, a pointer to it (struct sock_fprog).  Made once: a child has only to fill in its number."""
     machine = os.uname().machine
     if "seccomp" in _SANS or machine not in ("x86_64", "aarch64") or sys.maxsize < 1 << 32:
-        return b""
+        return None
     column, architecture = (0, 0xC000003E) if machine == "x86_64" else (1, 0xC00000B7)
-    own = int.from_bytes(_OWN_PID, "little")
+    own = 0xEEEEEEEE  # to be filled in
     checked = (  # call numbers, which argument, its admitted values
         ((56, 220), 0, (0x3D0F00, 0x7D0F00)),                       # clone: threads, of glibc and of musl
         ((62, 129), 0, (own,)), ((234, 131), 0, (own,)),            # kill, tgkill: itself
@@ -918,7 +935,9 @@ def _seccomp() -> bytes:
     calls = [int(call) for call in calls if call != "-"]
     code += [(equal, len(calls) - i, 0, call) for i, call in enumerate(calls)]
     code += [(leave, 0, 0, refuse), (leave, 0, 0, admit)]
-    return b"".join(struct.pack("HBBI", *line) for line in code)
+    places = [8 * i + 4 for i, line in enumerate(code) if line[3] == own]
+    filled = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+    return filled, places, struct.pack("HP", len(code), ctypes.addressof(filled))
 
 
 # ---------------------------------------------------------------- command line
@@ -931,8 +950,8 @@ def probe() -> int:
 
 
 def bench() -> None:
-    """Prints programs per second (4 stdin tests each) against one subprocess per test, without and with 3 GB in this
-    process, what its fork costs then, and its memory over 10,000 programs."""
+    """Prints programs per second (4 stdin tests each) against one subprocess per test, bare and with a limit set by
+    preexec_fn, without and with 3 GB in this process; what its fork costs; its memory over 10,000 programs."""
     from concurrent.futures import ThreadPoolExecutor
     tests, cores, count = [{"input": str(i), "output": str(i + 1)} for i in range(4)], os.cpu_count() or 1, itertools.count()
 
@@ -940,10 +959,10 @@ def bench() -> None:
         verdicts = run_programs([f"print(int(input()) + 1)  # {next(count)}" for _ in range(n)], [tests] * n)
         assert all(verdict.ok for verdict in verdicts), verdicts
 
-    def subprocesses(n: int) -> None:
+    def subprocesses(n: int, limit=None) -> None:
         def one(_) -> bool:
             return all(subprocess.run([sys.executable, "-c", "print(int(input()) + 1)"], input=test["input"], text=True,
-                                      capture_output=True).stdout.split() == [test["output"]] for test in tests)
+                                      capture_output=True, preexec_fn=limit).stdout.split() == [test["output"]] for test in tests)
         with ThreadPoolExecutor(cores) as pool:
             assert all(pool.map(one, range(n)))
 
@@ -961,8 +980,9 @@ def bench() -> None:
         ballast = b"x" * (gigabytes << 30)
         for _ in range(3):
             warm, cold, forks = rate(helpers, 200), rate(subprocesses, 20), rate(fork, 20)
-            print(f"holding {len(ballast) >> 30} GB: {warm:.0f} programs/s, one subprocess per test {cold:.1f}: x{warm / cold:.0f};"
-                  f" one fork of this process {1000 / forks:.1f} ms", flush=True)
+            slow = rate(lambda n: subprocesses(n, lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0))), 10)
+            print(f"holding {len(ballast) >> 30} GB: {warm:.0f} programs/s; one subprocess per test {cold:.1f} (x{warm / cold:.0f}), "
+                  f"with preexec_fn {slow:.1f} (x{warm / slow:.0f}); a fork of this process {1000 / forks:.1f} ms", flush=True)
         del ballast
     for done in range(0, 10_001, 2_000):
         with open("/proc/self/statm") as file:
@@ -993,5 +1013,5 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["helper"]:
         _SANS.update(sys.argv[3:])
-        _serve(socket.socket(fileno=int(sys.argv[2])))
+        _serve(int(sys.argv[2]))
     sys.exit(main(sys.argv[1:]))

@@ -110,9 +110,9 @@ def test_hedges_match_nothing(guesses):
 
 @pytest.mark.parametrize("text", [
     "1" * 10**6, "(" * 10**5 + "1" + ")" * 10**5, "{" * 10**5, "}" * 10**5, "\\boxed{" * 10**5 + "}" * 10**5,
-    "\\boxed{" * 30_000, "\\boxed{1}" * 10**5, "answer is " * 10**5, "1," * 10**5, "####" * 50_000, "\\text{" * 40_000,
-    "-" * 200_000, "answer:\n" * 30_000, "1e" + "9" * 3000, "\ud800 \x00 #### \udfff", "\\frac{" * 30_000, "a " * 1900 + "1",
-    "answer" + " " * 200_000, " \n" * 300_000, "\\boxed{" + " " * 10**6 + "}", "9^9^9^9^9", "#### 9e9999999",
+    "\\boxed{" * 30_000, "\\boxed{1}" * 20_000, "answer is " * 20_000, "1," * 10**5, "####" * 20_000, "\\text{" * 40_000,
+    "-" * 200_000, "answer:\n" * 10_000, "1e" + "9" * 3000, "\ud800 \x00 #### \udfff", "\\frac{" * 30_000, "a " * 1900 + "1",
+    "answer" + " " * 200_000, " \n" * 10**5, "\\boxed{" + " " * 10**5 + "}", "9^9^9^9^9", "#### 9e9999999",
     "#### " + "(" * 1900 + "1" + ")" * 1900, "#### " + "1/" * 1900, "#### " + "$" * 3900, "#### " + "," * 3900,
     "#### " + "1 " * 1900, "1 x 10^" + "9" * 3000, "#### 5 " + "a-" * 1900 + "!", "or " * 1300 + "1 2", "\\circ}" * 600,
 ], ids=lambda text: repr(text[:12]))
@@ -429,7 +429,7 @@ def test_objects_and_functions_as_arguments_are_named():
 def test_no_secret_in_the_environment(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hunter2")
     program = "import os; print(*sorted(set(os.environ) - {'LC_CTYPE'}))"  # which Python itself sets in the C locale
-    assert run(program, io("", "PYTHONHASHSEED PYTHONUTF8 TZ")).ok
+    assert run(program, io("", "LD_BIND_NOW PYTHONHASHSEED PYTHONUTF8 TZ")).ok
 
 
 @pytest.mark.parametrize("where", [
@@ -547,7 +547,7 @@ ATTACKS = [  # what it tries, the layers that stop it alone, the code: it raises
     ("its resource limits", SIGNALS, "resource.prlimit(PID, resource.RLIMIT_NOFILE, resource.prlimit(PID, resource.RLIMIT_NOFILE))"),
     ("its scheduling", SIGNALS, "os.setpriority(os.PRIO_PROCESS, PID, os.getpriority(os.PRIO_PROCESS, PID))"),
     ("SIGIO to it through F_SETOWN", SIGNALS, "fcntl.fcntl(0, fcntl.F_SETOWN, PID)"),
-    ("ptrace it", SIGNALS, CTYPES + "ok(libc.ptrace(16, PID, 0, 0)); ok(libc.ptrace(17, PID, 0, 0))"),
+    ("ptrace it (PTRACE_SEIZE, which does not stop it)", SIGNALS, CTYPES + "ok(libc.ptrace(0x4206, PID, 0, 0))"),
     ("its memory by process_vm_readv", SIGNALS, CTYPES +
      "import struct\nb = ctypes.create_string_buffer(8)\nok(libc.process_vm_readv(PID, struct.pack('PN', ctypes.addressof(b), 8), 1, struct.pack('PN', ADDRESS, 8), 1, 0))"),
     ("its environment in /proc", FILES | {"user namespace"}, "assert b'sesame' in open('/proc/PID/environ', 'rb').read()"),
