@@ -397,7 +397,7 @@ def _judge(program: str, stdin_tests: tuple, asserts: tuple, timeout: float, mem
             break  # the other runs would only cost the same again
     else:
         if asserts:
-            end, report = _run([program, json.dumps(asserts)], 1000 * len(asserts), limits | {"asserts": True})
+            end, report = _run([program, json.dumps(asserts)], 6000 * len(asserts), limits | {"asserts": True})
             said = [json.loads(line) for line in report.splitlines()]
             for (outcome, detail), (statement, _) in zip(said, asserts):
                 if outcome == "unsupported":
@@ -532,6 +532,7 @@ class _Helper:
 
 
 def _close_all() -> None:
+    _idle.clear()
     while _alive:
         _alive.pop().close()
 
@@ -713,11 +714,12 @@ def _play(source: str, asserts: bool) -> None:
         fail(_MEMORY if isinstance(error, MemoryError) else 1, error)
 
 
-def _describe(error: BaseException) -> str:
+def _describe(value) -> str:
     try:
-        return " ".join(f"{type(error).__name__}: {error}"[:200].split())
-    except BaseException:  # a __str__ of the program
-        return type(error).__name__
+        text = f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else repr(value)
+        return " ".join(text[:200].split())
+    except BaseException:  # a __str__ of the program, a number too long for decimal
+        return type(value).__name__
 
 
 def _answer(names: dict) -> None:
@@ -760,7 +762,7 @@ def _check_asserts(source: str, _) -> None:
             os._exit(0)  # the program is gone; how it ended is the verdict
         kind, *said = _decode(line)
         if kind == "function":
-            return lambda *args, **kwargs: ask(name, args, kwargs)
+            return _Function(lambda *args, **kwargs: ask(name, args, kwargs))
         if kind == "value":
             return said[0]
         raised = getattr(builtins, said[0], None)  # so that a test can expect a ValueError
@@ -778,11 +780,12 @@ def _check_asserts(source: str, _) -> None:
         except BaseException as error:
             detail = _describe(error)
             if hasattr(error, "of_program"):
-                result = "memory" if isinstance(error, MemoryError) else "runtime_error", error.of_program
+                result = "memory" if isinstance(error, MemoryError) else "runtime_error", error.of_program[:400]
             elif isinstance(error, (_Unsupported, ImportError, SyntaxError)):
                 result = "unsupported", detail
             else:
-                result = "failed_test", f"{' '.join(statement[:80].split())}: {detail}; the last value was {said!r:.80}"
+                value = _describe(said)  # what the program returned last
+                result = "failed_test", f"{' '.join(statement[:80].split())}: {detail}; the last value was {value:.80}"
         os.write(5, json.dumps(result).encode() + b"\n")
     os._exit(0)
 
@@ -791,10 +794,22 @@ class _Unsupported(BaseException):
     """A test that wants to send something other than a plain value."""
 
 
+@dataclass(frozen=True)
+class _Function:
+    """A function of the program, in the judge."""
+
+    call: object
+
+    def __call__(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+
 def _encode(value):
     """A plain value as JSON can hold it; the other kinds as {kind: parts}.  TypeError for an object."""
     if value is None or isinstance(value, (bool, float, str)):
         return value
+    if isinstance(value, _Function):  # not _Unsupported: the program chose to have a function of this name
+        raise ValueError("a function of the program is not a plain value")
     if isinstance(value, int):
         return int(value) if -2**53 < value < 2**53 else {"int": hex(value)}  # decimal is quadratic, and limited
     if isinstance(value, complex):
