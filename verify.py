@@ -7,28 +7,29 @@
 
     python verify.py PROGRAM.py TESTS.json | probe | bench        standard library only; programs need Linux
 
-In RL the verifier is the reward, and what it wrongly accepts is what the planner learns.  So nothing that a program says
-about itself is believed, only values count:
+In RL the verifier is the reward, and what it wrongly accepts is what the planner learns.  So nothing that a program
+says about itself is believed, only values count:
 
     trainer --- descriptors: program, stdin, stdout ---> helper --- fork ---> program        per stdin test
        `------- descriptors: program, asserts, report -> helper --- fork ---> program <-values-> judge    all asserts
 
-The helper is a clean, warm interpreter (no torch, an empty environment) that stays alive between calls; the trainer,
-with its gigabytes, threads and CUDA, never forks.  The helper passes descriptors on and never reads them, so neither it
-nor a program forked from it ever held an expected value: there is nothing to steal.  After a stdin test the trainer
-compares stdout.  Asserts run in the judge, a second sandboxed process that holds no code of the program: it sends each
-call's arguments over and gets plain values back, as JSON, so an __eq__ that always agrees, an int subclass, a patched
-builtin or an early exit does not arrive there.  A pass needs right values and a normal end; there is no marker to forge.
+The helper is a clean, warm interpreter (no torch, a bare environment) that stays alive between calls; the trainer, with
+its gigabytes, threads and CUDA, never forks.  The helper passes descriptors on and never reads them, so neither it nor
+a program forked from it ever held an expected value: there is nothing to steal.  After a stdin test the trainer
+compares stdout.  Asserts run in the judge, a second sandboxed process that holds no code of the program: it sends
+each call's arguments over and gets plain values back, as JSON, so an __eq__ that always agrees, an int subclass, a
+patched builtin do not arrive there.  A pass needs right values and a normal end; there is no marker to forge.
 
 Threat model: programs written by a language model under reward pressure.  Stopped, by the LAYERS below: reading or
 changing the user's files, environment and processes, signals, network, new processes, what outlives a run, floods of
 output, memory, CPU and wall time.  A kernel without a layer runs with fewer, and says so on stderr.  NOT stopped: bugs
-of the kernel, timing channels, reading the files of Python and of /usr; a program may say that it failed when it did not.
+of the kernel, timing channels, reading the files of Python and of /usr/lib; a program may say that it failed when it
+did not.  Honest programs that need processes, sockets or more than 16 MB of files are refused these, too.
 
-Not checkable by asserts, because only plain values (None, bool, int, float, complex, str, bytes, list, tuple, dict, set,
-frozenset; subclasses and iterators as such) cross: comparisons of the program's own objects, and changes that it makes
-to its arguments, fail for every program; functions as arguments raise ValueError.  Helpers that a test takes from the
-program (HumanEval/32 calls its `poly`) are what the program makes them.
+Not checkable by asserts, because only plain values cross (None, bool, int, float, complex, str, bytes, list, tuple,
+dict, set, frozenset; their subclasses and iterators as such): comparisons of the program's own objects, and changes
+that it makes to its arguments, fail for every program; functions as arguments raise ValueError.  Helpers that a test
+takes from the program (HumanEval/32 calls its `poly`) are what the program makes them.
 """
 from __future__ import annotations
 
@@ -72,6 +73,7 @@ _NUMBER = re.compile(rf"(?:(?<![\w.)\]}}])-\s*)?(?:{_WHOLE}\s+(?={_WHOLE}\s*/))?
 _VALUE = re.compile(rf"(?:[A-Za-z]\w*\s*=\s*)?(?:(?:US|USD|EUR|GBP|INR|CNY|JPY|Rs)\b\.?)?\s*([-+]?)\s*"
                     rf"(?:({_WHOLE})\s+(?={_WHOLE}\s*/))?({_DECIMAL})(?:\s*/\s*([-+]?{_DECIMAL}))?(.*)", re.DOTALL)
 _FRAC = re.compile(rf"\\[dtc]?frac\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}\s*\{{\s*(-?{_DECIMAL})\s*\}}|([0-9])\s*([0-9]))")
+_POWER_OF_TEN = re.compile(rf"(?<![0-9.,])({_DECIMAL})\s*(?:\\times|\\cdot|[x×*·])\s*10\s*\^\s*\{{?([-+]?[0-9]+)\}}?")
 _UNIT = re.compile(r"([A-Za-z][A-Za-z'’-]*)\.?(?:\^\{?[23]\}?|[²³])?")
 # The words after a number are its unit ("24 coins left"), except those that make another number of it.
 _NOT_UNITS = set("hundred thousand million billion trillion dozen half third quarter squared cubed factorial times plus"
@@ -79,7 +81,8 @@ _NOT_UNITS = set("hundred thousand million billion trillion dozen half third qua
 _LETTER_UNITS = set("m s g h L l".split())                  # alone, after a space; another letter may be a variable
 _JOINED_UNITS = set("mm cm km mg kg ml mL in ft lb lbs oz hr hrs min mins sec mph kmh".split())  # 5cm
 _HEDGE = re.compile(r"[\s,;&/-]*(?:(?:and|to)\b[\s$]*)?|.*\b(?:or|maybe|perhaps|possibly)\b.*", re.IGNORECASE)
-_PLAIN = {0x2212: "-", 0x2013: "-", 0x00A0: "\u2009", 0x202F: "\u2009", **{c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)}}
+_PLAIN = {0x2212: "-", 0x2013: "-", 0x00A0: "\u2009", 0x202F: "\u2009",
+          **{c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)}}  # minus signs, thin spaces, full-width characters
 
 
 def extract_answer(text: str) -> str | None:
@@ -154,7 +157,7 @@ def _clean(text: str) -> str:
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"\\?[$€£¥₹￥]|\\q?quad|\\\s|~", " ", text).replace(r"\{", "{").replace(r"\}", "}")
     text = _FRAC.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]}", text)
-    text = re.sub(rf"(?<![0-9.,])({_DECIMAL})\s*(?:\\times|\\cdot|[x×*·])\s*10\s*\^\s*\{{?([-+]?[0-9]+)\}}?", r"\1e\2", text)
+    text = _POWER_OF_TEN.sub(r"\1e\2", text)
     return text.lstrip(" \t\r\n*`'\"").rstrip(" \t\r\n*`'\".,;:")
 
 
@@ -502,13 +505,15 @@ class _Helper:
             theirs.close()
         _alive.add(self)
         try:
-            self.layers = self.exchange({"probe": True, "memory_mb": 1024, "timeout": 9, "output": 0, "wall": 60}, [], 60)["layers"]
+            probe = {"probe": True, "memory_mb": 1024, "timeout": 9, "output": 0, "wall": 60}
+            self.layers = self.exchange(probe, [], 60)["layers"]
         except (OSError, KeyError) as error:
             self.close()
             raise SandboxError(f"no helper can be started: {error} {self.said}") from None
         missing = [name for name in LAYERS if name not in self.layers]
         if missing and _announced.acquire(blocking=False):
-            print(f"verify.py: the sandbox runs without {', '.join(missing)}; see python verify.py probe", file=sys.stderr)
+            print(f"verify.py: the sandbox runs without {', '.join(missing)}; see `python verify.py probe`",
+                  file=sys.stderr)
 
     def exchange(self, job: dict, files: list[int], patience: float) -> dict:
         """Sends a job and descriptors, returns the reply.  patience: seconds, for a helper that hangs.  OSError."""
@@ -731,8 +736,9 @@ def _answer(names: dict) -> None:
                 if name not in names and not hasattr(builtins, name):
                     raise NameError(f"name {name!r} is not defined")
                 value = names[name] if name in names else getattr(builtins, name)
-                reply = ["function"] if not call and callable(value) else ["value", value(*call[0], **call[1]) if call else value]
-                line = json.dumps(_encode(reply))
+                if call:
+                    value = value(*call[0], **call[1])
+                line = json.dumps(_encode(["value", value] if call or not callable(value) else ["function"]))
                 if len(line) >= _MAX_VALUE:
                     raise ValueError(f"a value of more than {_MAX_VALUE} bytes")
             except BaseException as error:
@@ -926,7 +932,7 @@ _NO_CAPABILITIES = struct.pack("Ii", 0x20080522, 0), bytes(24)
 
 def _seccomp() -> tuple | None:
     """The filter (BPF) that admits _CALLS and, with these arguments only, the calls below: its code, the places for
-    the process's own number, a pointer to it (struct sock_fprog).  Made once: a child has only to fill in its number."""
+    the process's own number, a pointer to it (struct sock_fprog).  A child has only to fill in its number."""
     machine = os.uname().machine
     if "seccomp" in _SANS or machine not in ("x86_64", "aarch64") or sys.maxsize < 1 << 32:
         return None
@@ -968,18 +974,20 @@ def bench() -> None:
     """Prints programs per second (4 stdin tests each) against one subprocess per test, bare and with a limit set by
     preexec_fn, without and with 3 GB in this process; what its fork costs; its memory over 10,000 programs."""
     from concurrent.futures import ThreadPoolExecutor
-    tests, cores, count = [{"input": str(i), "output": str(i + 1)} for i in range(4)], os.cpu_count() or 1, itertools.count()
+    tests, count = [{"input": str(i), "output": str(i + 1)} for i in range(4)], itertools.count()
 
-    def helpers(n: int) -> None:
-        verdicts = run_programs([f"print(int(input()) + 1)  # {next(count)}" for _ in range(n)], [tests] * n)
+    def helpers(n: int, each: int = 4) -> None:
+        verdicts = run_programs([f"print(int(input()) + 1)  # {next(count)}" for _ in range(n)], [tests[:each]] * n)
         assert all(verdict.ok for verdict in verdicts), verdicts
 
     def subprocesses(n: int, limit=None) -> None:
-        def one(_) -> bool:
-            return all(subprocess.run([sys.executable, "-c", "print(int(input()) + 1)"], input=test["input"], text=True,
-                                      capture_output=True, preexec_fn=limit).stdout.split() == [test["output"]] for test in tests)
-        with ThreadPoolExecutor(cores) as pool:
-            assert all(pool.map(one, range(n)))
+        def one(_) -> None:
+            for test in tests:
+                done = subprocess.run([sys.executable, "-c", "print(int(input()) + 1)"], input=test["input"], text=True,
+                                      capture_output=True, preexec_fn=limit)
+                assert done.stdout.split() == [test["output"]]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(one, range(n)))
 
     def fork(n: int) -> None:
         for _ in range(n):
@@ -990,20 +998,22 @@ def bench() -> None:
         work(n)
         return n / (time.monotonic() - started)
 
-    print(f"{cores} cores, layers missing: {[name for name, on in layers().items() if not on] or 'none'}")
+    print(f"{os.cpu_count()} cores, layers missing: {[name for name, on in layers().items() if not on] or 'none'}")
     for gigabytes in (0, 3):
         ballast = b"x" * (gigabytes << 30)
         for _ in range(3):
             warm, cold, forks = rate(helpers, 200), rate(subprocesses, 20), rate(fork, 20)
             slow = rate(lambda n: subprocesses(n, lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0))), 10)
-            print(f"holding {len(ballast) >> 30} GB: {warm:.0f} programs/s; one subprocess per test {cold:.1f} (x{warm / cold:.0f}), "
-                  f"with preexec_fn {slow:.1f} (x{warm / slow:.0f}); a fork of this process {1000 / forks:.1f} ms", flush=True)
+            print(f"holding {len(ballast) >> 30} GB: {warm:.0f} programs/s; one subprocess per test {cold:.1f} "
+                  f"(x{warm / cold:.0f}), with preexec_fn {slow:.1f} (x{warm / slow:.0f}); "
+                  f"a fork of this process {1000 / forks:.1f} ms", flush=True)
         del ballast
     for done in range(0, 10_001, 2_000):
         with open("/proc/self/statm") as file:
-            print(f"after {done:6,} programs this process holds {int(file.read().split()[1]) * 4 / 1024:.1f} MiB", flush=True)
+            pages = int(file.read().split()[1])
+        print(f"after {done:6,} more programs (1 test each): {pages * 4 / 1024:.1f} MiB in this process", flush=True)
         if done < 10_000:
-            helpers(2_000)
+            helpers(2_000, 1)
 
 
 def main(arguments: list[str]) -> int:
