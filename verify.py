@@ -590,7 +590,7 @@ def _serve(channel: int) -> None:
                     file.write(text)
         except OSError:
             spaces = [name for name in spaces if name != "mount namespace"]
-    _libc.prctl(4, 0, 0, 0, 0)  # nobody reads the memory of helper and judge
+    _libc.prctl(4, 0, 0, 0, 0)  # from here on: nobody reads the memory of helper, judge and program
     server = os.fork()  # only a child is inside the pid namespace, as its init
     if server:
         signal.signal(signal.SIGTERM, lambda *_: os.kill(server, signal.SIGKILL))
@@ -668,7 +668,7 @@ def _child(work, files: tuple[int, ...], channel: socket.socket, job: dict, wall
     try:
         for target, fd in enumerate((*files, channel.fileno())):
             os.dup2(fd, target)
-        layers = _confine(job, walls, work is _check_asserts)
+        layers = _confine(job, walls)
         if work is None or layers != job["layers"]:
             answer = {"layers": layers} if work is None else {"error": f"the sandbox has changed: {layers}"}
             os.write(6, json.dumps(answer).encode())
@@ -880,7 +880,7 @@ def _limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, value))
 
 
-def _confine(job: dict, walls: dict, judge: bool) -> list[str]:
+def _confine(job: dict, walls: dict) -> list[str]:
     """Walls off this process, for good -> the names of the layers that hold."""
     _limit(resource.RLIMIT_AS, job["memory_mb"] << 20)
     _limit(resource.RLIMIT_FSIZE, job["output"])
@@ -891,7 +891,6 @@ def _confine(job: dict, walls: dict, judge: bool) -> list[str]:
     if "no_new_privs" not in _SANS and prctl(38, 1, 0, 0, 0) == 0:
         layers.append("no_new_privs")
     prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the helper
-    prctl(4, not judge, 0, 0, 0)       # PR_SET_DUMPABLE: without it /dev/stdin cannot be opened
     if walls["rules"] >= 0 and _libc.syscall(446, walls["rules"], 0) == 0:  # landlock_restrict_self
         layers.append("landlock")
     os.closerange(7, 4096)
