@@ -1,50 +1,64 @@
 """Did it come out right?  The verifier of TraceLift: final answers of word problems, and programs against tests.
 
-    extract_answer, math_equal     the last marked answer of a text, compared as an exact rational
+    extract_answer, math_equal     the last marked answer of a text, compared as an exact value
     extract_code                   the last fenced block of a completion
     run_programs, exec_score       programs run in throw-away processes -> Verdict -> reward
+    layers                         which walls of the sandbox this machine gives
 
-`python verify.py PROGRAM.py TESTS.json` prints one verdict.  Standard library only; running programs needs Linux.
+    python verify.py PROGRAM.py TESTS.json | probe | bench        standard library only; programs need Linux
 
-The trainer may hold threads, CUDA and gigabytes, so it never forks itself.  Each call of run_programs starts a few
-clean small interpreters (helpers), and a helper forks one child per run:
+In RL the verifier is the reward, and what it wrongly accepts is what the planner learns.  So nothing that a program
+says about itself is believed, only values count:
 
-    trainer --- job: program, inputs ---> helper --- fork ---> child: limits, then the program as __main__
-            <--- what it printed ------          <-- report -- killed with all its descendants when it ends
+    trainer --- descriptors: program, stdin, stdout ---> helper --- fork ---> program        per stdin test
+       `------- descriptors: program, asserts, report -> helper --- fork ---> program <-values-> judge    all asserts
 
-An expected output never leaves the trainer, so there is nothing to steal.  A verdict always speaks about the program:
-when the machinery fails, SandboxError is raised, because a silent 0 would be a reward for something nobody did.
+The helper is a clean, warm interpreter (no torch, a bare environment) that stays alive between calls; the trainer, with
+its gigabytes, threads and CUDA, never forks.  The helper passes descriptors on and never reads them, so neither it nor
+a program forked from it ever held an expected value: there is nothing to steal.  After a stdin test the trainer
+compares stdout.  Asserts run in the judge, a second sandboxed process that holds no code of the program: it sends
+each call's arguments over and gets plain values back, as JSON, so an __eq__ that always agrees, an int subclass, a
+patched builtin do not arrive there.  A pass needs right values and a normal end; there is no marker to forge.
 
-Threat model: programs written by a language model under reward pressure.
-  Stopped: endless loops and sleeps, big allocations, floods of output, big files, processes left behind (also after
-  setsid), secrets in the environment, files left in the working folder, results that depend on the hash seed, and
-  faking a pass by ending early (exit, os._exit) or by patching exec, os.write and the like.
-  NOT stopped yet (that takes seccomp, Landlock, namespaces): network, the user's other files, /proc/PID/environ of the
-  trainer, signals to the trainer or the helper (a killed helper ends in SandboxError), fork bombs, memory and disk
-  summed over processes and files.  Asserts are compared inside the child, so an object whose __eq__ always agrees
-  passes, and code that walks the frames can find the report token.  Stdin tests have neither hole.  Do not run this
-  as root, or near secrets.
+Threat model: programs written by a language model under reward pressure.  Stopped, by the LAYERS below: reading or
+changing the user's files, environment and processes, signals, network, new processes, what outlives a run, floods of
+output, memory, CPU and wall time.  A kernel without a layer runs with fewer, and says so on stderr.  NOT stopped: bugs
+of the kernel, timing channels, reading the files of Python and of /usr/lib; a program may say that it failed when it
+did not.  Honest programs that need processes, sockets or more than 16 MB of files are refused these, too.
+
+Not checkable by asserts, because only plain values cross (None, bool, int, float, complex, str, bytes, list, tuple,
+dict, set, frozenset; their subclasses and iterators as such): comparisons of the program's own objects, and changes
+that it makes to its arguments, fail for every program; functions as arguments raise ValueError.  Helpers that a test
+takes from the program (HumanEval/32 calls its `poly`) are what the program makes them.
 """
 from __future__ import annotations
 
+import ast
 import atexit
 import builtins
+import ctypes
 import gc
-import inspect
+import itertools
 import json
-import math
 import os
+import random
 import re
-import select
 import signal
+import socket
+import struct
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+
+try:
+    import fcntl
+    import resource
+    _libc = ctypes.CDLL(None)
+except (ImportError, TypeError):  # Windows: only the answers work there
+    fcntl = resource = _libc = None
 
 # ---------------------------------------------------------------- answers
 
@@ -53,88 +67,150 @@ MAX_DIGITS = 400   # of one number, and its largest exponent: bounds the big-int
 
 _MARKER = re.compile(r"####\s*|\banswer\**\s*(?:is\b|:|=)[\s:*]*", re.IGNORECASE)
 # [0-9] and not \d, which also matches the digits of every other script.
-_DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-_NUMBER = re.compile(rf"(?:(?<![\w.)\]}}])-)?{_DECIMAL}(?:\s*/\s*{_DECIMAL})?%?")  # 10-5 holds 10 and 5, not -5
-_VALUE = re.compile(rf"(?:[A-Za-z]\w*\s*=)?\s*([-+]?)\s*({_DECIMAL})(?:\s*/\s*({_DECIMAL}))?(?:\s*%)?(.*)", re.DOTALL)
-_FRAC = re.compile(rf"\\[dt]?frac\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}\s*\{{\s*({_DECIMAL})\s*\}}|([0-9])\s*([0-9]))")
+_WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+_DECIMAL = rf"(?:{_WHOLE}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+_NUMBER = re.compile(rf"(?:(?<![\w.)\]}}])-\s*)?(?:{_WHOLE}\s+(?={_WHOLE}\s*/))?{_DECIMAL}(?:\s*/\s*{_DECIMAL})?%?")
+_VALUE = re.compile(rf"(?:[A-Za-z]\w*\s*=\s*)?(?:(?:US|USD|EUR|GBP|INR|CNY|JPY|Rs)\b\.?)?\s*([-+]?)\s*"
+                    rf"(?:({_WHOLE})\s+(?={_WHOLE}\s*/))?({_DECIMAL})(?:\s*/\s*([-+]?{_DECIMAL}))?(.*)", re.DOTALL)
+_FRAC = re.compile(rf"\\[dtc]?frac\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}\s*\{{\s*(-?{_DECIMAL})\s*\}}|([0-9])\s*([0-9]))")
+_POWER_OF_TEN = re.compile(rf"(?<![0-9.,])({_DECIMAL})\s*(?:\\times|\\cdot|[x×*·])\s*10\s*\^\s*\{{?([-+]?[0-9]+)\}}?")
+_UNIT = re.compile(r"([A-Za-z][A-Za-z'’-]*)\.?(?:\^\{?[23]\}?|[²³])?")
 # The words after a number are its unit ("24 coins left"), except those that make another number of it.
 _NOT_UNITS = set("hundred thousand million billion trillion dozen half third quarter squared cubed factorial times plus"
-                 " minus over or and to not pi sqrt".split())
+                 " minus over or and to not pi sqrt sin cos tan log ln exp mod maybe perhaps but otherwise".split())
+_LETTER_UNITS = set("m s g h L l".split())                  # alone, after a space; another letter may be a variable
+_JOINED_UNITS = set("mm cm km mg kg ml mL in ft lb lbs oz hr hrs min mins sec mph kmh".split())  # 5cm
+_HEDGE = re.compile(r"[\s,;&/-]*(?:(?:and|to)\b[\s$]*)?|.*\b(?:or|maybe|perhaps|possibly)\b.*", re.IGNORECASE)
+_PLAIN = {0x2212: "-", 0x2013: "-", 0x00A0: "\u2009", 0x202F: "\u2009",
+          **{c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)}}  # minus signs, thin spaces, full-width characters
 
 
 def extract_answer(text: str) -> str | None:
     r"""The final answer of a solution, as written; None when there is none.
 
     The last marker wins: \boxed{x}, '#### x', 'answer is x', 'Answer: x' (to the end of the line or sentence).  Without
-    one it is the last number of the last line that is not empty, so a bare ' 24' works.  Time is linear in the text.
+    one it is the last number of the last line that is not empty, so a bare ' 24' works.  Guesses side by side ("3 or
+    4", two boxes in one sentence) come back as they stand, and equal no number.  Time is linear in the text.
     """
     marked = _marked(text)
     if marked is not None:
         return marked if len(marked) <= MAX_ANSWER else None
-    numbers = _NUMBER.findall(_clean(text.rstrip()[-MAX_ANSWER:].rpartition("\n")[2]))
-    return numbers[-1] if numbers else None
+    line = _clean(text.rstrip()[-MAX_ANSWER:].rpartition("\n")[2])
+    numbers = list(_NUMBER.finditer(line))[-2:]
+    if len(numbers) == 2 and _HEDGE.fullmatch(line, numbers[0].end(), numbers[1].start()):
+        return line[numbers[0].start():numbers[1].end()]
+    return numbers[-1].group() if numbers else None
 
 
 def math_equal(prediction: str | None, reference: str) -> bool:
-    """Whether two final answers (or texts with a marked one) are the same number, or else the same text.
+    r"""Whether two final answers (or texts with a marked one) are the same value.
 
-    Numbers are exact rationals, without tolerance; a unit is ignored, and percent is one (50% is 50, not 0.5).
-    "24 or 25" is no number.  Powers, roots, mixed numbers are compared as text.  None (no answer) equals nothing.
+    Numbers are exact rationals, without tolerance, also as fraction, mixed number or 1.5e3; a unit or currency is
+    ignored, and percent is a unit (50% is 50, not 0.5).  (1, 2), [1, 2), {1, 2} and 1, 2 are four different things;
+    only the braces ignore order.  All else is text, compared without case: powers and roots are not evaluated, and
+    "24 or 25" is not 24.  None, the empty text, and what is longer than MAX_ANSWER equal nothing.
     """
-    texts = []
+    values = []
     for text in ("" if prediction is None else prediction, reference):
         marked = _marked(text)
         text = text.strip() if marked is None else marked
-        texts.append(_clean(text) if len(text) <= MAX_ANSWER else "")
-    values = [_value(text) for text in texts]
-    if values == [None, None]:
-        left, right = ("".join(text.split()) for text in texts)
-        return left == right != ""
-    return values[0] == values[1]
+        values.append(_value(_clean(text)) if len(text) <= MAX_ANSWER else None)
+    return values[0] is not None and values[0] == values[1]
 
 
 def _marked(text: str) -> str | None:
     start = end = -1
+    previous = (-1, -1)  # where the box before the last one starts and ends
     opened = []  # per open brace: where its content starts, or -1 for a brace that is not a box
     # One pass over all braces: a scan per \boxed is quadratic on nested ones.
     for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\?[{}]", text):
         brace = match.group()
         if brace == "}" and opened:
             inside = opened.pop()
-            if inside > start and text[inside:match.start()].strip():
+            if inside > start and text[inside:inside + MAX_ANSWER].strip(" \n}"):
+                if inside > end:
+                    previous = start, end  # boxes side by side may be two answers, nested ones are one
                 start, end = inside, match.start()
         elif brace[-1] == "{" and brace != r"\{":
             opened.append(-1 if brace == "{" else match.end())
     for match in reversed(list(_MARKER.finditer(text, max(end, 0)))):
         line = text[match.end():match.end() + MAX_ANSWER + 1].partition("\n")[0]
-        line = re.split(r"\.(?:\s|$)", line, maxsplit=1)[0].strip(" \t\r*`")
+        line = re.split(r"(?<!Rs)\.(?:\s|$)|\s(?:because|since)\b", line, maxsplit=1)[0].strip(" \t\r*`")
         if line:
             return line
     if start < 0:
         return None
     content = text[start:end].strip()
+    if previous[0] >= 0:
+        between = text[previous[1] + 1:start][:MAX_ANSWER]
+        if not re.search(r"\n|[.!?]\s", between.strip()) and not _MARKER.search(between):
+            first = text[previous[0]:previous[1]].strip()
+            return content if first == content else f"{first} or {content}"
     return _marked(content) or content  # \boxed{Answer: 24}; no deeper, for the last box holds no other box
 
 
 def _clean(text: str) -> str:
     r"""Without the typography: LaTeX spacing and text commands, currency signs; \frac{a}{b} becomes a/b."""
-    text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\%", "%")
-    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[!,;:()\[\]]|\^?\{?\\circ\}?|°", "", text)
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"\\?[$€£]|\\\s|~", " ", re.sub(r"-\s*\\?[$€£]", "-", text))
-    text = _FRAC.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]}", text)  # the space: 2\frac12 is not 21/2
+    text = text.translate(_PLAIN).replace("{,}", ",").replace(r"\!", "").replace(r"\%", "%")
+    text = re.sub(r"(?<=[0-9])(?:\\,|\u2009)(?=[0-9]{3}(?![0-9]))", ",", text).replace("\u2009", " ")
+    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;:()\[\]]|\^?\{?\\circ\}?|°", "", text)
+    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", text)
+    text = re.sub(r"\\?[$€£¥₹￥]|\\q?quad|\\\s|~", " ", text).replace(r"\{", "{").replace(r"\}", "}")
+    text = _FRAC.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]}", text)
+    text = _POWER_OF_TEN.sub(r"\1e\2", text)
     return text.lstrip(" \t\r\n*`'\"").rstrip(" \t\r\n*`'\".,;:")
 
 
-def _value(text: str) -> Fraction | None:
+def _value(text: str, depth: int = 0):
+    """Fraction, frozenset for {...}, tuple for other brackets and bare lists, else the text; None for no value."""
+    text = text.strip()
+    number = _number(text)
+    if number is not None or not text:
+        return number
+    bracket = text[0] + text[-1]
+    inside = text[1:-1] if len(text) > 2 and bracket in ("()", "[]", "(]", "[)", "{}") else ""
+    parts = _split(inside)
+    if parts is None:
+        bracket, parts = "", _split(text)
+    if parts and depth < 4 and (bracket or len(parts) > 1):
+        values = [_value(part, depth + 1) for part in parts]
+        if None not in values:
+            if bracket == "{}":
+                return frozenset(values)
+            return values[0] if bracket == "()" and len(values) == 1 else (bracket, *values)
+    return re.sub(r"\s*(\W)\s*", r"\1", " ".join(text.casefold().split()))
+
+
+def _split(text: str) -> list[str] | None:
+    """The parts between the commas that no bracket encloses; None where brackets do not match, or for no text."""
+    parts, depth = [""], 0
+    for piece in re.split(r"([\[\](){},;])", text):
+        depth += (piece in ("(", "[", "{")) - (piece in (")", "]", "}"))
+        if depth < 0:
+            return None
+        if piece in (",", ";") and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts if depth == 0 and text.strip() else None
+
+
+def _number(text: str) -> Fraction | None:
     match = _VALUE.match(text)
     if not match:
         return None
-    sign, top, bottom, unit = match.groups()
-    if unit[:1].isalpha() or not all(len(w) > 1 and w.isalpha() and w.lower() not in _NOT_UNITS for w in unit.split()):
-        return None  # 2x, 24 or 25, 3 million
-    value, divisor = _fraction(sign + top), _fraction(bottom or "1")
-    return value / divisor if value is not None and divisor else None
+    sign, whole, top, bottom, unit = match.groups()
+    unit = unit[1:] if unit[:1] == "%" else unit
+    joined = unit[:1].isalpha()  # 2x is no number
+    for i, word in enumerate(re.findall(r"[^\s/]+", unit)):
+        name = _UNIT.fullmatch(word)
+        if not name or name[1].lower() in _NOT_UNITS or (name[1] not in _JOINED_UNITS if joined and i == 0 else
+                                                         len(name[1]) == 1 and name[1] not in _LETTER_UNITS):
+            return None
+    value, divisor, whole = _fraction(top), _fraction(bottom or "1"), _fraction(whole or "0")
+    if None in (value, divisor, whole) or divisor == 0 or whole and not value < divisor:  # 1 3/2 is no mixed number
+        return None
+    return (whole + value / divisor) * (-1 if sign == "-" else 1)
 
 
 def _fraction(decimal: str) -> Fraction | None:
@@ -147,7 +223,21 @@ def _fraction(decimal: str) -> Fraction | None:
 # ---------------------------------------------------------------- programs and scores
 
 OUTCOMES = ("compile_error", "timeout", "memory", "runtime_error", "failed_test", "passed", "no_tests")  # worst first
+LAYERS = {  # what each wall of the sandbox stops, and what it needs
+    "rlimits": ("endless CPU, big memory, floods of output, many files", "any Linux"),
+    "no capabilities": ("what root may do beyond its files", "any Linux"),
+    "no_new_privs": ("new rights through setuid programs", "Linux 3.5"),
+    "seccomp": ("processes, signals, sockets, ptrace, chmod; all calls but some 120", "x86_64 or aarch64"),
+    "landlock": ("the user's files, /proc; TCP from 6.7, signals from 6.12", "Linux 5.13"),
+    "user namespace": ("memory and environment of the user's processes", "user namespaces allowed"),
+    "pid namespace": ("signals to other processes; what outlives a run", "the same, or root"),
+    "net namespace": ("the network, loopback too", "the same, or root"),
+    "ipc namespace": ("System V queues and shared memory", "the same, or root"),
+    "mount namespace": ("files that stay: each run gets its own 16 MB /dev/shm, else it can write nowhere",
+                        "the same, or root"),
+}
 _FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})([^`]*)$")
+_SANS: set[str] = set()  # layers to leave out, for tests
 
 
 def extract_code(text: str) -> str:
@@ -210,48 +300,36 @@ class SandboxError(RuntimeError):
 
 def run_programs(programs: list[str], tests: list[list[dict]], *, timeout: float = 2.0, memory_mb: int = 1024,
                  workers: int | None = None) -> list[Verdict]:
-    """Runs programs[i] against tests[i]; one Verdict per program, in the same order.
+    """Runs programs[i] against tests[i]; one Verdict per program, in the same order.  Safe to call from threads.
 
     tests      {"input", "output"}: one run with that stdin, whose stdout must have the same whitespace-separated tokens
-               and whose exit status must be 0; {"assert"}: a statement executed after the program, the asserts of one
-               program sharing one run.  A blank output or assert expects nothing and does not count.
-    timeout    CPU seconds per run; the wall clock gets 2 * timeout + 0.5.  Nothing is run after a timeout.
-    memory_mb  address space per process in MiB, about 30 of which are the interpreter's
-    workers    helper processes; default: one per core, fewer for few jobs.  Equal jobs are run once.
-    Raises ValueError naming the argument (an assert that is not Python, too), SandboxError when the machinery fails.
+               and whose exit status must be 0; {"assert"}: statements with an assert, which see the program's names,
+               a few modules (MODULES) and their own; all of one program share one run.  What expects nothing (a blank
+               output, an assert that asks the program nothing) does not count.
+    timeout    CPU seconds per run decide; wall time gets 4 * timeout + 2.  Nothing is run after a timeout.
+    memory_mb  address space in MiB, about 40 of which are the interpreter's
+    workers    helpers at a time; default: one per core.  Equal jobs are run once.
+    Raises ValueError naming the argument or test, SandboxError when no helper can be started.
     """
-    _check(programs, tests, timeout, memory_mb, workers)
-    if not sys.platform.startswith("linux") or not hasattr(os, "fork"):
-        raise SandboxError(f"run_programs needs fork and prctl of Linux, this platform is {sys.platform}; use Linux")
-    keys = [(program, tuple((t.get("input"), t.get("output"), t.get("assert")) for t in own))
-            for program, own in zip(programs, tests)]
-    jobs, verdicts = deque(dict.fromkeys(keys)), {}
-    workers = min(workers or min(os.cpu_count() or 1, math.ceil(len(jobs) / 4)), len(jobs))
-
-    def work() -> None:
-        helper = _Helper()
-        try:
-            while True:
-                try:
-                    key = jobs.popleft()  # atomic: the threads share the queue
-                except IndexError:
-                    return
-                verdicts[key] = _run_job(helper, key, timeout, memory_mb)
-        finally:
-            helper.close()
-
-    if jobs:
-        with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(work) for _ in range(workers)]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                jobs.clear()  # after an error or Ctrl-C every thread ends with the job it is at
-    return [verdicts[key] for key in keys]
+    jobs = _check(programs, tests, timeout, memory_mb, workers)
+    distinct = dict.fromkeys(jobs)
+    if distinct:
+        from concurrent.futures import ThreadPoolExecutor  # here: helpers are lighter without
+        with ThreadPoolExecutor(min(workers or os.cpu_count() or 1, len(distinct))) as pool:
+            verdicts = pool.map(lambda job: _judge(*job, timeout, memory_mb), distinct)
+            distinct = dict(zip(distinct, verdicts))
+    return [distinct[job] for job in jobs]
 
 
-def _check(programs, tests, timeout, memory_mb, workers) -> None:
+def layers() -> dict[str, bool]:
+    """Which LAYERS of the sandbox are active on this machine; starts a helper when none is running.  SandboxError."""
+    helper = _take()
+    _idle.append(helper)
+    return {name: name in helper.layers for name in LAYERS}
+
+
+def _check(programs, tests, timeout, memory_mb, workers) -> list[tuple]:
+    """The jobs: (program, ((input, output), ...), ((statement, names to ask the program for), ...)).  ValueError."""
     def need(condition, message: str) -> None:
         if not condition:
             raise ValueError(message)
@@ -260,9 +338,9 @@ def _check(programs, tests, timeout, memory_mb, workers) -> None:
     need(isinstance(tests, (list, tuple)), f"tests must be a list of lists, not {type(tests).__name__}")
     need(len(programs) == len(tests), f"programs and tests differ in length: {len(programs)} and {len(tests)}")
     need(isinstance(timeout, (int, float)) and 0 < timeout < 1e6, f"timeout must be positive seconds, not {timeout!r}")
-    need(isinstance(memory_mb, int) and memory_mb >= 64, f"memory_mb must be an integer from 64 up, not {memory_mb!r}")
-    need(workers is None or isinstance(workers, int) and workers > 0, f"workers must be 1 or more, not {workers!r}")
-    statements = {}
+    need(type(memory_mb) is int and memory_mb >= 64, f"memory_mb must be an integer from 64 up, not {memory_mb!r}")
+    need(workers is None or type(workers) is int and workers > 0, f"workers must be 1 or more, not {workers!r}")
+    jobs, names = [], {"": ()}
     for i, (program, own) in enumerate(zip(programs, tests)):
         need(isinstance(program, str), f"programs[{i}] must be a string, not {type(program).__name__}")
         need(isinstance(own, (list, tuple)), f"tests[{i}] must be a list of tests, not {type(own).__name__}")
@@ -274,34 +352,64 @@ def _check(programs, tests, timeout, memory_mb, workers) -> None:
                  f"{where} must have the key 'assert', or the keys 'input' and 'output'; it has {list(test)}")
             for key in keys:
                 need(isinstance(test[key], str), f"{where}[{key!r}] must be a string, not {type(test[key]).__name__}")
-            statements.setdefault(test.get("assert", ""), where)
-    for statement, where in statements.items():
-        try:
-            compile(statement, "<assert>", "exec", dont_inherit=True)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise ValueError(f"{where}['assert'] is not a Python statement: {error}") from None
+            statement = test.get("assert", "").strip()
+            if statement not in names:
+                try:
+                    names[statement] = _names(statement)
+                except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                    raise ValueError(f"{where}['assert'] is not a Python statement that asserts: {error}") from None
+        jobs.append((program, tuple((t["input"], t["output"]) for t in own if t.get("output", "").strip()),
+                     tuple((s, names[s]) for s in (t.get("assert", "").strip() for t in own) if names[s])))
+    return jobs
 
 
-def _run_job(helper: _Helper, key: tuple, timeout: float, memory_mb: int) -> Verdict:
-    program, tests = key
-    stdin_tests = [(given, wanted) for given, wanted, _ in tests if wanted and wanted.strip()]
-    asserts = [statement for _, _, statement in tests if statement and statement.strip()]
+def _names(statement: str) -> tuple[str, ...]:
+    """The names that a test must take from the program: those that it does not bind and that are not known here.
+
+    Known names (abs, sorted, math, ...) are the judge's own, or a program could define an `abs` that agrees.  Only a
+    test that names nothing else (MBPP: assert sum(10, 15) == 25) takes the first known one that it calls.
+    """
+    nodes = list(ast.walk(ast.parse(statement)))
+    if not any(isinstance(node, ast.Assert) for node in nodes):
+        raise ValueError(f"no assert in {statement[:80]!r}")
+    loaded = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+    bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    bound |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler))}
+    bound |= {(n.asname or n.name).partition(".")[0] for n in nodes if isinstance(n, ast.alias)}
+    known = set(dir(builtins)).union(MODULES)
+    called = [n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    return (tuple(dict.fromkeys(name for name in loaded if name not in bound | known))
+            or tuple(name for name in called if name not in bound)[:1])
+
+
+def _judge(program: str, stdin_tests: tuple, asserts: tuple, timeout: float, memory_mb: int) -> Verdict:
     total = len(stdin_tests) + len(asserts)
     if total == 0:
         return Verdict("no_tests", 0, 0, "no test expects anything")
-    # keep: how many bytes of stdout come back.  200 asserts a run, because their reports must fit into a pipe.
-    runs = [{"stdin": given, "keep": 65536 + 4 * len(wanted), "asserts": []} for given, wanted in stdin_tests]
-    runs += [{"stdin": "", "keep": 0, "asserts": asserts[i:i + 200]} for i in range(0, len(asserts), 200)]
-    job = {"program": program, "runs": runs, "timeout": timeout, "wall": 2 * timeout + 0.5, "memory_mb": memory_mb}
-    replies = helper.ask(job, patience=30 + len(runs) * (job["wall"] + 6))
-
+    limits = {"timeout": timeout, "wall": 4 * timeout + 2, "memory_mb": memory_mb, "output": 16 << 20}
     results = []  # (outcome, detail) per test; shorter than total after a timeout
-    for i, reply in enumerate(replies):
-        if i < len(stdin_tests) and reply["results"][0][0] == "passed":  # so far: it ended well
-            wanted, printed = stdin_tests[i][1], reply["stdout"]
-            if printed.split() != wanted.split():
-                reply["results"] = [("failed_test", f"expected {wanted[:80]!r}, printed {printed[:80]!r}")]
-        results += reply["results"]
+    for given, wanted in stdin_tests:
+        wanted = wanted.encode("utf-8", "surrogatepass")
+        keep = 65536 + 4 * len(wanted)  # all that can come into the trainer's memory
+        (outcome, detail), printed = _run([program, given], keep, limits | {"output": limits["output"] + keep})
+        if outcome == "passed" and printed.split() != wanted.split():
+            outcome, detail = "failed_test", f"expected {wanted[:80]!r}, printed {printed[:80]!r}"
+        results.append((outcome, detail))
+        if outcome in ("timeout", "compile_error"):
+            break  # the other runs would only cost the same again
+    else:
+        if asserts:
+            end, report = _run([program, json.dumps(asserts)], 6000 * len(asserts), limits | {"asserts": True})
+            said = [json.loads(line) for line in report.splitlines()]
+            for (outcome, detail), (statement, _) in zip(said, asserts):
+                if outcome == "unsupported":
+                    raise ValueError(f"the test {statement[:200]!r} cannot be checked: {detail}")
+            said = said[:-1] if len(said) == len(asserts) and end[0] != "passed" else said  # it must also end well
+            if end[0] == "passed":
+                end = "runtime_error", "ended before this test was done"
+            results += said + [end] * (1 if end[0] == "timeout" else len(asserts))
+    results = results[:total]
     outcomes = [outcome for outcome, _ in results]
     worst = min(outcomes, key=OUTCOMES.index)
     first = outcomes.index(worst)
@@ -309,281 +417,625 @@ def _run_job(helper: _Helper, key: tuple, timeout: float, memory_mb: int) -> Ver
     return Verdict(worst, outcomes.count("passed"), total, detail)
 
 
+def _run(texts: list[str], keep: int, limits: dict) -> tuple[tuple[str, str], bytes]:
+    """One run -> how the program ended (outcome, detail), and the first `keep` bytes of its stdout or the report."""
+    contents = [text.encode("utf-8", "surrogatepass") for text in texts] + [b"", b""]
+    # Files without a name.  Unlike pipes they never block, RLIMIT_FSIZE bounds them, and open(0) and seek work.
+    files = [open(os.memfd_create("verify"), "w+b", buffering=0) for _ in contents]
+    try:
+        for file, content in zip(files, contents):
+            while content:
+                content = content[file.write(content):]
+            file.seek(0)
+        reply = _ask(limits, [file.fileno() for file in files])
+        output, errors = (os.pread(file.fileno(), keep + 1, 0) for file in files[2:])
+    finally:
+        for file in files:
+            file.close()
+    if reply is None:
+        return ("runtime_error", "it killed its helper, twice"), output
+    detail = (errors[-400:].decode("utf-8", "replace").splitlines() or [""])[-1][:200]
+    code, cpu = reply["code"], reply["cpu"]
+    if reply["late"] or cpu > limits["timeout"] or code == -signal.SIGPROF:
+        return ("timeout", f"over {limits['timeout']} s of CPU or {limits['wall']} s in all"), output
+    if "asserts" in limits and reply["judged"]:
+        return ("failed_test", "what it returned could not be compared within the limits"), output
+    if code == _COMPILE:
+        return ("compile_error", detail), output
+    if code in (_MEMORY, -signal.SIGKILL):
+        return ("memory", detail if code == _MEMORY else "killed, probably for lack of memory"), output
+    return (("runtime_error", detail or f"ended with status {code}") if code else ("passed", "")), output
+
+
+def _ask(job: dict, files: list[int]) -> dict | None:
+    """Lets a helper do a job, a second and new one if it dies or hangs.  None when both did; SandboxError."""
+    for fresh in (False, True):
+        helper = _take(fresh)
+        try:
+            reply = helper.exchange({**job, "layers": helper.layers}, files, job["wall"] + _PATIENCE)
+        except OSError:
+            helper.close()
+            continue
+        except BaseException:
+            helper.close()
+            raise
+        if "error" in reply:  # of the sandbox, before the program started
+            helper.close()
+            raise SandboxError(reply["error"])
+        _idle.append(helper)
+        return reply
+    return None
+
+
+# ---------------------------------------------------------------- helpers, seen from the trainer
+
+_idle: list[_Helper] = []
+_alive: set[_Helper] = set()
+_PATIENCE = 30  # seconds beyond the wall time of a run until a silent helper counts as hung
+_announced = threading.Lock()  # taken once, never released
+
+
+def _take(fresh: bool = False) -> _Helper:
+    try:
+        return _Helper() if fresh else _idle.pop()  # atomic
+    except IndexError:
+        return _Helper()
+
+
 class _Helper:
-    """A helper process in its own session and folder.  Started when first asked; restarted once when it dies."""
+    """A helper process and the channel to it."""
 
-    folder = process = None
-
-    def ask(self, job: dict, patience: float) -> list[dict]:
-        """Sends a job, returns a reply per run.  patience: seconds, the last resort when a helper was stopped."""
-        line = json.dumps(job).encode() + b"\n"  # pure ASCII: also escapes the surrogates, which UTF-8 refuses
-        for _ in range(2):
-            try:
-                if self.folder is None:
-                    self.start()
-                return self.exchange(line, time.monotonic() + patience)
-            except (OSError, EOFError, ValueError) as error:
-                problem = f"{error} {self.close()}".rstrip()
-        raise SandboxError(f"the helper failed twice on one program: {problem}")
-
-    def start(self) -> None:
-        self.log = tempfile.TemporaryFile()
-        self.folder = folder = tempfile.mkdtemp(prefix="verify-")
-        env = {"PATH": os.defpath, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "TMPDIR": folder + "/run"}
+    def __init__(self) -> None:
+        if not sys.platform.startswith("linux"):
+            raise SandboxError(f"run_programs needs Linux, this platform is {sys.platform}; use WSL 2, or a container")
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        env = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "TZ": "UTC", "LD_BIND_NOW": "1"}  # not in each fork anew
+        if "LD_LIBRARY_PATH" in os.environ:  # some interpreters do not start without
+            env["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         # -S: no site-packages, a quick start.  Not -I, which ignores PYTHONHASHSEED and so makes set order random.
-        self.process = subprocess.Popen([sys.executable, "-s", "-S", "-B", "-c", _HELPER], env=env, cwd=folder,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
-                                        start_new_session=True)
+        command = [sys.executable, "-s", "-S", "-B", "-c", _START, _FILE, "helper", str(theirs.fileno()), *_SANS]
+        try:
+            self.process = subprocess.Popen(command, env=env, cwd="/", pass_fds=[theirs.fileno()],
+                                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                            start_new_session=True)  # Ctrl-C is for the trainer
+        except OSError as error:
+            self.channel.close()
+            raise SandboxError(f"no helper can be started with {sys.executable}: {error}") from None
+        finally:
+            theirs.close()
+        _alive.add(self)
+        try:
+            probe = {"probe": True, "memory_mb": 1024, "timeout": 9, "output": 0, "wall": 60}
+            self.layers = self.exchange(probe, [], 60)["layers"]
+        except (OSError, KeyError) as error:
+            self.close()
+            raise SandboxError(f"no helper can be started: {error} {self.said}") from None
+        missing = [name for name in LAYERS if name not in self.layers]
+        if missing and _announced.acquire(blocking=False):
+            print(f"verify.py: the sandbox runs without {', '.join(missing)}; see `python verify.py probe`",
+                  file=sys.stderr)
 
-    def exchange(self, line: bytes, deadline: float) -> list[dict]:
-        self.process.stdin.write(line)
-        self.process.stdin.flush()
-        stdout, reply = self.process.stdout.fileno(), bytearray()
-        poll = select.poll()  # not select(), which fails on descriptors above 1023
-        poll.register(stdout, select.POLLIN)
-        while not reply.endswith(b"\n"):
-            if not poll.poll(1000 * max(0.0, deadline - time.monotonic())):
-                raise EOFError("no reply in time")
-            piece = os.read(stdout, 1 << 20)
-            if not piece:
-                raise EOFError("it died")
-            reply += piece
-        return json.loads(reply)
+    def exchange(self, job: dict, files: list[int], patience: float) -> dict:
+        """Sends a job and descriptors, returns the reply.  patience: seconds, for a helper that hangs.  OSError."""
+        self.channel.settimeout(patience)
+        socket.send_fds(self.channel, [json.dumps(job).encode()], files)
+        if reply := self.channel.recv(1 << 16):
+            return json.loads(reply)
+        raise ConnectionError("it died")
 
-    def close(self) -> str:
-        """Ends the process (a child of it dies with it), deletes the folder, returns what it wrote to stderr."""
-        if self.folder is None:
-            return ""
-        if self.process is not None:
+    def close(self) -> None:
+        """Ends the helper and what it runs."""
+        _alive.discard(self)
+        self.channel.close()
+        self.process.terminate()
+        try:
+            self.said = self.process.communicate(timeout=5)[1][-2000:].decode(errors="replace").strip()
+        except subprocess.TimeoutExpired:
             self.process.kill()
-            try:
-                self.process.communicate()
-            except OSError:  # the rest of a job has no reader any more
-                pass
-        _remove(self.folder)
-        self.folder = self.process = None
-        with self.log as log:
-            log.seek(0)
-            return log.read()[-2000:].decode(errors="replace")
+            self.process.wait()
+            self.said = ""
 
+
+def _close_all() -> None:
+    _idle.clear()
+    while _alive:
+        _alive.pop().close()
+
+
+def _forget_all() -> None:
+    """In a fork of the trainer: the helpers belong to the parent, and end when nobody holds their channel."""
+    for helper in _alive:
+        helper.channel.close()
+    _alive.clear()
+    _idle.clear()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
+_FILE = os.path.abspath(__file__)
 
 # ---------------------------------------------------------------- inside the helper
-# The functions from here on are sent to the helper as text (_HELPER).  They may use each other, the modules that
-# _HELPER imports, and nothing else of this file.
+
+MODULES = ("math", "cmath", "re", "random", "string", "copy", "itertools", "functools", "collections", "operator")
+_COMPILE, _MEMORY = 201, 202  # exit statuses; a program that takes one only says that it failed
+_MAX_VALUE = 4 << 20          # bytes of JSON of one value
+# What threading and random do after a fork would cost as much as the fork; a single thread needs none of it.
+_START = """import os, sys
+os.register_at_fork = lambda **_: None
+__file__ = sys.argv.pop(1)
+exec(compile(open(__file__, encoding="utf-8").read(), __file__, "exec"))"""
+_NAMESPACES = {"user namespace": 0x10000000, "pid namespace": 0x20000000, "net namespace": 0x40000000,
+               "ipc namespace": 0x08000000, "mount namespace": 0x00020000}
 
 
-def _serve() -> None:
-    """One job per line of stdin, one line of replies each to stdout, until stdin ends."""
-    jobs, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    # Whoever started the trainer may have blocked or ignored the signals that the limits rely on.
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    for number in (signal.SIGALRM, signal.SIGCHLD, signal.SIGPROF, signal.SIGXCPU):
-        signal.signal(number, signal.SIG_DFL)
-    libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans become children of the helper, which can kill them
-    builtins.exit = builtins.quit = sys.exit  # honest programs use them, -S leaves them out
+def _serve(channel: int) -> None:
+    """One job at a time, until the trainer closes the channel."""
+    del sys.path[0]  # the working folder
     sys.argv[:] = ["program.py"]
+    builtins.exit = builtins.quit = sys.exit  # honest programs use them, -S leaves them out
+    for name in (*MODULES, "bisect", "heapq", "datetime", "decimal", "statistics", "typing"):
+        __import__(name)  # once here, not in every fork
+    random.seed(0)  # verdicts shall not depend on luck
+    for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGXCPU, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)  # whoever started the trainer may have blocked or ignored them
+    signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGCHLD])
+    uid, gid = os.getuid(), os.getgid()
+    spaces = [name for name, flag in _NAMESPACES.items() if name not in _SANS and _libc.unshare(flag) == 0]
+    _libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: without it a plain user may not write the maps
+    if "user namespace" in spaces:
+        try:  # only files on the mount of our own need them
+            for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
+        except OSError:
+            spaces = [name for name in spaces if name != "mount namespace"]
+    _libc.prctl(4, 0, 0, 0, 0)  # from here on: nobody reads the memory of helper, judge and program
+    server = os.fork()  # only a child is inside the pid namespace, as its init
+    if server:
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(server, signal.SIGKILL))
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]) & 1)
+    _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    while (null := os.open(os.devnull, os.O_RDWR)) < 7:
+        pass  # a child needs 0 to 6 for itself
+    channel = socket.socket(fileno=fcntl.fcntl(channel, fcntl.F_DUPFD, 7))
+    for kind, value in ((resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0)):
+        _limit(kind, value)
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    if hard == resource.RLIM_INFINITY or hard >= 64 << 20:  # deep recursion; the kernel looks when the stack grows
+        resource.setrlimit(resource.RLIMIT_STACK, (64 << 20, hard))
+    walls = _walls(spaces)  # made once, raised in each child
     gc.freeze()  # a collection in a child would write to, and so copy, every page
-    os.mkdir("run", 0o700)  # the working folder of the programs
-    for line in jobs:
-        job, answers = json.loads(line), []
-        for run in job["runs"]:
-            answers.append(_run(job, run, null))
-            if answers[-1]["results"][-1][0] in ("timeout", "compile_error"):
-                break  # the other runs would only cost the same again
-        os.write(replies, json.dumps(answers).encode() + b"\n")
-    _remove(os.getcwd())  # the trainer is gone, or it would have killed us
+
+    def spawn(work, *files: int) -> int:
+        return os.fork() or _child(work, files, channel, job, walls)
+
+    while True:
+        message, files, _, _ = socket.recv_fds(channel, 1 << 16, 4)
+        if not message:
+            os._exit(0)
+        job = json.loads(message)
+        if "probe" in job:
+            pids = [spawn(None, *[null] * 6)]
+        elif "asserts" in job:
+            program, tests, report, errors = files
+            ours, theirs = (end.detach() for end in socket.socketpair())
+            pids = [spawn(_check_asserts, null, null, null, ours, tests, report)]
+            for fd in (tests, report, ours):
+                os.close(fd)  # before the program starts: it shall not find them
+            pids.append(spawn(_play, null, null, errors, theirs, program, null))
+            files = [program, errors, theirs]
+        else:
+            program, given, output, errors = files
+            pids = [spawn(_play, given, output, errors, null, program, null)]
+        for fd in files:
+            os.close(fd)
+        ended, late = _wait(set(pids), time.monotonic() + job["wall"])
+        if "probe" not in job:
+            (code, cpu), (judged, _) = ended[pids[-1]], ended[pids[0]]
+            channel.send(json.dumps({"code": code, "cpu": cpu, "late": late, "judged": judged}).encode())
+        if "mount namespace" in walls["layers"] and os.listdir("/dev/shm"):
+            _libc.umount2(b"/dev/shm", 2)  # MNT_DETACH: with all that is in it
+            os.close(walls["rules"]) if walls["rules"] >= 0 else None
+            walls = _walls(spaces)
 
 
-def _run(job: dict, run: dict, null: int) -> dict:
-    """One fork -> {"results": [[outcome, detail] per test], "stdout": str}."""
-    stdin, stdout = _scratch(run["stdin"].encode("utf-8", "surrogatepass")), _scratch(b"")
-    reader, writer = os.pipe()
-    token = os.urandom(8).hex()
-    pid = os.fork()
-    if pid == 0:
-        _child(job, run, (stdin, stdout, null, writer), token)
-    late = []
-
-    def stop(*_) -> None:
-        late.append(True)
-        _kill(pid)
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, job["wall"])
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # not reaped yet, so that nobody else can get this pid
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    _kill(pid)
-    _, status, usage = os.wait4(pid, 0)
-    _sweep()
-    os.close(writer)
-    lines = [line.decode() for line in os.read(reader, 1 << 16).split(b"\n") if line.startswith(token.encode())]
-    printed = os.pread(stdout, run["keep"] + 1, 0).decode("utf-8", "replace")
-    for fd in (stdin, stdout, reader):
-        os.close(fd)
-    try:
-        clean = not os.listdir("run")  # then it can stay: mkdir and rmdir cost as much as the fork
-    except OSError:
-        clean = False
-    if not clean:
-        _remove("run")
-        os.mkdir("run", 0o700)
-    if not lines:
-        raise RuntimeError(f"a child failed before its program started: wait status {status}")
-
-    code = os.waitstatus_to_exitcode(status)
-    cpu = usage.ru_utime + usage.ru_stime  # tells the SIGKILL of RLIMIT_CPU from that of the out-of-memory killer
-    if late or code in (-signal.SIGPROF, -signal.SIGXCPU) or code < 0 and cpu > job["timeout"]:
-        end = ["timeout", f"over {job['timeout']} s of CPU or {job['wall']} s in all"]
-    elif code == -signal.SIGKILL:
-        end = ["memory", "killed, probably for lack of memory"]
-    elif code or run["asserts"]:
-        end = ["runtime_error", f"ended with status {code} before this test was done"]
-    else:
-        end = ["passed", ""]
-    results = [line.split("|", 2)[1:] for line in lines[1:]]
-    return {"results": results + [end] * (len(run["asserts"] or [0]) - len(results)), "stdout": printed}
-
-
-def _scratch(content: bytes) -> int:
-    """A file without a name.  Unlike a pipe it never blocks, RLIMIT_FSIZE bounds it, and open(0) and seek work."""
-    fd = os.open("scratch", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    os.unlink("scratch")
-    with open(fd, "wb", closefd=False) as file:
-        file.write(content)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
-
-
-def _child(job: dict, run: dict, fds: tuple[int, int, int, int], token: str) -> None:
-    """Limits, program, tests, in the forked child.  Never returns."""
-    write, evaluate, leave = os.write, exec, os._exit  # bound now: a program may replace them in os and builtins
-
-    def report(outcome: str, detail: str = "") -> None:
-        text = f"{token}|{outcome}|{' '.join(detail[:200].split())}"
-        write(3, text.encode("ascii", "backslashreplace")[:200] + b"\n")
-
-    def attempt(work, *arguments) -> tuple[str, str]:
+def _wait(pids: set[int], deadline: float) -> tuple[dict, bool]:
+    """Waits for the children, kills what is left -> {pid: (exit code, CPU seconds)}, and whether it was late."""
+    ended, late = {}, False
+    while True:
         try:
-            work(*arguments)
-            return "passed", ""
-        except MemoryError:
-            return "memory", "MemoryError"
-        except BaseException as error:
-            outcome = "failed_test" if isinstance(error, AssertionError) else "runtime_error"
-            try:
-                return outcome, f"{type(error).__name__}: {error}"
-            except BaseException:  # a __str__ of the program
-                return outcome, type(error).__name__
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended, late
+        if pid in pids:
+            ended[pid] = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+        if pid == 0 and len(ended) < len(pids):
+            late = late or not signal.sigtimedwait([signal.SIGCHLD], max(0, deadline - time.monotonic()))
+        if late or len(ended) == len(pids):
+            for child in pids - ended.keys():
+                os.kill(child, signal.SIGKILL)
+            if os.getpid() == 1:  # of our own pid namespace; anywhere else -1 means all of the user's processes
+                try:
+                    os.kill(-1, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
 
-    def program() -> None:
-        try:
-            evaluate(code, main.__dict__)
-        except SystemExit as stop:
-            if run["asserts"] or stop.code not in (None, 0):  # an early exit skips the asserts
-                raise
-        if not run["asserts"]:
-            _wind_down(main)
 
+def _child(work, files: tuple[int, ...], channel: socket.socket, job: dict, walls: dict) -> None:
+    """Walls, then the work, in the forked child.  Descriptors: 0 stdin, 1 stdout, 2 stderr, 3 between program and
+    judge, 4 source, 5 report, 6 the trainer until the walls stand.  Never returns."""
     try:
-        os.setsid()  # a session leader cannot leave its process group
-        libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the helper
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        for target, fd in enumerate(fds):  # stdin, stdout, stderr to nowhere, 3: reports
-            os.dup2(fd, target, inheritable=target < 3)
-        os.closerange(4, 256)
-        os.chdir("run")
-        for kind, value in ((resource.RLIMIT_AS, job["memory_mb"] << 20), (resource.RLIMIT_FSIZE, 16 << 20),
-                            (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0),
-                            (resource.RLIMIT_CPU, int(job["timeout"]) + 1)):
-            hard = resource.getrlimit(kind)[1]
-            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(kind, (value, value))
-        report("ready")
-        tests = [compile(text, "<assert>", "exec") for text in run["asserts"]]
-        main = sys.modules["__main__"] = type(sys)("__main__")
+        for target, fd in enumerate((*files, channel.fileno())):
+            os.dup2(fd, target)
+        layers = _confine(job, walls)
+        if work is None or layers != job["layers"]:
+            answer = {"layers": layers} if work is None else {"error": f"the sandbox has changed: {layers}"}
+            os.write(6, json.dumps(answer).encode())
+            os._exit(0)
+        os.close(6)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         signal.setitimer(signal.ITIMER_PROF, job["timeout"])  # the CPU limit; RLIMIT_CPU, in whole seconds, backs it up
-        try:
-            code = compile(job["program"], "<program>", "exec")
-        except BaseException as error:  # SyntaxError, null bytes, surrogates, nesting too deep for the parser
-            outcome, detail = "compile_error", f"{type(error).__name__}: {error}"
-        else:
-            outcome, detail = attempt(program)
-        if outcome == "passed":
-            for test in tests:
-                report(*attempt(evaluate, test, main.__dict__))
-        else:
-            for _ in tests or [None]:  # an AssertionError outside the tests is a crash
-                report("runtime_error" if outcome == "failed_test" else outcome, detail)
-        leave(0)
+        source = os.pread(4, os.fstat(4).st_size, 0).decode("utf-8", "surrogatepass")
+        os.close(4)
+        work(source, "asserts" in job)
+    except BaseException as error:
+        os.write(6, json.dumps({"error": f"the sandbox failed: {error!r}"}).encode())
     finally:
-        leave(70)
+        os._exit(1)
 
 
-def _wind_down(main) -> None:
-    """What an interpreter does at a normal end and os._exit leaves out: join threads, exit handlers, flush."""
-    if "threading" in sys.modules:
-        sys.modules["threading"]._shutdown()
-    atexit._run_exitfuncs()
-    main.__dict__.clear()  # closes, and so flushes, files that the program opened on descriptor 1
-    for stream in {sys.stdout, sys.__stdout__}:
-        if not getattr(stream, "closed", True):
-            stream.flush()
+def _play(source: str, asserts: bool) -> None:
+    """The program as __main__, then its answers to the judge on descriptor 3, or what a normal end does."""
+    leave, write = os._exit, os.write  # bound now: a program may replace them
 
+    def fail(status: int, error: BaseException) -> None:
+        write(2, f"\n{_describe(error)}".encode("utf-8", "replace"))
+        leave(status)
 
-def _kill(pid: int) -> None:
-    for kill in (os.kill, os.killpg):  # the first for the moment before the child's setsid
+    os.close(5)
+    main = sys.modules["__main__"] = type(sys)("__main__")
+    try:
+        code = compile(source.lstrip("\ufeff"), "<program>", "exec", dont_inherit=True)
+    except BaseException as error:  # SyntaxError, null bytes, surrogates, nesting too deep for the parser
+        fail(_COMPILE, error)
+    try:
         try:
-            kill(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
+            exec(code, main.__dict__)
+        except SystemExit as stop:
+            if asserts or stop.code not in (None, 0):  # an early exit skips the asserts
+                raise
+        if asserts:
+            _answer(main.__dict__)
+        else:  # what os._exit leaves out: join threads, exit handlers, flush
+            threading._shutdown()
+            atexit._run_exitfuncs()
+            main.__dict__.clear()  # closes, and so flushes, files that the program opened on descriptor 1
+            for stream in {sys.stdout, sys.__stdout__}:
+                if not getattr(stream, "closed", True):
+                    stream.flush()
+        leave(0)
+    except BaseException as error:
+        fail(_MEMORY if isinstance(error, MemoryError) else 1, error)
 
 
-def _sweep() -> None:
-    """Kills and reaps the descendants that are left; those that fled by setsid are direct children by now."""
-    for _ in range(10_000):
+def _describe(value) -> str:
+    try:
+        text = f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else repr(value)
+        return " ".join(text[:200].split())
+    except BaseException:  # a __str__ of the program, a number too long for decimal
+        return type(value).__name__
+
+
+def _answer(names: dict) -> None:
+    """Looks up and calls the names of the program for the judge, a line of JSON each way, until the judge has ended."""
+    with open(3, "rb") as requests, open(3, "wb", closefd=False) as replies:
+        for request in requests:
+            name, *call = _decode(request)
+            try:
+                if name not in names and not hasattr(builtins, name):
+                    raise NameError(f"name {name!r} is not defined")
+                value = names[name] if name in names else getattr(builtins, name)
+                if call:
+                    value = value(*call[0], **call[1])
+                line = json.dumps(_encode(["value", value] if call or not callable(value) else ["function"]))
+                if len(line) >= _MAX_VALUE:
+                    raise ValueError(f"a value of more than {_MAX_VALUE} bytes")
+            except BaseException as error:
+                line = json.dumps(["error", type(error).__name__, _describe(error)])
+            replies.write(line.encode() + b"\n")
+            replies.flush()
+
+
+def _check_asserts(source: str, _) -> None:
+    """The judge: executes each statement and reports a line [outcome, detail] each on descriptor 5."""
+    requests, replies = open(3, "wb", closefd=False), open(3, "rb")
+    said = None
+
+    def ask(name: str, *call):
+        nonlocal said
         try:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                with open(f"/proc/self/task/{os.getpid()}/children") as children:
-                    for pid in children.read().split():
-                        _kill(int(pid))
-                time.sleep(0.0005)
-        except OSError:  # no child left, or no such file on this kernel
-            return
-    raise RuntimeError("the processes that a program left behind cannot be killed")
+            request = json.dumps(_encode([name, *call]))
+        except TypeError as error:
+            raise _Unsupported(f"an argument of {name}: {error}") from None
+        try:
+            requests.write(request.encode() + b"\n")
+            requests.flush()
+            line = replies.readline(_MAX_VALUE)
+        except OSError:
+            line = b""
+        if not line.endswith(b"\n"):
+            os._exit(0)  # the program is gone; how it ended is the verdict
+        kind, *said = _decode(line)
+        if kind == "function":
+            return _Function(lambda *args, **kwargs: ask(name, args, kwargs))
+        if kind == "value":
+            return said[0]
+        raised = getattr(builtins, said[0], None)  # so that a test can expect a ValueError
+        raised = raised if isinstance(raised, type) and issubclass(raised, Exception) else RuntimeError
+        error = raised(said[1].partition(": ")[2])
+        error.of_program = said[1]
+        raise error
+
+    for statement, names in json.loads(source):
+        try:
+            scope = {"__name__": "test", **{name: sys.modules[name] for name in MODULES}}
+            scope |= {name: ask(name) for name in names}
+            exec(compile(statement, "<assert>", "exec", dont_inherit=True), scope)
+            result = "passed", ""
+        except BaseException as error:
+            detail = _describe(error)
+            if hasattr(error, "of_program"):
+                result = "memory" if isinstance(error, MemoryError) else "runtime_error", error.of_program[:400]
+            elif isinstance(error, (_Unsupported, ImportError, SyntaxError)):
+                result = "unsupported", detail
+            else:
+                value = _describe(said)  # what the program returned last
+                result = "failed_test", f"{' '.join(statement[:80].split())}: {detail}; the last value was {value:.80}"
+        os.write(5, json.dumps(result).encode() + b"\n")
+    os._exit(0)
 
 
-def _remove(folder: str) -> None:
-    """Deletes a folder, even one too deep for shutil.rmtree or with its permissions taken away."""
-    import subprocess  # here, for the helper rarely needs it
-    # rm first: chmod would follow a link put in the place of the folder.
-    command = 'rm -rf "$0" || { chmod -R u+rwx "$0"; rm -rf "$0"; }'
-    subprocess.run(["/bin/sh", "-c", command, folder], stderr=subprocess.DEVNULL)
+class _Unsupported(BaseException):
+    """A test that wants to send something other than a plain value."""
 
 
-# The second line is for the programs: what the helper has loaded costs them nothing.
-_HELPER = """import atexit, builtins, ctypes, gc, json, os, resource, signal, sys, time
-import bisect, collections, functools, heapq, itertools, math, operator, re, string
-libc = ctypes.CDLL(None)
-""" + "\n".join(map(inspect.getsource, (_serve, _run, _scratch, _child, _wind_down, _kill, _sweep, _remove))) + """
-_serve()
-"""
+@dataclass(frozen=True)
+class _Function:
+    """A function of the program, in the judge."""
+
+    call: object
+
+    def __call__(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+
+def _encode(value):
+    """A plain value as JSON can hold it; the other kinds as {kind: parts}.  TypeError for an object."""
+    if value is None or isinstance(value, (bool, float, str)):
+        return value
+    if isinstance(value, _Function):  # not _Unsupported: the program chose to have a function of this name
+        raise ValueError("a function of the program is not a plain value")
+    if isinstance(value, int):
+        return int(value) if -2**53 < value < 2**53 else {"int": hex(value)}  # decimal is quadratic, and limited
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": value.hex()}
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    if isinstance(value, dict):
+        return {"dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
+    for kind in (tuple, set, frozenset):
+        if isinstance(value, kind):
+            return {kind.__name__: [_encode(item) for item in value]}
+    if hasattr(type(value), "__iter__") and not isinstance(value, type):
+        return {"iter": [_encode(item) for item in itertools.islice(value, 10_000)]}
+    raise TypeError(f"{type(value).__name__} is not a plain value")
+
+
+_MAKE = {"int": lambda text: int(text, 16), "complex": lambda parts: complex(*parts), "bytes": bytes.fromhex,
+         "dict": dict, "tuple": tuple, "set": set, "frozenset": frozenset, "iter": iter}
+
+
+def _decode(line: bytes):
+    return json.loads(line, object_hook=lambda parts: [_MAKE[kind](content) for kind, content in parts.items()][0])
+
+
+# ---------------------------------------------------------------- the walls
+
+# Call numbers on x86_64 and aarch64; - where there is none.
+_CALLS = """
+read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, lseek 8 62, close 3 57, dup 32 23,
+dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, fstat 5 80, stat 4 -, lstat 6 -, newfstatat 262 79, statx 332 291,
+access 21 -, faccessat 269 48, faccessat2 439 439, readlink 89 -, readlinkat 267 78, getcwd 79 17, chdir 80 49,
+fchdir 81 50, getdents64 217 61, open 2 -, openat 257 56, ftruncate 77 46, fsync 74 82, fdatasync 75 83, flock 73 32,
+mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, madvise 28 233, brk 12 214, rt_sigaction 13 134,
+rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigtimedwait 128 137, sigaltstack 131 132, poll 7 -, ppoll 271 73,
+select 23 -, pselect6 270 72, epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22,
+eventfd2 290 19, futex 202 98, set_robust_list 273 99, rseq 334 293, gettid 186 178, getpid 39 172, getppid 110 173,
+getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177, getpgid 121 155, gettimeofday 96 169, time 201 -,
+clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101, getitimer 36 102,
+setitimer 38 103, alarm 37 -, pause 34 -, times 100 153, getrusage 98 165, getrlimit 97 163, setrlimit 160 164,
+getrandom 318 278, uname 63 160, sysinfo 99 179, sched_yield 24 124, sched_getaffinity 204 123, membarrier 324 283,
+sendto 44 206, recvfrom 45 207, shutdown 48 210, getsockopt 55 209, getsockname 51 204, exit 60 93, exit_group 231 94,
+restart_syscall 219 128, umask 95 166, sendfile 40 71, mkdir 83 -, mkdirat 258 34, rmdir 84 -, unlink 87 -,
+unlinkat 263 35, rename 82 -, renameat 264 38, renameat2 316 276, truncate 76 45"""
+
+
+def _walls(spaces: list[str]) -> dict:
+    """What a helper prepares for its children: the layers that it has itself, the rules of Landlock, the filter."""
+    layers = ["rlimits", *(name for name in spaces if name != "mount namespace")]
+    if "mount namespace" in spaces:
+        _libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: nothing goes back
+        if _libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 14, b"size=16m,nr_inodes=1k") == 0:  # nosuid, nodev, noexec
+            layers.append("mount namespace")
+    os.chdir("/dev/shm" if "mount namespace" in layers else "/")
+    return {"layers": layers, "rules": _landlock("mount namespace" in layers), "filter": _seccomp()}
+
+
+def _limit(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+def _confine(job: dict, walls: dict) -> list[str]:
+    """Walls off this process, for good -> the names of the layers that hold."""
+    _limit(resource.RLIMIT_AS, job["memory_mb"] << 20)
+    _limit(resource.RLIMIT_FSIZE, job["output"])
+    _limit(resource.RLIMIT_CPU, int(job["timeout"]) + 1)
+    layers, prctl = list(walls["layers"]), _libc.prctl
+    if "no capabilities" not in _SANS and _libc.capset(*_NO_CAPABILITIES) == 0:
+        layers.append("no capabilities")
+    if "no_new_privs" not in _SANS and prctl(38, 1, 0, 0, 0) == 0:
+        layers.append("no_new_privs")
+    prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the helper
+    if walls["rules"] >= 0 and _libc.syscall(446, walls["rules"], 0) == 0:  # landlock_restrict_self
+        layers.append("landlock")
+    os.closerange(7, 4096)
+    if walls["filter"]:
+        code, places, pointer = walls["filter"]
+        own = os.getpid().to_bytes(4, sys.byteorder)
+        for place in places:
+            code[place:place + 4] = own
+        if prctl(22, 2, pointer, 0, 0) == 0:  # PR_SET_SECCOMP
+            layers.append("seccomp")
+    return layers
+
+
+def _landlock(scratch: bool) -> int:
+    """Rules under which a process opens nothing but libraries, four devices and its scratch folder; -1 without."""
+    create, add = 444, 445  # the same numbers on every architecture
+    abi = _libc.syscall(create, None, 0, 1)
+    if "landlock" in _SANS or abi < 1:
+        return -1
+    every = (1 << 13 + (abi > 1) + (abi > 2) + (abi > 4)) - 1  # 13 rights, then REFER, TRUNCATE, IOCTL_DEV
+    # Handled: file rights; TCP bind and connect from ABI 4; abstract sockets and signals from ABI 6.
+    rules = _libc.syscall(create, struct.pack("QQQ", every, 3 * (abi > 3), 3 * (abi > 5)), 24, 0)
+    read_file, read_folder, write_file = 4, 8, 2
+    rights = dict.fromkeys((os.path.dirname(os.__file__), sys.base_prefix + "/lib", "/lib", "/lib64", "/usr/lib",
+                            "/usr/lib64", "/usr/share/zoneinfo"), read_file | read_folder)
+    rights |= dict.fromkeys(("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"), read_file | write_file)
+    rights |= {"/dev/shm": every} if scratch else {}
+    for path, allowed in rights.items():
+        if os.path.exists(path):
+            fd = os.open(path, os.O_PATH)
+            _libc.syscall(add, rules, 1, struct.pack("=Qi", allowed, fd), 0)
+            os.close(fd)
+    return rules
+
+
+_NO_CAPABILITIES = struct.pack("Ii", 0x20080522, 0), bytes(24)
+
+
+def _seccomp() -> tuple | None:
+    """The filter (BPF) that admits _CALLS and, with these arguments only, the calls below: its code, the places for
+    the process's own number, a pointer to it (struct sock_fprog).  A child has only to fill in its number."""
+    machine = os.uname().machine
+    if "seccomp" in _SANS or machine not in ("x86_64", "aarch64") or sys.maxsize < 1 << 32:
+        return None
+    column, architecture = (0, 0xC000003E) if machine == "x86_64" else (1, 0xC00000B7)
+    own = 0xEEEEEEEE  # to be filled in
+    checked = (  # call numbers, which argument, its admitted values
+        ((56, 220), 0, (0x3D0F00, 0x7D0F00)),                       # clone: threads, of glibc and of musl
+        ((62, 129), 0, (own,)), ((234, 131), 0, (own,)),            # kill, tgkill: itself
+        ((302, 261), 0, (0, own)),                                  # prlimit64: itself
+        ((53, 199), 1, (1, 0x801, 0x80001, 0x80801)),               # socketpair: streams, which go nowhere else
+        ((72, 25), 1, (0, 1, 2, 3, 4, 5, 6, 7, 1030)),              # fcntl: no F_SETOWN, which can signal others
+        ((16, 29), 1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)))  # ioctl: isatty and the like
+    load, equal, leave, admit, kill = 0x20, 0x15, 0x06, 0x7FFF0000, 0x80000000
+    refuse = 0x50000 | 38  # ENOSYS: then the C library falls back from clone3 to clone
+    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (leave, 0, 0, kill), (load, 0, 0, 0)]
+    for numbers, argument, values in checked:
+        code += [(equal, 0, len(values) + 3, numbers[column]), (load, 0, 0, 16 + 8 * argument)]
+        code += [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
+        code += [(leave, 0, 0, refuse), (leave, 0, 0, admit)]
+    calls = [call.split()[1 + column] for call in _CALLS.split(",")]
+    calls = [int(call) for call in calls if call != "-"]
+    code += [(equal, len(calls) - i, 0, call) for i, call in enumerate(calls)]
+    code += [(leave, 0, 0, refuse), (leave, 0, 0, admit)]
+    places = [8 * i + 4 for i, line in enumerate(code) if line[3] == own]
+    filled = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+    return filled, places, struct.pack("HP", len(code), ctypes.addressof(filled))
+
+
+# ---------------------------------------------------------------- command line
+
+def probe() -> int:
+    """Prints which layers this machine gives; 0 when all of them."""
+    for name, active in (found := layers()).items():
+        print(f"{'yes' if active else 'NO ':3}  {name:16}  {LAYERS[name][0]}  [{LAYERS[name][1]}]")
+    return 0 if all(found.values()) else 1
+
+
+def bench() -> None:
+    """Prints programs per second (4 stdin tests each) against one subprocess per test, bare and with a limit set by
+    preexec_fn, without and with 3 GB in this process; what its fork costs; its memory over 10,000 programs."""
+    from concurrent.futures import ThreadPoolExecutor
+    tests, count = [{"input": str(i), "output": str(i + 1)} for i in range(4)], itertools.count()
+
+    def helpers(n: int, each: int = 4) -> None:
+        verdicts = run_programs([f"print(int(input()) + 1)  # {next(count)}" for _ in range(n)], [tests[:each]] * n)
+        assert all(verdict.ok for verdict in verdicts), verdicts
+
+    def subprocesses(n: int, limit=None) -> None:
+        def one(_) -> None:
+            for test in tests:
+                done = subprocess.run([sys.executable, "-c", "print(int(input()) + 1)"], input=test["input"], text=True,
+                                      capture_output=True, preexec_fn=limit)
+                assert done.stdout.split() == [test["output"]]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(one, range(n)))
+
+    def fork(n: int) -> None:
+        for _ in range(n):
+            os.waitpid(os.fork() or os._exit(0), 0)
+
+    def rate(work, n: int) -> float:
+        started = time.monotonic()
+        work(n)
+        return n / (time.monotonic() - started)
+
+    print(f"{os.cpu_count()} cores, layers missing: {[name for name, on in layers().items() if not on] or 'none'}")
+    for gigabytes in (0, 3):
+        ballast = b"x" * (gigabytes << 30)
+        for _ in range(3):
+            warm, cold, forks = rate(helpers, 200), rate(subprocesses, 20), rate(fork, 20)
+            slow = rate(lambda n: subprocesses(n, lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0))), 10)
+            print(f"holding {len(ballast) >> 30} GB: {warm:.0f} programs/s; one subprocess per test {cold:.1f} "
+                  f"(x{warm / cold:.0f}), with preexec_fn {slow:.1f} (x{warm / slow:.0f}); "
+                  f"a fork of this process {1000 / forks:.1f} ms", flush=True)
+        del ballast
+    for done in range(0, 10_001, 2_000):
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[1])
+        print(f"after {done:6,} more programs (1 test each): {pages * 4 / 1024:.1f} MiB in this process", flush=True)
+        if done < 10_000:
+            helpers(2_000, 1)
 
 
 def main(arguments: list[str]) -> int:
+    """The command line -> exit status: 0 passed, 1 not, 2 bad input."""
+    if arguments not in (["probe"], ["bench"]) and len(arguments) != 2:
+        print("usage: python verify.py PROGRAM.py TESTS.json | probe | bench", file=sys.stderr)
+        return 2
     try:
-        program_path, tests_path = arguments
-        with open(program_path, encoding="utf-8") as program, open(tests_path, encoding="utf-8") as tests:
+        if arguments == ["probe"]:
+            return probe()
+        if arguments == ["bench"]:
+            return bench() or 0
+        with open(arguments[0], encoding="utf-8") as program, open(arguments[1], encoding="utf-8") as tests:
             verdict = run_programs([program.read()], [json.load(tests)])[0]
     except (OSError, ValueError, SandboxError) as error:
-        usage = "usage: python verify.py PROGRAM.py TESTS.json"
-        print(usage if len(arguments) != 2 else f"verify.py: {error}", file=sys.stderr)
+        print(f"verify.py: {error}", file=sys.stderr)
         return 2
     print(f"{verdict.outcome} {verdict.passed}/{verdict.total} {verdict.detail}".rstrip())
     return 0 if verdict.ok else 1
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["helper"]:
+        _SANS.update(sys.argv[3:])
+        _serve(int(sys.argv[2]))
     sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,10 @@
 """verify.py at its edges: answers, code blocks, honest programs, and programs that attack the verdict."""
+import contextlib
+import ctypes
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import data  # noqa: E402
 import verify  # noqa: E402
 from verify import SandboxError, Verdict, exec_score, extract_answer, extract_code, math_equal, run_programs  # noqa: E402
 
@@ -31,29 +36,44 @@ def check(statement):
 
 # ---------------------------------------------------------------- answers
 
+THIN = "\u2009"
+
 @pytest.mark.parametrize("text, answer", [
     ("24", "24"), (" 24", "24"), ("24.\n\n", "24"), ("-7", "-7"), ("3/4", "3/4"), ("1,234", "1,234"), ("50%", "50%"),
-    ("so 4 + 5 = 9", "9"), ("10-5", "5"), ("7 coins\nthen 8 coins\n", "8"), ("it costs $5.50.", "5.50"),
+    ("so 4 + 5 = 9", "9"), ("7 coins\nthen 8 coins\n", "8"), ("it costs $5.50.", "5.50"), ("it is 1 1/2", "1 1/2"),
     ("She has 3.\n#### 1,234", "1,234"), ("The answer is 24. It was 3 * 8.", "24"), ("**Answer:** 24", "24"),
     ("Answer:\n24", "24"), ("Final answer: 24 or 25", "24 or 25"), ("the answer is 3\n#### 4", "4"),
-    ("#### 4\nso the answer is 3", "3"), (r"\boxed{3} and \boxed{4}", "4"),
-    (r"answer is $\boxed{\frac{1}{2}}$", r"\frac{1}{2}"),
+    ("#### 4\nso the answer is 3", "3"), (r"\boxed{3}, no: \boxed{4}", "3 or 4"), (r"\boxed{3} \boxed{4}", "3 or 4"),
+    (r"\boxed{4} and again \boxed{4}", "4"), ("\\boxed{3} is not it. So\n\\boxed{4}", "4"),
+    (r"answer is $\boxed{\frac{1}{2}}$", r"\frac{1}{2}"), ("the answer is Rs. 50. Good.", "Rs. 50"),
     (r"\boxed{4} #### 5", "5"), (r"#### 5 \boxed{4}", "4"), (r"\boxed{\boxed{5}}", "5"), (r"\boxed{3} \boxed{4", "3"),
     (r"\boxed{}", None), ("24\nno number here", None), ("", None), ("\n \n", None), ("Answer:", None),
-    ("#### " + "1" * 5000, None),
+    ("#### " + "1" * 5000, None), ("10-5", "10-5"), ("3 or 4", "3 or 4"), ("41, 42, 43", "42, 43"), ("42 43", "42 43"),
 ])
 def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
 
 
 @pytest.mark.parametrize("prediction, reference", [
-    ("24", "24"), (" 24", "24"), ("24.0", "24"), ("+24", "24"), ("1,234", "1234"), ("$1,234.50", "1234.5"),
-    ("-$5", "-5"),
-    ("50%", "50"), (r"50\%", "50"), ("0.5", "1/2"), (r"\frac{1}{2}", ".5"), (r"-\dfrac12", "-0.5"), ("2/6", "1/3"),
-    ("24 coins left", "24"), ("x = 24", "24"), (r"24\text{ cm}", "24"), (r"1{,}234", "1234"), ("$24$", "24"),
-    (r"\boxed{24}", "... so it is 24\n#### 24"), ("the answer is 24.", "24"), (r"\boxed{Answer: 24}", "24"),
-    ("1e3", "1000"), ("1e400", "10e399"),
-    ("9" * 399, "9" * 399 + ".0"), ("x+1", "x + 1"), ("24 or 25", "24 or 25"), ("\u22125", "-5"), (r"90^\circ", "90"),
+    ("24", "24"), (" 24", "24"), ("24.0", "24"), ("+24", "24"), ("007", "7"), ("5.", "5"), (".5", "0.5"), ("-.5", "-1/2"),
+    ("1,234", "1234"), ("1,234,567", "1234567"), ("1000", "1,000.00"), (r"1{,}234", "1234"), (r"1\,234", "1234"),
+    (r"1\,234\,567", "1234567"), (f"1{THIN}234", "1234"), ("1,\\!000", "1000"), ("１２３", "123"),  # full-width digits
+    ("-$5", "-5"), ("$-5$", "-5"), ("- 5", "-5"), ("\u22125", "-5"), ("$1,234.50", "1234.5"), (r"\$1,000", "1000"),
+    ("USD 5", "5"), ("Rs. 500", "500"), ("5 dollars", "5"), ("€5.50", "5.5"), ("5 €", "5"), ("2.50 dollars", "$2.5"),
+    ("50%", "50"), (r"50\%", "50"), ("50 percent", "50"), ("24 coins left", "24"), (r"24\text{ cm}", "24"), ("5cm", "5"),
+    ("5 m", "5"), ("42 m/s", "42"), ("5 cm^2", "5"), (r"5\text{ cm}^2", "5"), ("5 cm²", "5"), ("90°", "90"),
+    (r"90^\circ", "90"), ("1/2 cup", "0.5"), ("5 pounds.", "5"), ("x = 24", "24"), ("x=5", "5"),
+    ("0.5", "1/2"), ("2/6", "1/3"), ("2/4", "1/2"), (r"\frac{1}{2}", ".5"), (r"\dfrac{3}{4}", "0.75"), (r"\tfrac34", ".75"),
+    (r"-\dfrac12", "-0.5"), (r"\frac{-3}{4}", "-.75"), (r"-\frac{3}{4}", "-.75"),
+    ("1 1/2", "1.5"), ("-1 1/2", "-1.5"), (r"1\frac{1}{2}", "1.5"), (r"1 \frac12", "3/2"), (r"-1\frac{1}{2}", "-3/2"),
+    ("1e3", "1000"), ("1.5e3", "1500"), ("1e-3", "0.001"), (r"1.5 \times 10^3", "1500"), (r"1.5\times10^{3}", "1500"),
+    ("2 x 10^-3", "0.002"), (r"3\cdot 10^{2}", "300"), ("1e400", "10e399"), ("9" * 399, "9" * 399 + ".0"),
+    ("(1, 2)", "(1,2)"), (r"\left(1, \frac{1}{2}\right)", "(1, 0.5)"), ("[0,1)", "[0, 1)"), ("(-\\infty, 2]", "(-\\infty,2]"),
+    (r"\{1,2\}", r"\{2, 1\}"), (r"\{1,2\}", "{1.0,2}"), ("{(1,2),(3,4)}", "{(3,4),(1,2)}"), ("1, 2", "1,2"), ("(5)", "5"),
+    ("Yes", "yes"), (r"\text{Yes}", "yes"), ("(B)", "b"), (r"\text{(B)}", "B"), ("x+1", "x + 1"), ("New  York", "new york"),
+    ("$24$", "24"), (r"\(42\)", "42"), ("**42**", "42"), (r"\boxed{24}", "... so it is 24\n#### 24"), ("3:30", "3:30"),
+    ("the answer is 24.", "24"), (r"\boxed{Answer: 24}", "24"), ("the answer is 42, because 6*7=42", "42"),
+    ("24 or 25", "24 or 25"), ("first 41, then 43.\nThe answer is 42", "42"), ("\\boxed{41}? No.\nAnswer: 42", "42"),
 ])
 def test_equal_answers(prediction, reference):
     assert math_equal(prediction, reference)
@@ -61,33 +81,55 @@ def test_equal_answers(prediction, reference):
 
 
 @pytest.mark.parametrize("prediction, reference", [
-    ("50%", "0.5"), ("24", "25"), ("24 or 25", "24"), ("24 or 25", "25"), ("0.333333333333333333", "1/3"), ("", ""),
-    (" ", " "), (None, "24"), ("24!", "24"), ("2^3", "8"), ("2x", "2"), ("3 million", "3"), ("24 or more", "24"),
-    (r"2\frac{1}{2}", "21/2"), ("1/0", "0"), ("1,23", "123"), ("9" * 401, "9" * 401 + ".0"), ("1e401", "10e400"),
-    ("twenty", "20"), ("\u0662\u0664", "24"), ("-5", "5"), (r"2\pi", "2"), ("0." + "3" * 5000, "0." + "3" * 5000),
+    ("24", "25"), ("-5", "5"), ("1,2", "12"), ("12,34", "1234"), ("1,23", "123"), ("1.000.000", "1000000"), ("1 234", "1234"),
+    ("50%", "0.5"), ("0.3333", "1/3"), ("0.333333333333333333", "1/3"), ("0.0000001", "0"), ("0.1", "0.10000000000000001"),
+    ("3 or 4", "3"), ("3 or 4", "4"), ("24 or more", "24"), ("42 43", "42"), ("42 43", "43"), ("#### 42 43", "42"),
+    ("#### 42 43", "43"), ("41, 42, 43", "42"), ("3-4", "3"), ("3-4", "4"), ("between 3 and 4", "3"), ("3, maybe 4", "3"),
+    (r"\boxed{3} \boxed{4}", "3"), (r"\boxed{3} \boxed{4}", "4"), (r"\boxed{3} or \boxed{4}", "4"), ("x=5 or x=6", "5"),
+    ("not 5", "5"), ("about 5", "5"), ("", ""), (" ", " "), ("", "0"), (None, "24"), (None, ""),
+    ("24!", "24"), ("3!", "6"), ("2^3", "8"), ("10^3", "1000"), ("5²", "25"), ("5²", "52"), ("5+3", "8"), ("2*3", "6"),
+    ("5 - 3", "5"), ("5x10", "5"), ("2x", "2"), ("2 x", "2"), (r"2\pi", "2"), ("2 pi", "2"), ("3 million", "3"), ("4 dozen", "4"),
+    ("2 1 2", "2.5"), ("1 3/2", "2.5"), (r"2\frac{1}{2}", "21/2"), ("1/0", "0"), (r"\frac{1}{0}", "0"), ("inf", "1e999"),
+    ("(1,2)", "(2,1)"), ("(0,1)", "[0,1]"), ("{1,2}", "(1,2)"), ("1,2", "(1,2)"), ("[1,2", "[1,2]"), ("no", "yes"),
+    ("9" * 401, "9" * 401 + ".0"), ("1e401", "10e400"), ("0." + "3" * 5000, "0." + "3" * 5000),
+    ("twenty", "20"), ("\u0662\u0664", "24"),  # arabic digits
 ])
 def test_different_answers(prediction, reference):
     assert not math_equal(prediction, reference)
+    assert prediction is None or not math_equal(reference, prediction)
+
+
+@pytest.mark.parametrize("guesses", [
+    "3 or 4", "4 or 3", "3 apples or 4 apples", "so 3, 4", "3 4", "3-4", "3 to 4", "3 & 4", "3; 4", "maybe 3 or maybe 4",
+    r"\boxed{3} \boxed{4}", r"\boxed{4}, \boxed{3}", "#### 3 4", "#### 4 or 3", "The answer is 3 or 4.", "Answer: 3, 4",
+])
+def test_hedges_match_nothing(guesses):
+    """The way from the executor's output to the reward: extract, then compare."""
+    assert not math_equal(extract_answer(guesses), "3") and not math_equal(extract_answer(guesses), "4")
 
 
 @pytest.mark.parametrize("text", [
-    "\\boxed{" * 30_000, "\\boxed{" * 30_000 + "}" * 30_000, "answer is " * 30_000, "1" * 300_000, "1," * 150_000,
-    "####" * 50_000, "\\text{" * 40_000, "-" * 200_000, "{" * 200_000, "}" * 200_000, "answer:\n" * 30_000,
-    "1e" + "9" * 3000, "\ud800 \x00 #### \udfff", "\\frac{" * 30_000, "a " * 1900 + "1", "answer" + " " * 200_000,
-])
+    "1" * 10**6, "(" * 10**5 + "1" + ")" * 10**5, "{" * 10**5, "}" * 10**5, "\\boxed{" * 10**5 + "}" * 10**5,
+    "\\boxed{" * 30_000, "\\boxed{1}" * 20_000, "answer is " * 20_000, "1," * 10**5, "####" * 20_000, "\\text{" * 40_000,
+    "-" * 200_000, "answer:\n" * 10_000, "1e" + "9" * 3000, "\ud800 \x00 #### \udfff", "\\frac{" * 30_000, "a " * 1900 + "1",
+    "answer" + " " * 200_000, " \n" * 10**5, "\\boxed{" + " " * 10**5 + "}", "9^9^9^9^9", "#### 9e9999999",
+    "#### " + "(" * 1900 + "1" + ")" * 1900, "#### " + "1/" * 1900, "#### " + "$" * 3900, "#### " + "," * 3900,
+    "#### " + "1 " * 1900, "1 x 10^" + "9" * 3000, "#### 5 " + "a-" * 1900 + "!", "or " * 1300 + "1 2", "\\circ}" * 600,
+], ids=lambda text: repr(text[:12]))
 def test_hostile_text_is_quick_and_never_raises(text):
     started = time.process_time()
     extract_answer(text)
-    assert math_equal(text, "24") is False
+    assert math_equal(text, "24") is False and math_equal("24", text) is False
     assert math_equal(extract_answer(text), "24") is False
-    assert time.process_time() - started < 2
+    math_equal(text, text)
+    assert time.process_time() - started < 3
 
 
 # ---------------------------------------------------------------- code blocks
 
 @pytest.mark.parametrize("text, code", [
     ("x = 1", "x = 1"), ("```python\nx = 1\n```", "x = 1"), ("```py\nx = 1\n```\nbye", "x = 1"),
-    ("~~~python3\nx = 1\n~~~", "x = 1"),
+    ("~~~python3\nx = 1\n~~~", "x = 1"), ("```python3\nx = 1\n```", "x = 1"),
     ("```\na\n```\nor\n```\nb\n```", "b"), ("hi\n```python\nx = 1\ny = 2", "x = 1\ny = 2"),
     ("```\r\nx\r\ny\r\n```\r\n", "x\ny"),
     ("\ufeffx = 1", "x = 1"), ("\ufeff```\n\ufeffx = 1\n```", "x = 1"), ("~~~\n```\n~~~", "```"),
@@ -122,33 +164,94 @@ def test_unknown_style():
 
 # ---------------------------------------------------------------- honest programs
 
+SUM = "print(sum(map(int, input().split())))"
+
+
 @pytest.mark.parametrize("program", [
-    "print(sum(map(int, input().split())))",
+    SUM,
     "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))",
+    "import sys\nfor line in sys.stdin: print(sum(map(int, line.split())))",
     "print(sum(map(int, open(0).read().split())))",
+    "print(sum(map(int, open('/dev/stdin').read().split())))",
     "import os\nos.write(1, str(sum(map(int, os.read(0, 99).split()))).encode())",
+    "import os\n" + SUM + "\nimport sys\nsys.stdout.flush()\nos._exit(0)",
     "import sys\nsys.stdin.seek(0) if sys.stdin.seekable() else 0\nsys.stdout.write(str(sum(map(int, sys.stdin.readline().split()))))",
-    "if __name__ == '__main__':\n    print(sum(map(int, input().split())))\n    exit()",
-    "print(sum(map(int, input().split())))\nquit(0)",
-    "import sys, threading\nthreading.stack_size(1 << 27)\nsys.setrecursionlimit(10**6)\n"
-    "def f(n): return n and f(n - 1)\ndef main(): f(20000); print(sum(map(int, input().split())))\n"
-    "threading.Thread(target=main).start()",
+    f"if __name__ == '__main__':\n    {SUM}\n    exit()",
+    SUM + "\nquit(0)", SUM + "\nraise SystemExit", "import sys\n" + SUM + "\nsys.exit()",
+    "import sys, threading\nthreading.stack_size(1 << 28)\nsys.setrecursionlimit(10**6)\n"
+    "def f(n): return n and f(n - 1)\ndef main(): f(20000); " + SUM + "\nthreading.Thread(target=main).start()",
+    "import sys, functools\nsys.setrecursionlimit(10**5)\n@functools.lru_cache(None)\ndef f(n): return n and f(n - 1)\nf(9000)\n" + SUM,
+    "import sys\nsys.setrecursionlimit(10**5)\ndef f(n): return n and f(n - 1)\nf(15000)\n" + SUM,
+    "import resource\nresource.setrlimit(resource.RLIMIT_STACK, (1 << 25, resource.getrlimit(resource.RLIMIT_STACK)[1]))\n" + SUM,
     "import atexit\nout = []\natexit.register(lambda: print(*out))\nout.append(sum(map(int, input().split())))",
     "out = open(1, 'w')\nout.write(str(sum(map(int, input().split()))))",
-    "import io, sys\nsys.stdout = io.TextIOWrapper(open(1, 'wb'), write_through=False)\nprint(sum(map(int, input().split())))",
-    "import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'x')\nopen('a.txt', 'w').write('x')\nprint(sum(map(int, input().split())))",
-    "import asyncio\nasync def main(): print(sum(map(int, input().split())))\nasyncio.run(main())",
+    "import io, sys\nsys.stdout = io.TextIOWrapper(open(1, 'wb'), write_through=False)\n" + SUM,
+    "import os, sys\nsys.stdout = open(os.devnull, 'w')\nsys.stdout.write('x')\nsys.stdout = sys.__stdout__\n" + SUM,
+    "import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'x')\nopen('a.txt', 'w').write('x')\nopen('a.txt').read()\n" + SUM,
+    "import asyncio\nasync def main(): " + SUM + "\nasyncio.run(main())",
+    "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as p: list(p.map(abs, [1, 2]))\n" + SUM,
     "from dataclasses import dataclass\n@dataclass\nclass A:\n    n: 'int'\nprint(A(sum(map(int, input().split()))).n)",
-])
+    "import pickle\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    n: int\n"
+    "print(pickle.loads(pickle.dumps(A(sum(map(int, input().split()))))).n)",
+    "import os, sys\nsys.stderr.write('debug ' * 9999)\nos.listdir('.')\n" + SUM,
+    "import decimal, fractions, heapq, bisect, statistics, datetime, csv, hashlib, zlib, uuid\ndatetime.datetime.now()\n" + SUM,
+    "\ufeff" + SUM, SUM + "\r\n", "# -*- coding: latin-1 -*-\n" + SUM,
+    "import time\ntime.sleep(0.3)\n" + SUM, "import signal\nsignal.signal(signal.SIGALRM, print)\nsignal.alarm(5)\n" + SUM,
+    "import time, sys\nprint(sum(map(int, sys.stdin.read().split())), flush=True)\ndef g():\n    yield\nx = g()\nnext(x)",
+], ids=lambda program: program[:40])
 def test_honest_stdin_programs(program):
     verdict = run(program, io("1 2 3\n", " 6 \n\n"))
     assert verdict.ok, verdict
 
 
-def test_honest_assert_program():
-    program = "import math\ndef f(x):\n    return math.sqrt(x)\nif __name__ == '__main__':\n    y = 5"
-    assert run(program, check("assert f(4) == 2"), check("assert f(9) == 3, 'nine'"), check("assert y == 5")) == Verdict(
-        "passed", 3, 3, "")
+@pytest.mark.parametrize("completion", [
+    "```python3\n{}\n```", "~~~\n{}\n~~~", "Here:\n```python\n{}", "\ufeff```py\r\n{}\r\n```\r\nbye", "{}", "```\n{}\n````",
+])
+def test_honest_completions(completion):
+    assert run(extract_code(completion.format(SUM)), io("1 2 3", "6")).ok
+
+
+@pytest.mark.parametrize("program, statement", [
+    ("def f(x): return x + 1", "assert f(1) == 2"),
+    ("def f(x): return x + 1", "assert f(f(1)) == 3, 'message'"),
+    ("def f(x): return x > 0", "assert f(1) is True and not f(-1) and f(2)"),
+    ("def f(x): pass", "assert f(1) is None"),
+    ("def f(x): return x / 3", "assert abs(f(1) - 1 / 3) < 1e-6"),
+    ("def f(x): return x / 3", "assert math.isclose(f(1), 1 / 3)"),
+    ("def f(x): return x / 3", "import math\nassert math.isclose(f(1), 1 / 3)"),
+    ("def f(x): return [3, 1, 2]", "assert set(f(0)) == {1, 2, 3} and sorted(f(0)) == [1, 2, 3]"),
+    ("def f(x): return (1, 'a', None, 2.5, b'x', {1: [2]}, {3}, frozenset([4]), 1j, True)",
+     "assert f(0) == (1, 'a', None, 2.5, b'x', {1: [2]}, {3}, frozenset([4]), 1j, True)"),
+    ("def f(x, y=0): return x - y", "assert f(y=1, x=2) == 1 and f(*[5], **{'y': 1}) == 4"),
+    ("def f(x): return 10 ** x", "assert f(5000) == 10 ** 5000"),      # above Python's limit for decimal text
+    ("def f(x): return float('inf') if x else float('nan')", "assert f(1) == float('inf') and f(0) != f(0)"),
+    ("def f(x): return '\\ud800\\x00'", "assert f(0) == '\\ud800\\x00'"),
+    ("from collections import Counter, OrderedDict, defaultdict, namedtuple\nP = namedtuple('P', 'a b')\n"
+     "def f(x): return [Counter(x), OrderedDict(a=1), defaultdict(int, b=2), P(1, 2)]",
+     "assert f('aab') == [{'a': 2, 'b': 1}, {'a': 1}, {'b': 2}, (1, 2)]"),
+    ("import enum\nclass E(enum.IntEnum): A = 3\ndef f(x): return E.A", "assert f(0) == 3"),
+    ("def f(x):\n    while True:\n        yield x\n        x += 1", "assert next(f(3)) == 3"),
+    ("def f(x): return map(str, range(x))", "assert list(f(3)) == ['0', '1', '2']"),
+    ("def sum(a, b): return a + b", "assert sum(10, 15) == 25"),       # MBPP/126 names its function like a builtin
+    ("LIMIT = 5\nif __name__ == '__main__': LIMIT = 6", "assert LIMIT == 6"),
+    ("def f(x):\n    if x < 0: raise ValueError('no')", "try:\n    f(-1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'"),
+    ("def g(x): return x\ndef f(x): return x", "def check(candidate):\n    for i in range(9):\n        assert candidate(i) == i\ncheck(f)"),
+    ("def f(x): return x", "import random\nfor _ in range(20):\n    n = random.randint(0, 9)\n    assert f(n) == n"),
+    ("class F:\n    def __call__(self, x): return x\nf = F()", "assert f(2) == 2"),
+    ("def f(x): print('debug'); input", "assert f(2) is None"),
+    ("import sys\nsys.setrecursionlimit(10**5)\ndef f(x): return x and f(x - 1)", "assert f(9000) == 0"),
+    ("def f(x):\n    x.append(1)\n    return x", "assert f([0]) == [0, 1]"),
+])
+def test_honest_assert_programs(program, statement):
+    verdict = run(program, check(statement))
+    assert verdict == Verdict("passed", 1, 1, "")
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="from 3.12 Python itself bounds recursion through C")
+def test_the_stack_is_larger_than_usual():
+    program = ("import sys, functools\nsys.setrecursionlimit(10**6)\n@functools.lru_cache(None)\ndef f(n): return n and f(n - 1)\n"
+               "f(40000)\nprint(1)")
+    assert run(program, io("", "1")).ok
 
 
 def test_kinds_can_be_mixed_and_many_asserts_fit():
@@ -158,11 +261,12 @@ def test_kinds_can_be_mixed_and_many_asserts_fit():
     assert (verdict.outcome, verdict.passed, verdict.total) == ("failed_test", 451, 901)
 
 
-def test_set_order_does_not_change_between_calls():
-    program = "print(*{'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'})"
+def test_set_order_and_random_numbers_do_not_change_between_runs_and_helpers():
+    program = "import random\nprint(*{'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'}, random.random())"
     order = run(program, io("", "?")).detail
-    assert "printed" in order
-    assert all(run(program, io("", "?")).detail == order for _ in range(3))
+    assert "printed" in order and run(program, io("", "?")).detail == order
+    verify._close_all()
+    assert run(program, io("", "?")).detail == order
 
 
 def test_long_honest_output_and_input():
@@ -176,18 +280,19 @@ def test_long_honest_output_and_input():
     ("print(1", "compile_error"), ("x = '\0'", "compile_error"), ("x = '\ud800'", "compile_error"),
     ("(" * 5000 + ")" * 5000, "compile_error"), ("return 1", "compile_error"),
     ("print(2)", "failed_test"), ("", "failed_test"), ("print('1 1')", "failed_test"),
+    ("import os; os.write(1, bytes(range(128, 256)))", "failed_test"), ("#" * 10**6 + "\nprint(2)", "failed_test"),
     ("1 / 0", "runtime_error"), ("assert False", "runtime_error"), ("print(1); exit(3)", "runtime_error"),
     ("import sys; print(1); sys.exit('bad')", "runtime_error"), ("print(1); import os; os._exit(1)", "runtime_error"),
-    ("def f(n): return f(n + 1)\nf(0)", "runtime_error"),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "runtime_error"),
+    ("def f(n): return f(n + 1)\nf(0)", "runtime_error"), ("class E(Exception):\n    def __str__(self): 1 / 0\nraise E", "runtime_error"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "runtime_error"), ("print(1); import os; os.abort()", "runtime_error"),
     ("x = bytearray(3 << 30)", "memory"), ("x = []\nwhile True: x.append(bytes(50 << 20))", "memory"),
     ("raise MemoryError", "memory"), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "memory"),
-])
+], ids=lambda value: value[:40])
 def test_outcomes(program, outcome):
-    stdin_verdict, assert_verdict = run_programs([program, program], [[io("", "1")], [check("assert False")]])
+    stdin_verdict, assert_verdict = run_programs([program, program], [[io("", "1")], [check("assert f(1)")]])
     assert (stdin_verdict.outcome, stdin_verdict.passed, stdin_verdict.total) == (outcome, 0, 1)
     assert stdin_verdict.detail.startswith("test 1 of 1: ")
-    if "print" not in program or outcome == "compile_error":
+    if outcome != "failed_test":
         assert assert_verdict.outcome == outcome
 
 
@@ -197,16 +302,17 @@ def test_asserts_count_separately_and_the_worst_names_the_outcome():
     verdict = run(program, *tests)
     assert (verdict.outcome, verdict.passed, verdict.total) == ("runtime_error", 2, 4)
     assert "test 3 of 4" in verdict.detail and "IndexError" in verdict.detail
-    assert run(program, *tests[:2]).outcome == "failed_test"
+    verdict = run(program, *tests[:2])
+    assert verdict.outcome == "failed_test" and "the last value was [2]" in verdict.detail
 
 
 def test_all_tests_are_run_after_a_failure_but_none_after_a_timeout():
     failing = run("print(7)", io("", "1"), io("", "7"), io("", "2"), io("", "7"))
     assert (failing.outcome, failing.passed, failing.total) == ("failed_test", 2, 4)
-    started = time.monotonic()
+    started = time.process_time(), time.monotonic()
     late = run("if input() == 'go':\n    while True: pass\nprint(1)", io("x", "1"), *[io("go", "1")] * 9, timeout=0.3)
     assert (late.outcome, late.passed, late.total) == ("timeout", 1, 10)
-    assert time.monotonic() - started < 2.5  # nine time-outs would take 2.7 s of CPU
+    assert time.monotonic() - started[1] < 2.6  # nine time-outs would take 2.7 s of CPU
 
 
 def test_asserts_before_a_timeout_count():
@@ -216,45 +322,109 @@ def test_asserts_before_a_timeout_count():
 
 def test_timeouts():
     programs = ["while True: pass", "import time; time.sleep(60)", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
-                "try:\n    while True: pass\nexcept BaseException:\n    print(1)", "9 ** 9 ** 9"]
+                "try:\n    while True: pass\nexcept BaseException:\n    print(1)", "9 ** 9 ** 9",
+                # Ignoring the signals leaves RLIMIT_CPU, which ends it with SIGKILL: still late, and not out of memory.
+                "import signal\nfor s in (signal.SIGPROF, signal.SIGXCPU): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+                # Right, with a normal end, and the timer switched off, but after more CPU time than it had.
+                "import signal, time\nsignal.setitimer(signal.ITIMER_PROF, 0)\nwhile time.process_time() < 0.5: pass\nprint(1)"]
     started = time.monotonic()
-    verdicts = run_programs(programs, [[io("", "1")]] * 5, timeout=0.3, workers=5)
-    assert [v.outcome for v in verdicts] == ["timeout"] * 5
-    assert time.monotonic() - started < 6
+    verdicts = run_programs(programs, [[io("", "1")]] * 7, timeout=0.3, workers=7)
+    assert [v.outcome for v in verdicts] == ["timeout"] * 7
+    assert time.monotonic() - started < 15
 
 
-def test_a_program_that_ignores_the_signals_is_late_and_not_out_of_memory():
-    program = "import signal\nfor s in (signal.SIGPROF, signal.SIGXCPU): signal.signal(s, signal.SIG_IGN)\nwhile True: pass"
-    assert run(program, io("", "1"), timeout=0.8).outcome == "timeout"  # RLIMIT_CPU ends it with SIGKILL
+def test_verdicts_do_not_depend_on_the_load():
+    """Wall time of the programs is several times their CPU time while six loops share the cores."""
+    spin = "import time\nwhile time.process_time() < {}: pass\nprint(1)"
+    load = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(6)]
+    try:
+        verdicts = run_programs([spin.format(0.25), spin.format(9)] * 2, [[io("", "1")]] * 4, timeout=0.6, workers=2)
+    finally:
+        for process in load:
+            process.kill()
+            process.wait()
+    assert [v.outcome for v in verdicts] == ["passed", "timeout"] * 2
 
 
-def test_a_test_that_expects_nothing_does_not_count():
+def test_what_expects_nothing_does_not_count():
     assert run("", io("", ""), io("1", " \n"), check("  ")) == Verdict("no_tests", 0, 0, "no test expects anything")
     assert run("").outcome == "no_tests"
     assert run("print(1)", io("", ""), io("", "1")) == Verdict("passed", 1, 1, "")
+    assert run("", check("assert True, 'it prints this'")).outcome == "no_tests"
 
 
-# ---------------------------------------------------------------- attacks
+# ---------------------------------------------------------------- attacks on the verdict
 
 TESTS = [check("assert f(1) == 2"), check("assert f(2) == 3")]
 
 
 @pytest.mark.parametrize("program", [
-    "import os; os._exit(0)", "import sys; sys.exit(0)", "exit()", "raise SystemExit",
-    "import os\ndef f(x): os._exit(0)", "def f(x): exit()",
-    "import builtins\nbuiltins.exec = lambda *a: None", "import builtins\nbuiltins.compile = lambda *a: 'pass'",
+    # ending before the asserts
+    "import os; os._exit(0)", "import sys; sys.exit(0)", "exit()", "raise SystemExit", "def f(x): exit()",
+    "import os\ndef f(x): os._exit(0)", "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): return 0",
+    "import sys\nsys.excepthook = lambda *a: None\ndef f(x): raise KeyboardInterrupt", "def f(x): raise AssertionError",
+    "import threading, os\nthreading.Timer(0.01, os._exit, [0]).start()\ndef f(x):\n    while 1: pass",
+    # objects that agree with everything
+    "class A:\n    def __eq__(self, other): return True\ndef f(x): return A()",
+    "class A(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef f(x): return A(0)",
+    "class A(str):\n    def __eq__(self, other): return True\ndef f(x): return A()",
+    "class A(list):\n    def __eq__(self, other): return True\n    def __iter__(self): return iter([self])\ndef f(x): return A()",
+    "class A(tuple):\n    __class__ = int\n    def __eq__(self, other): return True\ndef f(x): return A()",
+    "class M(type):\n    def __eq__(self, other): return True\nclass f(metaclass=M):\n    def __init__(self, x): pass",
+    "class A(float):\n    def __eq__(self, o): return True\n    def __repr__(self): return '2'\ndef f(x): return A(0)",
+    # patched interpreter
+    "import builtins\nbuiltins.exec = lambda *a: None\ndef f(x): return 0",
+    "import builtins\nbuiltins.compile = lambda *a, **k: 'pass'\ndef f(x): return 0",
     "import builtins\nbuiltins.AssertionError = type('E', (BaseException,), {})\ndef f(x): return 0",
+    "import json\njson.dumps = lambda *a, **k: '[\"passed\", \"\"]'\ndef f(x): return 0",
     "import os\nold = os.write\nos.write = lambda fd, data: old(fd, data.replace(b'failed_test', b'passed'))\ndef f(x): return 0",
-    "import os\nos.write(3, b'passed\\n' * 9)\ndef f(x): return 0",
-    "import os\nos.write(3, b'0123456789abcdef|passed|\\n' * 9)\nos._exit(0)",
-    "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): return 0",
-    "import sys\nsys.excepthook = lambda *a: None\ndef f(x): raise KeyboardInterrupt",
-    "import os\nos.close(3)\ndef f(x): return 2", "import os\nos.fork()\ndef f(x): return 0",
-    "print('passed')\n__name__ = 'x'\ndef f(x): return 0",
-])
+    "import sys\nfor m in list(sys.modules.values()):\n    for n in ('_encode', '_decode', '_answer'):\n"
+    "        if hasattr(m, n): setattr(m, n, lambda *a: ['value', 2])\ndef f(x): return 0",
+    # forged markers on every descriptor, with and without an early end
+    "import os\nfor fd in range(1, 64):\n    try: os.write(fd, b'[\"passed\", \"\"]\\n' * 9)\n    except OSError: pass\ndef f(x): return 0",
+    "import os\nfor fd in range(1, 64):\n    try: os.write(fd, b'{\"code\": 0, \"cpu\": 0, \"late\": false, \"judged\": 0}')\n"
+    "    except OSError: pass\nos._exit(0)",
+    "import os\nos.write(3, b'[\"function\"]\\n' + b'[\"value\", true]\\n' * 9)\nwhile True: pass",
+    "import os\nos.write(3, b'[\"value\", {\"evil\": 1}]\\n' * 9)\ndef f(x): return 0",
+    "import os\nos.write(3, b'[' * 100000 + b'\\n')\nos._exit(0)", "import os\nos.close(3)\ndef f(x): return 2",
+    "import os\nos.fork()\ndef f(x): return 0", "print('passed')\n__name__ = 'x'\ndef f(x): return 0",
+    # values that are too much
+    "def f(x):\n    a = []\n    a.append(a)\n    return a", "def f(x):\n    a = []\n    for _ in range(10**5): a = [a]\n    return a",
+    "def f(x): return 'x' * (5 << 20)", "def f(x): return 1 << 10**8", "def f(x):\n    while True: yield 'x' * 10**6",
+], ids=lambda program: program[:60])
 def test_forged_passes(program):
-    verdict = run(program, *TESTS)
+    verdict = run(program, *TESTS, timeout=0.7)
     assert verdict.passed == 0 and verdict.total == 2 and not verdict.ok
+
+
+@pytest.mark.parametrize("program, statement", [
+    ("def abs(x): return 0\ndef f(x): return 9", "assert abs(f(1) - 1.5) < 1e-6"),
+    ("class math:\n    isclose = lambda *a: True\ndef f(x): return 9", "assert math.isclose(f(1), 1.5)"),
+    ("def set(x): return 0\ndef f(x): return [9]", "assert set(f(1)) == set([1])"),
+    ("def check(c): pass\ndef f(x): return 9", "def check(c):\n    assert c(1) == 1\ncheck(f)"),
+    ("f = 2", "assert f(1) == 2"), ("def f(x): return 10 ** 9", "assert 2 ** f(1) == 2"),
+    ("def f(x): return 10 ** 18", "assert list(range(f(1))) == [1]"),
+])
+def test_the_program_has_no_say_in_the_comparison(program, statement):
+    verdict = run(program, check(statement), timeout=0.5)
+    assert (verdict.outcome, verdict.passed) == ("failed_test", 0)
+
+
+@pytest.mark.parametrize("program", [
+    "def f(x): return 0\ndef LIMIT(): pass",                       # a function where the test wants a value to pass on
+    "def f(x): return 10 ** 9999\nLIMIT = 1",                       # too long for decimal text in the message
+    "def f(x): raise ValueError('\U0001F600' * 10**6)\nLIMIT = 1",  # a message of megabytes
+    "import os\nos.write(3, b'[\"function\"]\\n[\"value\", 1]\\n[\"error\", \"E\", \"' + b'x' * 3000000 + b'\"]\\n' * 3)\nwhile True: pass",
+    "import os\nos.write(3, b'[\"error\", 1, [2]]\\n' * 9)\nwhile True: pass", "import os\nos.write(3, b'7\\n[]\\n' * 9)\nwhile True: pass",
+])
+def test_no_reply_of_a_program_raises_in_the_trainer(program):
+    """Each also must not cost the assert that follows its chance: the judge goes on."""
+    verdict = run(program, check("assert f(LIMIT) == 1"), check("assert f(LIMIT) == '\U0001F600' * 100"), timeout=0.5)
+    assert not verdict.ok and verdict.passed == 0 and len(verdict.detail) < 600
+
+
+def test_an_unprintable_value_does_not_end_the_judge():
+    assert run("def f(x): return 10 ** x", check("assert f(9999) == 1"), check("assert f(1) == 10")).passed == 1
 
 
 def test_a_right_program_that_exits_early_has_not_passed():
@@ -267,29 +437,116 @@ def test_an_early_exit_keeps_the_asserts_before_it():
     assert (verdict.outcome, verdict.passed) == ("runtime_error", 1)
 
 
+def test_right_values_and_then_a_bad_end_are_no_pass():
+    """The program takes the place of the code that answers, answers right, and ends with a status of its choice."""
+    program = ("import json, os\nwith open(3, 'rb', closefd=False) as requests:\n    for line in requests:\n        request = json.loads(line)\n"
+               "        reply = ['value', request[1]['tuple'][0] + 1] if len(request) > 1 else ['function']\n"
+               "        os.write(3, json.dumps(reply).encode() + b'\\n')\nos._exit({})")
+    assert run(program.format(3), *TESTS).outcome == "runtime_error"
+    assert run(program.format(0), *TESTS).ok
+
+
+def test_objects_and_functions_as_arguments_are_named():
+    verdict = run("class S:\n    pass", check("assert S() == 1"))
+    assert verdict.outcome == "runtime_error" and "S is not a plain value" in verdict.detail
+    with pytest.raises(ValueError, match="lambda.*an argument of f.*function is not a plain value"):
+        run("def f(g): return g(1)", check("assert f(lambda x: x) == 1"))
+    with pytest.raises(ValueError, match="numpy"):
+        run("def f(x): return 1", check("import numpy\nassert f(1) == 1"))
+
+
 def test_no_secret_in_the_environment(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hunter2")
     program = "import os; print(*sorted(set(os.environ) - {'LC_CTYPE'}))"  # which Python itself sets in the C locale
-    assert run(program, io("", "PATH PYTHONHASHSEED PYTHONUTF8 TMPDIR")).ok
+    assert run(program, io("", "LD_BIND_NOW PYTHONHASHSEED PYTHONUTF8 TZ")).ok
 
 
-def test_expected_outputs_are_not_in_the_child():
-    program = ("import sys\nframe, seen = sys._getframe(), ''\nwhile frame:\n    seen += repr(frame.f_locals)\n"
-               "    frame = frame.f_back\nprint('program' in seen, 'sesa' + 'me' in seen)")
-    assert run(program, io("open", "True False"), io("x", "sesame")).passed == 1
+@pytest.mark.parametrize("where", [
+    "import sys\nframe = sys._getframe()\nwhile frame:\n    seen += repr(frame.f_locals) + repr(frame.f_globals)\n    frame = frame.f_back",
+    "import gc\nseen += repr([o for o in gc.get_objects() if type(o) in (dict, list, tuple)])",
+    "import os\nfor fd in range(64):\n    try: seen += os.pread(fd, 99999, 0).decode('latin1')\n    except OSError: pass",
+    "import os\nfor top in ('.', '/dev/shm', '/proc/self/fd', '/proc/1/fd'):\n    for d, _, fs in os.walk(top):\n        for f in fs:\n"
+    "            try: seen += open(os.path.join(d, f)).read(99999)\n            except (OSError, ValueError): pass",
+    "import re\ntry:\n    with open('/proc/self/maps') as maps, open('/proc/self/mem', 'rb') as mem:\n        for line in maps:\n"
+    "            a, b = (int(n, 16) for n in line.split()[0].split('-'))\n            if 'rw' in line:\n"
+    "                mem.seek(a)\n                seen += mem.read(b - a).decode('latin1')\nexcept OSError: pass",
+    "import ctypes, gc\nfor o in gc.get_objects():\n    try: seen += ctypes.string_at(id(o), 64).decode('latin1')\n    except Exception: pass",
+], ids=["frames", "objects", "descriptors", "files", "own memory", "heap"])
+def test_expected_outputs_are_nowhere_in_the_child(where):
+    """Looked for twice, for a helper must not have kept them either; without Landlock, which hides /proc anyway."""
+    secret = f"sesame{time.monotonic_ns()}"
+    look = (f"import re\nseen = ''\n{where}\nfound = re.search('[s]{secret[1:]}', seen)\ndef f(): return bool(found)\n"
+            "print(found.group() if found else 'nothing')")  # the pattern is not what it looks for
+    with only(set(verify.LAYERS) - {"landlock"}):
+        for _ in range(2):
+            verdicts = run_programs([look, look], [[io("", secret), io("", "nothing")], [check(f"assert f() is False, {secret!r}")]],
+                                    workers=1, timeout=5)
+            assert [v.passed for v in verdicts] == [1, 1], verdicts
 
 
 @pytest.mark.parametrize("program, outcome", [
     ("while True: print('x' * 100000)", "runtime_error"),
     ("import os\nwhile True: os.write(1, b'x' * 1000000)", "runtime_error"),
-    ("import os\nwhile True: os.write(3, b'x' * 1000000)", "timeout"),
+    ("import os\nos.ftruncate(1, 1 << 40)", "runtime_error"),
+    ("import os\nwhile True: os.write(2, b'x' * 1000000)", "runtime_error"),
     ("print('x ' * 1000000)", "failed_test"),
     ("f = open('big', 'wb')\nwhile True: f.write(b'x' * 1000000)", "runtime_error"),
-    ("fs = [open(str(i), 'w') for i in range(1000)]", "runtime_error"),
+    ("for i in range(99):\n  with open(str(i), 'wb') as f: f.write(b'x' * 15000000)", "runtime_error"),
+    ("fs = [open('/dev/null') for i in range(1000)]", "runtime_error"),
+    ("import threading, time\nfor _ in range(10**5): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()", "runtime_error"),
 ])
 def test_floods(program, outcome):
-    verdict = run(program, io("", "1"), timeout=0.6)
+    verdict = run(program, io("", "1"), timeout=0.8)
     assert verdict.outcome == outcome and len(verdict.detail) < 500
+
+
+def test_the_trainers_memory_stays_flat_under_floods():
+    """VmHWM, the peak; ru_maxrss would start at that of the process which started this one."""
+    out = python("def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\ngo('print(1)'); before = peak()\n"
+                 "go(*[f'import os\\nfor _ in range(15): os.write(1, bytes(10**6))  # {i}' for i in range(12)])\nprint(peak() - before)")
+    assert int(out[0]) < 8000  # KiB; the programs wrote 15,000 each
+
+
+# ---------------------------------------------------------------- attacks on the machine, and the walls one by one
+
+@contextlib.contextmanager
+def only(names):
+    """The sandbox with these layers and no others."""
+    verify._close_all()
+    verify._SANS.update(set(verify.LAYERS) - set(names))
+    try:
+        yield
+    finally:
+        verify._SANS.clear()
+        verify._close_all()
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory):
+    """Everything that the attacks aim at, all of it throw-away: a process with a secret, a folder, sockets."""
+    folder = tmp_path_factory.mktemp("victim")
+    process = subprocess.Popen([sys.executable, "-S", "-c", "import time; x = 'open ' + 'sesame'; print(id(x), flush=True); time.sleep(600)"],
+                               env={"SECRET": "sesame"}, stdout=subprocess.PIPE, text=True)
+    address = int(process.stdout.readline())
+    tcp = socket.create_server(("127.0.0.1", 0))
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    udp.bind(("127.0.0.1", 0))
+    unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    unix.bind(str(folder / "stream"))
+    unix.listen()
+    datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    datagrams.bind(str(folder / "datagrams"))
+    key = 0x5E5A0000 + os.getpid() % 65536
+    libc = ctypes.CDLL(None)
+    segment = libc.shmget(key, 4096, 0o1600)  # IPC_CREAT
+    yield {"PID": process.pid, "ADDRESS": address, "FOLDER": str(folder), "TCP": tcp.getsockname()[1], "UDP": udp.getsockname()[1],
+           "KEY": key}
+    libc.shmctl(segment, 0, None)  # IPC_RMID
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    for end in (tcp, udp, unix, datagrams):
+        end.close()
 
 
 def alive(marker):
@@ -298,119 +555,344 @@ def alive(marker):
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and marker.encode() in (entry / "cmdline").read_bytes():
-                found.append(entry.name)
+                found.append(int(entry.name))
         except OSError:
             pass
     return found
 
 
-@pytest.mark.skipif(not os.path.exists(f"/proc/self/task/{os.getpid()}/children"), reason="no list of children in /proc")
-@pytest.mark.parametrize("detach", ["", "os.setsid()", "os.setsid()\n    if os.fork(): os._exit(0)", "os.setpgid(0, 0)"])
-def test_stray_processes_die(detach):
+SIGNALS, FILES, NETWORK = {"seccomp", "pid namespace"}, {"landlock"}, {"seccomp", "net namespace"}
+CTYPES = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\ndef ok(value):\n    if value < 0: raise OSError(ctypes.get_errno())\n"
+ATTACKS = [  # what it tries, the layers that stop it alone, the code: it raises when refused
+    ("ask whether a signal would reach the victim", SIGNALS, "os.kill(PID, 0)"),
+    ("SIGSTOP it and let it go on", SIGNALS, "os.kill(PID, signal.SIGSTOP); os.kill(PID, signal.SIGCONT)"),
+    ("signal everything (signal 0, the same check)", SIGNALS, "os.kill(-1, 0)"),
+    ("a pidfd of it", SIGNALS, "os.pidfd_open(PID)"),
+    ("its resource limits", SIGNALS, "resource.prlimit(PID, resource.RLIMIT_NOFILE, resource.prlimit(PID, resource.RLIMIT_NOFILE))"),
+    ("its scheduling", SIGNALS, "os.setpriority(os.PRIO_PROCESS, PID, os.getpriority(os.PRIO_PROCESS, PID))"),
+    ("SIGIO to it through F_SETOWN", SIGNALS, "fcntl.fcntl(0, fcntl.F_SETOWN, PID)"),
+    ("ptrace it (PTRACE_SEIZE, which does not stop it)", SIGNALS, CTYPES + "ok(libc.ptrace(0x4206, PID, 0, 0))"),
+    ("its memory by process_vm_readv", SIGNALS, CTYPES +
+     "import struct\nb = ctypes.create_string_buffer(8)\nok(libc.process_vm_readv(PID, struct.pack('PN', ctypes.addressof(b), 8), 1, struct.pack('PN', ADDRESS, 8), 1, 0))"),
+    ("its environment in /proc", FILES | {"user namespace"}, "assert b'sesame' in open('/proc/PID/environ', 'rb').read()"),
+    ("its memory in /proc", FILES | {"user namespace"}, "f = open('/proc/PID/mem', 'rb', 0); f.seek(ADDRESS); f.read(8)"),
+    ("its descriptors in /proc", FILES, "os.listdir('/proc/PID/fd')"),
+    ("its command line in /proc", FILES, "open('/proc/PID/cmdline').read()"),
+    ("read a file", FILES, "open('FOLDER/file').read()"),
+    ("list a folder", FILES, "os.listdir('FOLDER')"),
+    ("overwrite a file", FILES, "open('FOLDER/file', 'w').write('x')"),
+    ("append to a file", FILES, "open('FOLDER/file', 'a').write('x')"),
+    ("make a file", FILES, "open('FOLDER/new', 'w').write('x')"),
+    ("delete a file", FILES, "os.unlink('FOLDER/file')"),
+    ("rename a file", FILES, "os.rename('FOLDER/file', 'FOLDER/other')"),
+    ("truncate a file", FILES, "os.truncate('FOLDER/file', 0)"),
+    ("make a folder", FILES, "os.mkdir('FOLDER/folder')"),
+    ("make a link", FILES | {"seccomp"}, "os.symlink('FOLDER/file', 'FOLDER/link')"),
+    ("make a hard link", FILES | {"seccomp"}, "os.link('FOLDER/file', 'FOLDER/hard')"),
+    ("chmod a file", {"seccomp"}, "os.chmod('FOLDER/file', 0)"),
+    ("chown a file", {"seccomp"}, "os.chown('FOLDER/file', os.stat('FOLDER/file').st_uid, -1)"),
+    ("give a file away", {"seccomp", "no capabilities"}, "os.chown('FOLDER/file', 12345, -1)"),
+    ("its times", {"seccomp"}, "os.utime('FOLDER/file', (0, 0))"),
+    ("connect to a loopback port", NETWORK | FILES, "socket.create_connection(('127.0.0.1', TCP), 2)"),
+    ("listen", {"seccomp"}, "socket.create_server(('127.0.0.1', 0))"),
+    ("send a datagram", NETWORK, "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', UDP))"),
+    ("connect to a unix socket", {"seccomp"}, "socket.socket(socket.AF_UNIX).connect('FOLDER/stream')"),
+    ("a unix datagram out of a socketpair", {"seccomp"}, "socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'x', 'FOLDER/datagrams')"),
+    ("shared memory of System V", {"seccomp", "ipc namespace"}, CTYPES + "ok(libc.shmget(KEY, 4096, 0o600))"),
+    ("fork", {"seccomp"}, "os.fork() or os._exit(0)"),
+    ("a daemon that outlives the run", {"seccomp"}, "if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0: time.sleep(30)\n        os._exit(0)\n    os.wait()"),
+    ("another program", {"seccomp"}, "os.posix_spawn('/bin/true', ['true'], {})"),
+    ("exec", {"seccomp"}, "os.execv('/bin/sh', ['sh', '-c', 'echo harm'])"),
+    ("a memfd", {"seccomp"}, "os.memfd_create('x')"),
+    ("a new user namespace", {"seccomp"}, CTYPES + "ok(libc.unshare(0x10000000))"),
+    ("new rights", {"no_new_privs"}, CTYPES + "assert libc.prctl(39, 0, 0, 0, 0) == 0"),
+]
+PRELUDE = "import os, signal, socket, time\ntry: import fcntl, resource\nexcept ImportError: pass\n"
+
+
+def attack(code, victim):
+    """What became of it: 'harm', 'refused', or the verdict when neither was printed."""
+    path = Path(victim["FOLDER"], "file")
+    for other in ("new", "other", "link", "hard", "folder"):
+        leftover = path.with_name(other)
+        leftover.rmdir() if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    path.write_text("sesame")
+    path.chmod(0o600)
+    for name, value in victim.items():
+        code = code.replace(name, str(value))
+    setup, _, last = code.rpartition("def ok(value):\n    if value < 0: raise OSError(ctypes.get_errno())\n") if "def ok" in code else ("", "", code)
+    setup = setup and setup + "def ok(value):\n    if value < 0: raise OSError(ctypes.get_errno())\n"
+    last = last.replace("\n", "\n    ") if setup else last
+    program = f"{PRELUDE}{setup}try:\n    {last}\n    print('harm')\nexcept (OSError, AssertionError, ValueError): print('refused')"
+    harm, refused = run(program, io("", "harm"), timeout=1), run(program, io("", "refused"), timeout=1)
+    return "harm" if harm.ok else "refused" if refused.ok else refused
+
+
+def test_every_attack_is_refused(victim):
+    for name, _, code in ATTACKS:
+        assert attack(code, victim) == "refused", name
+
+
+def test_every_attack_works_without_walls(victim):
+    """Else the test above would prove nothing."""
+    with only([]):
+        for name, _, code in ATTACKS:
+            if name == "give a file away" and os.getuid() != 0:
+                continue
+            assert attack(code, victim) == "harm", name
+
+
+@pytest.mark.parametrize("layer", [name for name in verify.LAYERS if name != "rlimits"])
+def test_each_wall_stands_alone(victim, layer):
+    """With a single layer the attacks that it is there for are refused."""
+    if not verify.layers()[layer]:
+        pytest.skip(f"this machine has no {layer}")
+    needs = {layer, "no_new_privs"} if layer in ("seccomp", "landlock") else {layer}
+    needs |= {"user namespace"} if "namespace" in layer else set()
+    with only(needs):
+        chosen = [(name, code) for name, layers, code in ATTACKS if layer in layers]
+        assert chosen or layer == "mount namespace"
+        for name, code in chosen:
+            assert attack(code, victim) == "refused", name
+
+
+@pytest.mark.parametrize("layers, stays", [([], True), (["user namespace", "mount namespace"], False), (verify.LAYERS, False)])
+def test_no_file_stays(layers, stays):
+    path = Path(f"/dev/shm/verify-test-{os.getpid()}")
+    with only(layers):
+        assert run(f"open({str(path)!r}, 'w').write('x')\nprint(1)", io("", "1")).ok or "mount namespace" not in verify.layers()
+        assert run("import os\nprint(os.listdir('.'))", io("", "[]")).ok or stays  # nor does another run see it
+    assert path.exists() == stays
+    path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("layers", [verify.LAYERS, ["user namespace", "pid namespace"]])
+def test_no_process_stays(layers):
+    """A grandchild in its own session; seccomp refuses the fork, the pid namespace ends what was forked."""
     marker = f"stray-{os.getpid()}-{time.monotonic_ns()}"
-    program = (f"import os, sys, time\nif os.fork() == 0:\n    {detach or 'pass'}\n"
-               f"    os.execv({sys.executable!r}, ['python', '-c', 'import time; time.sleep(60)', {marker!r}])\n"
-               "time.sleep(0.1)\nprint(1)")
-    started = time.monotonic()
-    verdict = run(program, io("", "1"))  # the stray keeps stdout open: nobody may wait for it
-    assert verdict.ok, verdict
-    assert time.monotonic() - started < 5
-    assert alive(marker) == []
+    program = ("import os, time\ntry:\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork(): os._exit(0)\n"
+               f"        os.execv({sys.executable!r}, ['python', '-S', '-c', 'import time; time.sleep(60)', {marker!r}])\n"
+               "    time.sleep(0.2)\nexcept OSError: pass\nprint(1)")
+    with only(layers):
+        started = time.monotonic()
+        assert run(program, io("", "1")).ok  # the stray keeps stdout open: nobody waits for it
+        assert time.monotonic() - started < 5 and not alive(marker)
 
 
-@pytest.fixture
-def temporary(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
-
-
-@pytest.mark.parametrize("program", [
-    "open('a', 'w').write('x')", "import os\nos.makedirs('a/b/c')\nos.chmod('a/b', 0)\nos.chmod('a', 0)",
-    "import os\nos.rmdir(os.getcwd())", "import tempfile\ntempfile.mkstemp()", "open('../a', 'w').write('x')",
-    "while True: pass", "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
-])
-def test_no_file_stays(program, temporary):
-    look = "import os\nprint(len(os.listdir('.')))"
-    try:
-        verdicts = run_programs([program, look], [[io("", "1")], [io("", "0")]], workers=1, timeout=0.5)
-        assert verdicts[1].ok  # what one program wrote, the next does not see
-    except SandboxError:
-        assert "getppid" in program
-    assert list(temporary.iterdir()) == []
-
-
-def test_a_link_in_place_of_the_working_folder_harms_nobody(temporary):
-    (temporary / "precious").mkdir()
-    (temporary / "precious" / "file").write_text("x")
-    (temporary / "precious").chmod(0o500)
-    program = f"import os\nhere = os.getcwd()\nos.chdir('..')\nos.rmdir(here)\nos.symlink({str(temporary / 'precious')!r}, here)\nprint(1)"
-    assert run(program, io("", "1")).ok
-    assert (temporary / "precious" / "file").read_text() == "x"
-    assert (temporary / "precious").stat().st_mode & 0o777 == 0o500
-    (temporary / "precious").chmod(0o700)
-
-
-def test_no_descriptor_and_no_thread_leaks():
-    run("print(1)", io("", "1"))
-    before = len(os.listdir("/proc/self/fd")), threading.active_count()
-    run_programs(["print(1)", "import os, signal; os.kill(os.getpid(), 9)", "while True: pass"], [[io("", "1")]] * 3, timeout=0.2, workers=3)
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+def test_the_attacks_left_no_trace(victim):
+    """After all of them the victim still runs, and its state is not 'stopped'."""
+    state = Path(f"/proc/{victim['PID']}/stat").read_text().rpartition(")")[2].split()[0]
+    assert state == "S"
 
 
 # ---------------------------------------------------------------- the machinery
+
+def python(code, **options):
+    """Runs code in an interpreter of its own that has imported verify; returns its stdout lines."""
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport os, signal, time, verify\n"
+                           "T = [{'input': '', 'output': '1'}]\ndef go(*p, **o): return [v.outcome for v in verify.run_programs(p, [T] * len(p), **o)]\n"
+                           + code], capture_output=True, text=True, timeout=60, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def servers(helper):
+    """The process of a helper and its child, which forks."""
+    nanny = helper.process.pid
+    return [nanny, *map(int, Path(f"/proc/{nanny}/task/{nanny}/children").read_text().split())]
+
+
+def gone(pids, seconds=5):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.01)
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
 
 def test_order_duplicates_and_workers():
     programs = [f"print({i % 7})" for i in range(30)]
     tests = [[io("", str(i % 5))] for i in range(30)]
     for workers in (None, 1, 3):
         assert [v.ok for v in run_programs(programs, tests, workers=workers)] == [i % 7 == i % 5 for i in range(30)]
+    assert run_programs([], []) == []
 
 
 def test_equal_jobs_run_once(monkeypatch):
     seen = []
-    original = verify._run_job
-    monkeypatch.setattr(verify, "_run_job", lambda helper, key, *rest: seen.append(key) or original(helper, key, *rest))
+    original = verify._judge
+    monkeypatch.setattr(verify, "_judge", lambda *job: seen.append(job) or original(*job))
     verdicts = run_programs(["print(1)"] * 5 + ["print(2)"], [[io("", "1")]] * 4 + [[io("", "2")]] * 2)
     assert [v.ok for v in verdicts] == [True] * 4 + [False, True]
     assert len(seen) == 3
-
-
-def test_empty():
-    assert run_programs([], []) == []
 
 
 def test_several_threads_at_once():
     results = {}
 
     def work(n):
-        results[n] = run_programs([f"print({n})", "print('x')"], [[io("", str(n))]] * 2)
+        for _ in range(3):
+            results.setdefault(n, []).extend(run_programs([f"print({n})", "print('x')", f"def f(): return {n}"],
+                                                          [[io("", str(n))]] * 2 + [[check(f"assert f() == {n}")]]))
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all([v.ok for v in results[n]] == [True, False] for n in range(4))
+    assert all([v.ok for v in results[n]] == [True, False, True] * 3 for n in range(4))
+
+
+def test_helpers_stay_warm_and_nothing_leaks():
+    run("print(1)", io("", "1"))
+    helpers, before = set(verify._alive), (len(os.listdir("/proc/self/fd")), threading.active_count())
+    run_programs(["print(1)", "import os; os.kill(os.getpid(), 9)", "while True: pass", "def f(): pass"],
+                 [[io("", "1")]] * 3 + [[check("assert f() is None")]], timeout=0.2, workers=1)
+    assert verify._alive == helpers
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+def test_closing_and_exit_leave_no_process():
+    run("print(1)", io("", "1"))
+    pids = [pid for helper in verify._alive for pid in servers(helper)]
+    verify._close_all()
+    assert len(pids) >= 2 and gone(pids)
+    pids = python("print(go('print(1)'))\nfor h in verify._alive: print(h.process.pid)")
+    assert pids[0] == "['passed']" and gone(pids[1:])
+
+
+def test_helpers_die_with_a_killed_trainer():
+    [pid] = python("if os.fork() == 0:\n    go('print(1)')\n    print(*[h.process.pid for h in verify._alive], flush=True)\n"
+                   "    os.kill(os.getpid(), 9)\nos.wait()")
+    assert gone([int(pid)])
+
+
+def test_a_fork_of_the_trainer_uses_its_own_helpers():
+    out = python("go('print(1)')\nif os.fork() == 0:\n    print(len(verify._alive), go('print(1)', 'print(2)'), flush=True)\n    sys.exit()\n"
+                 "os.wait()\nprint(go('print(1)'), flush=True)")
+    assert out == ["0 ['passed', 'failed_test']", "['passed']"]
 
 
 def test_blocked_and_ignored_signals_of_the_trainer_do_not_matter():
-    code = (f"import sys, signal; sys.path.insert(0, {str(ROOT)!r}); import verify\n"
-            "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
-            "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM, signal.SIGPROF, signal.SIGXCPU])\n"
-            "t = [{'input': '', 'output': '1'}]\n"
-            "print([v.outcome for v in verify.run_programs(['print(1)', 'while 1: pass', 'import time; time.sleep(9)'], [t] * 3, timeout=0.2)])")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "['passed', 'timeout', 'timeout']", done.stderr
+    out = python("signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+                 "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM, signal.SIGPROF, signal.SIGXCPU])\n"
+                 "print(go('print(1)', 'while 1: pass', 'import time; time.sleep(9)', timeout=0.2))")
+    assert out == ["['passed', 'timeout', 'timeout']"]
 
+
+@pytest.mark.parametrize("kill", [
+    lambda helper: (helper.process.terminate(), helper.process.wait()),        # by the out-of-memory killer, say
+    lambda helper: os.kill(servers(helper)[1], 9), lambda helper: os.kill(servers(helper)[1], 19),  # SIGSTOP: it hangs
+    lambda helper: os.kill(helper.process.pid, 9),                              # its child dies with it
+], ids=["terminated", "killed", "stopped", "nanny killed"])
+@pytest.mark.parametrize("times, outcome", [(1, "passed"), (2, "runtime_error")])
+def test_a_lost_helper_is_replaced_once(monkeypatch, kill, times, outcome):
+    original, left = verify._Helper.exchange, [times]
+
+    def exchange(helper, job, files, patience):
+        if "probe" not in job and left[0]:
+            left[0] -= 1
+            kill(helper)
+            time.sleep(0.1)  # until its child is dead, too
+        return original(helper, job, files, patience)
+
+    monkeypatch.setattr(verify._Helper, "exchange", exchange)
+    monkeypatch.setattr(verify, "_PATIENCE", -2)
+    verdicts = run_programs(["print(1)", "print(2)"], [[io("", "1")]] * 2, workers=1, timeout=0.2)
+    assert [v.outcome for v in verdicts] == [outcome, "failed_test"]
+
+
+def test_idle_helpers_that_were_killed_are_nobodys_fault():
+    run_programs(["print(1)", "print(1) "], [[io("", "1")]] * 2, workers=2)
+    for helper in list(verify._alive):
+        helper.process.terminate()
+        helper.process.wait()
+    assert [v.ok for v in run_programs([f"print(1)#{i}" for i in range(6)], [[io("", "1")]] * 6, workers=2)] == [True] * 6
+
+
+def test_without_any_helper_it_raises(monkeypatch, tmp_path):
+    verify._close_all()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/nonexistent/python")
+        with pytest.raises(SandboxError, match="nonexistent"):
+            run("print(1)", io("", "1"))
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "_FILE", str(tmp_path / "broken.py"))
+        (tmp_path / "broken.py").write_text("raise RuntimeError('no such luck')")
+        with pytest.raises(SandboxError, match="no such luck"):
+            run("print(1)", io("", "1"))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "darwin")
+        with pytest.raises(SandboxError, match="needs Linux.*darwin"):
+            run("print(1)", io("", "1"))
+    assert math_equal("1", "1.0") and run("print(1)", io("", "1")).ok
+
+
+def test_a_wall_that_fell_is_an_error_and_no_verdict():
+    """The helper said at its start which walls it has; a run with others is refused before the program starts."""
+    verify.layers()
+    helper = verify._idle[-1]
+    helper.layers = helper.layers[:-1]
+    with pytest.raises(SandboxError, match="changed"):
+        run_programs(["print(1)"], [[io("", "1")]], workers=1)
+    assert run("print(1)", io("", "1")).ok
+
+
+def test_missing_layers_are_announced_once():
+    code = ("verify._SANS.add('seccomp')\ngo('print(1)', 'print(2)', workers=2)\nverify._close_all()\ngo('print(1)')\n"
+            "print(verify.layers()['seccomp'], verify.layers()['rlimits'])")
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport verify\n"
+                           "def go(*p, **o): verify.run_programs(p, [[{'input': '', 'output': '1'}]] * len(p), **o)\n" + code],
+                          capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False True\n" and done.stderr.count("the sandbox runs without") == 1 and "seccomp" in done.stderr
+
+
+def test_copied_out_and_as_a_plain_user():
+    """verify.py alone in a folder, run by nobody with no privilege."""
+    if os.getuid() != 0:
+        pytest.skip("only root can become another user; the other tests ran as a plain user")
+    interpreters = [p for p in (sys.executable, "/usr/bin/python3") if subprocess.run(
+        ["/bin/sh", "-c", f"{p} -c 1"], user=65534, group=65534, extra_groups=[], stderr=subprocess.DEVNULL).returncode == 0]
+    if not interpreters:
+        pytest.skip("no interpreter here that a plain user may run")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        shutil.copy(ROOT / "verify.py", folder)
+        code = (f"import sys; sys.path.insert(0, {folder!r}); sys.dont_write_bytecode = True\nimport verify\n"
+                "programs = ['print(1)', 'import os\\nos.kill(os.getppid(), 9)\\nprint(1)', 'print(open(\"/etc/passwd\").read())',"
+                " 'print(len(open(\"/dev/stdin\").read()) + 1)', 'def f(): return 1']\n"
+                "io = [{'input': '', 'output': '1'}]\n"
+                "print([v.outcome for v in verify.run_programs(programs, [io] * 4 + [[{'assert': 'assert f() == 1'}]])])\n"
+                "print(*[name for name, on in verify.layers().items() if not on])")
+        done = subprocess.run([interpreters[0], "-c", code], user=65534, group=65534, extra_groups=[], cwd=folder,
+                              capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "['passed', 'runtime_error', 'runtime_error', 'passed', 'passed']", done.stderr
+    assert not {"rlimits", "no_new_privs", "no capabilities"} & set(lines[1].split(", "))
+
+
+def test_humaneval():
+    """The canonical solutions of all 164 problems pass, a wrong one passes none."""
+    path = ROOT.parent / "shared" / "data" / "humaneval" / "HumanEval.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here; it is not part of the repository")
+    problems = data.read_humaneval(path)
+    right = run_programs([p.reference_solution for p in problems], [p.tests for p in problems], timeout=5)
+    assert [p.problem_id for p, v in zip(problems, right) if not v.ok] == [] and len(right) == 164
+    wrong = run_programs([p.problem + "    return 1\n" for p in problems], [p.tests for p in problems])
+    assert [p.problem_id for p, v in zip(problems, wrong) if v.ok] == []
+
+
+# ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("arguments, named", [
     ((["x"], []), "length"), (("x", [[]]), "programs"), (([1], [[]]), r"programs\[0\]"), ((["x"], "x"), "tests"),
     ((["x"], [{}]), r"tests\[0\]"), ((["x"], [["a"]]), r"tests\[0\]\[0\]"), ((["x"], [[{"input": ""}]]), "output"),
     ((["x"], [[{"output": ""}]]), "input"), ((["x"], [[{"input": 1, "output": ""}]]), "'input'"),
-    ((["x"], [[{}]]), "assert"),
+    ((["x"], [[{}]]), "assert"), ((["x"], [[{"assert": "f(1)"}]]), r"tests\[0\]\[0\]\['assert'\].*no assert"),
     ((["x"], [[{"input": "", "output": None}]]), "'output'"), ((["x"], [[{"assert": 1}]]), "'assert'"),
     ((["x"], [[{"assert": "", "input": ""}]]), "assert"),
     ((["x"], [[{"assert": "assert ("}]]), r"tests\[0\]\[0\]\['assert'\]"),
+    ((["x"], [[{"assert": "assert " + "(" * 10**5}]]), r"tests\[0\]\[0\]\['assert'\]"),
 ])
 def test_bad_programs_and_tests(arguments, named):
     with pytest.raises(ValueError, match=named):
@@ -419,41 +901,11 @@ def test_bad_programs_and_tests(arguments, named):
 
 @pytest.mark.parametrize("name, value", [
     ("timeout", 0), ("timeout", -1), ("timeout", float("nan")), ("timeout", "2"), ("timeout", float("inf")),
-    ("memory_mb", 0), ("memory_mb", 1.5), ("workers", 0), ("workers", -1), ("workers", 1.5),
+    ("memory_mb", 0), ("memory_mb", 1.5), ("memory_mb", True), ("workers", 0), ("workers", -1), ("workers", 1.5),
 ])
 def test_bad_options(name, value):
     with pytest.raises(ValueError, match=name):
         run_programs(["x"], [[]], **{name: value})
-
-
-def test_a_program_that_kills_its_helper_is_no_verdict(temporary):
-    with pytest.raises(SandboxError, match="twice"):
-        run("import os, signal; os.kill(os.getppid(), signal.SIGKILL)", io("", "1"))
-    assert list(temporary.iterdir()) == []
-
-
-def test_a_helper_that_dies_once_is_replaced(tmp_path):
-    # The story: the out-of-memory killer takes the helper, not the program.
-    flag = tmp_path / "flag"
-    program = f"import os\nif not os.path.exists({str(flag)!r}):\n    open({str(flag)!r}, 'w')\n    os.kill(os.getppid(), 9)\nprint(1)"
-    assert [v.ok for v in run_programs(["print(1)", program, "print(1)"], [[io("", "1")]] * 3, workers=1)] == [True] * 3
-
-
-def test_no_interpreter_and_no_fork(monkeypatch, temporary):
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "executable", "/nonexistent/python")
-        with pytest.raises(SandboxError, match="nonexistent"):
-            run("print(1)", io("", "1"))
-    assert list(temporary.iterdir()) == []
-    monkeypatch.delattr(os, "fork")
-    with pytest.raises(SandboxError, match="fork"):
-        run("print(1)", io("", "1"))
-
-
-def test_a_broken_helper_says_why(monkeypatch):
-    monkeypatch.setattr(verify, "_HELPER", "raise RuntimeError('no such luck')")
-    with pytest.raises(SandboxError, match="no such luck"):
-        run("print(1)", io("", "1"))
 
 
 def test_command_line(tmp_path):
@@ -474,3 +926,5 @@ def test_command_line(tmp_path):
     tests.write_text("[")
     code, _, err = call(program, tests)
     assert code == 2 and "Traceback" not in err
+    code, out, _ = call("probe")
+    assert all(name in out for name in verify.LAYERS) and code == ("NO " in out)
