@@ -11,6 +11,7 @@ which the rubric reward model's score of the trace *multiplies* the uplift the t
 
 Read `train` from top to bottom; it follows one step from problems to gradient.
 
+    python tracelift.py int      --preset tiny --run runs/tiny-math       # optional warm start; train --init .../int
     python tracelift.py train    --preset tiny --run runs/tiny-math --mode tracelift --seed 0
     python tracelift.py evaluate --preset tiny --run runs/tiny-math       # every planner of the run -> results.md
     python tracelift.py inspect  --preset tiny --run runs/tiny-math       # one problem, its traces and their rewards
@@ -116,7 +117,8 @@ class TrainSettings:
     preset: str = knob("tiny", "named defaults")
     mode: str = knob("tracelift", "reward: " + ", ".join(MODES), choices=MODES)
     seed: int = knob(0, "order of problems and all sampling")
-    name: str = knob("", "the planner is saved as planner-NAME-seedSEED; empty: the mode")
+    name: str = knob("", "the planner is saved as planner-NAME-seedSEED; empty: the mode, with -after-InT for --init "
+                     "RUN/int")
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
     init: str = knob("", "model that the planner starts from; empty: the run's base model")
     steps: int = knob(80, "rollouts, each followed by inner_epochs updates", low=1)
@@ -258,7 +260,9 @@ def train(settings: TrainSettings) -> Path:
     data.check_settings(settings)
     if "/" in settings.name:
         raise UserError(f"--name {settings.name!r}: must be a plain name")
-    run, name = Path(settings.run), f"planner-{settings.name or settings.mode}-seed{settings.seed}"
+    run = Path(settings.run)
+    after = "-after-InT" if settings.init and Path(settings.init) == run / "int" else ""
+    name = f"planner-{settings.name or settings.mode + after}-seed{settings.seed}"
     out, work = run / name, run / f"{name}.partial"
     if not data.begin_stage(run, name, settings, out, work / "checkpoint.pt"):
         return out
@@ -403,6 +407,272 @@ def load_checkpoint(work: Path, planner, optimizer, frozen: Executor, generator)
     return saved["state"]
 
 
+# ------------------------------------------------------------------------------------------------ InT
+#
+# A warm start for the planner (arXiv 2601.14209): reward on a whole trace also punishes the right steps before the
+# first wrong one. Checking against a reference is easier than solving, so the planner itself names the first wrong step
+# of its failed trace and proposes another step; it learns (its own steps before) + (that step), and nothing after it.
+
+@dataclass(frozen=True)
+class IntSettings:
+    """Settings of `python tracelift.py int`."""
+    run: str = knob("runs/tiny-math", "run folder; holds groups/ and base.json")
+    preset: str = knob("tiny", "named defaults")
+    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
+    seed: int = knob(0, "of all sampling and of the order in fine-tuning")
+    problems: int = knob(200, "training problems to sample traces of", low=1)
+    group_size: int = knob(8, "traces per problem", low=2)
+    proposals: int = knob(8, "interventions sampled for each failed trace; the best one that passes is kept", low=1)
+    proposal_temperature: float = knob(0.7, "of the interventions", low=0)
+    first_step: str = knob("drop", "interventions in the first step, whose prefix is empty: drop or keep",
+                           choices=("drop", "keep"))
+    repeats: int = knob(3, "K, executor runs behind each success rate", low=1)
+    temperature: float = knob(1.0, "of the planner's traces and continuations", above=0)
+    executor_temperature: float = knob(0.7, "of the executor", low=0)
+    max_trace_tokens: int = knob(80, "longest trace, continuation and intervention", low=1)
+    max_answer_tokens: int = knob(64, "longest executor output", low=1)
+    epochs: float = knob(4.0, "of fine-tuning, at most; the held-out loss may stop it", above=0)
+    batch_size: int = knob(16, "sequences per step of fine-tuning", low=1)
+    learning_rate: float = knob(3e-4, "peak of fine-tuning, AdamW; for the tiny model", above=0)
+
+
+INT_PRESETS = {"tiny": {}, "smoke": {"problems": 8, "group_size": 2, "proposals": 2, "repeats": 1, "epochs": 1.0},
+               "gsm8k": {"problems": 200, "group_size": 4, "proposals": 4, "max_trace_tokens": 256,
+                         "max_answer_tokens": 256, "epochs": 2.0, "learning_rate": 1e-5}}
+
+
+def sort_out(problem: Problem, trace: str, completion: str, first_step: str = "drop") -> tuple[str, int, str]:
+    """(verdict, index, step) of one intervention, as far as its text tells. "proposed" ones are tried out next."""
+    steps, parsed = data.split_steps(problem, trace), data.parse_intervention(completion)
+    if parsed is None:
+        return "not in the format", 0, ""
+    index, step = parsed
+    if index == 0 and not step:
+        return "none: no error found", 0, ""
+    if not 1 <= index <= len(steps) + 1:
+        return "index out of range", index, step
+    if problem.source == "tiny" and step == "stop":                     # right or wrong, there is no step to learn
+        return "stop: no step", index, step
+    if index <= len(steps) and step == steps[index - 1]:
+        return "repeats the step", index, step
+    if index == 1 and first_step == "drop":
+        return "empty prefix", index, step
+    return "proposed", index, step
+
+
+def choose(proposals: list[dict]) -> dict | None:
+    """Of the proposals that succeed at least as often as a resampled step, and at all: the most successful, then the
+    most often sampled one. The verdict of the others becomes what speaks against them. (0 of K is at least as often
+    as 0 of K, but most interventions that get there are wrong.)"""
+    for p in proposals:
+        if p["verdict"] == "proposed":
+            p["verdict"] = ("never succeeds" if p["success"] == 0 else
+                            "succeeds less than a resampled step" if p["success"] < p["resampled"] else "passed")
+    passed = [p for p in proposals if p["verdict"] == "passed"]
+    return max(passed, key=lambda p: (p["success"], p["times"])) if passed else None
+
+
+class Continuations:
+    """Success of the frozen executor, over `repeats` runs, on traces that the planner continues from given beginnings.
+    Every beginning is measured once."""
+
+    def __init__(self, planner, tokenizer, frozen: Executor, settings):
+        self.planner, self.tokenizer, self.frozen, self.settings = planner, tokenizer, frozen, settings
+        self.known: dict[tuple[str, str], float] = {}
+
+    def __call__(self, problems: list[Problem], beginnings: list[str]) -> list[float]:
+        new = {(p.problem_id, b): p for p, b in zip(problems, beginnings) if (p.problem_id, b) not in self.known}
+        if new:
+            K, s = self.settings.repeats, self.settings
+            prompts = [data.encode_prompt(self.tokenizer, data.planner_prompt(p)) + begin_trace(self.tokenizer, b)
+                       for (_, b), p in new.items()]
+            texts = sample_texts(self.planner, self.tokenizer, prompts, K, s.temperature, s, self.frozen.generator)
+            traces = [data.extract_reasoning(data.OPEN + b + texts[i * K + k])
+                      for i, (_, b) in enumerate(new) for k in range(K)]
+            ok = self.frozen.success([p for p in new.values() for _ in range(K)], traces, 1)
+            self.known |= {key: sum(ok[i * K:(i + 1) * K]) / K for i, key in enumerate(new)}
+        return [self.known[p.problem_id, b] for p, b in zip(problems, beginnings)]
+
+
+def begin_trace(tokenizer, beginning: str) -> list[int]:
+    """Token ids of the beginning of a completion."""
+    return tokenizer(data.OPEN + beginning, add_special_tokens=False)["input_ids"]
+
+
+def sample_texts(model, tokenizer, prompts, num_samples, temperature, settings, generator) -> list[str]:
+    """Completions as text, in prompt-major order."""
+    with autocast(model.device):
+        c = executor.generate(model, prompts, num_samples=num_samples, max_new_tokens=settings.max_trace_tokens,
+                              temperature=temperature, eos_id=tokenizer.eos_token_id,
+                              pad_id=executor.pad_id(tokenizer), generator=generator)
+    return tokenizer.batch_decode(c.tokens, skip_special_tokens=True)
+
+
+def int_sequence(tokenizer, problem: Problem, beginning: str) -> tuple[list[int], list[int]]:
+    """(ids, labels) to learn the beginning of a trace: no loss on the prompt, none on what comes after the beginning,
+    so none on a token that ends the trace."""
+    prompt = data.encode_prompt(tokenizer, data.planner_prompt(problem))
+    trace = begin_trace(tokenizer, beginning)
+    return prompt + trace[:-1], [executor.IGNORE] * (len(prompt) - 1) + trace
+
+
+def collect(planner, tokenizer, frozen: Executor, problems: list[Problem], settings) -> tuple[list[dict], list[int]]:
+    """One record for each failed trace (no success in K executor runs) with its interventions and the one that was
+    chosen. And, per problem, how many of its traces failed their first run."""
+    s, generator, records, failures = settings, frozen.generator, [], []
+    for i in tqdm(range(0, len(problems), 50), desc="traces"):
+        batch = rollout(planner, tokenizer, problems[i:i + 50], s, generator)
+        runs = frozen.run(batch.problems, batch.traces, s.repeats)
+        failures += [sum(not r[0].ok for r in runs[j:j + s.group_size]) for j in range(0, len(runs), s.group_size)]
+        for problem, trace, r in zip(batch.problems, batch.traces, runs):
+            if not any(run.ok for run in r):
+                reason = ("cannot be split" if not data.split_steps(problem, trace) else
+                          "no reference reasoning" if problem.reference_reasoning is None else None)
+                records.append({"problem_id": problem.problem_id, "problem": problem.problem, "trace": trace,
+                                "reference": problem.reference_reasoning, "left_out": reason, "proposals": [],
+                                "chosen": None})
+    asked, by_id = [r for r in records if not r["left_out"]], {p.problem_id: p for p in problems}
+    prompts = [data.intervention_prompt(by_id[r["problem_id"]], r["trace"]) for r in asked]
+    texts = sample_texts(planner, tokenizer, [data.encode_prompt(tokenizer, p) for p in prompts], s.proposals,
+                         s.proposal_temperature, s, generator)
+    measure_from = Continuations(planner, tokenizer, frozen, s)
+    for i in tqdm(range(0, len(asked), 50), desc="interventions"):
+        tried = []                                                      # (problem, trace, proposal), to try out
+        for j, record in enumerate(asked[i:i + 50], i):
+            problem, counts = by_id[record["problem_id"]], {}
+            for text in texts[j * s.proposals:(j + 1) * s.proposals]:
+                counts[text.strip()] = counts.get(text.strip(), 0) + 1
+            for text, times in counts.items():
+                verdict, index, step = sort_out(problem, record["trace"], text, s.first_step)
+                record["proposals"].append({"text": text, "times": times, "verdict": verdict, "index": index,
+                                            "step": step})
+                if verdict == "proposed":
+                    tried.append((problem, record["trace"], record["proposals"][-1]))
+        of = [problem for problem, _, _ in tried]
+        success = measure_from(of, [data.splice(p, t, x["index"], x["step"]) for p, t, x in tried])
+        resampled = measure_from(of, [data.splice(p, t, x["index"]) for p, t, x in tried])
+        for (_, _, proposal), a, b in zip(tried, success, resampled):
+            proposal |= {"success": a, "resampled": b}
+        for record in asked[i:i + 50]:
+            record["chosen"] = choose(record["proposals"])
+    kept = [r for r in records if r["chosen"]]
+    of = [by_id[r["problem_id"]] for r in kept]                         # measured again: the choice favoured the lucky
+    again = Continuations(planner, tokenizer, frozen, s)
+    for name, beginnings in {
+            "intervention": [data.splice(p, r["trace"], r["chosen"]["index"], r["chosen"]["step"])
+                             for p, r in zip(of, kept)],
+            "error": [through_the_error(p, r["trace"], r["chosen"]["index"]) for p, r in zip(of, kept)],
+            "resampled step": [data.splice(p, r["trace"], r["chosen"]["index"]) for p, r in zip(of, kept)]}.items():
+        for record, value in zip(kept, again(of, beginnings)):
+            record.setdefault("success_from", {})[name] = value
+    return records, failures
+
+
+def through_the_error(problem: Problem, trace: str, index: int) -> str:
+    """The first `index` steps of a trace; where it ends too early, the whole trace with its end."""
+    steps = data.split_steps(problem, trace)
+    return trace + data.CLOSE if index > len(steps) else data.splice(problem, trace, index, steps[index - 1])
+
+
+def count(records: list[dict], problems: dict[str, Problem]) -> dict:
+    """What became of failed traces and of interventions, and, where there is ground truth, how right they were."""
+    proposals = [p for r in records for p in r["proposals"]]
+    kept = [r for r in records if r["chosen"]]
+    total = lambda name: sum(p["times"] for p in proposals if p["verdict"] == name)
+    out = {"failed_traces": len(records),
+           "left_out": {name: sum(r["left_out"] == name for r in records)
+                        for name in ("cannot be split", "no reference reasoning")},
+           "with_intervention": len(kept), "interventions": sum(p["times"] for p in proposals),
+           "verdicts": {name: total(name) for name in VERDICTS},
+           "success_from": {name: mean(r["success_from"][name] for r in kept)
+                            for name in ("intervention", "error", "resampled step")}}
+    truth = {"named": [], "kept": []}                                   # (kind of flaw, index right, step right)
+    for r in records:
+        problem = problems[r["problem_id"]]
+        if problem.source != "tiny":
+            continue
+        steps = data.split_steps(problem, r["trace"])
+        first, kind = data.first_error(problem, steps), data.flaw_kind(problem, steps)
+        right = lambda p: (kind, p["index"] == first, p["index"] == first and data.begins_right(
+            problem, data.split_steps(problem, data.splice(problem, r["trace"], p["index"], p["step"]))))
+        truth["kept"] += [right(r["chosen"])] if r["chosen"] else []
+        truth["named"] += [right(p) for p in r["proposals"] if 1 <= p["index"] <= len(steps) + 1
+                           for _ in range(p["times"])]
+    for name, rows in truth.items():
+        kinds = ["all"] + sorted({kind for kind, _, _ in rows})
+        of = {k: [(i, s) for kind, i, s in rows if k in (kind, "all")] for k in kinds}
+        out[f"ground_truth_{name}"] = {k: {"n": len(v), "index_right": mean(i for i, _ in v),
+                                           "step_right": mean(s for _, s in v)} for k, v in of.items() if v}
+    return out
+
+
+VERDICTS = ("not in the format", "none: no error found", "index out of range", "stop: no step", "repeats the step",
+            "empty prefix", "never succeeds", "succeeds less than a resampled step", "passed")
+
+
+def intervene(settings: IntSettings) -> Path:
+    """The stage: collects interventions, fine-tunes the planner on them, compares it with the base planner on the
+    problems that are hard for it. Returns its folder: model, tokenizer, interventions.jsonl, int.json."""
+    data.check_settings(settings)
+    s, run = settings, Path(settings.run)
+    out, work = run / "int", run / "int.partial"
+    if not data.begin_stage(s.run, "int", s, out, work):
+        return out
+    device = executor.pick_device(s.device)
+    problems = data.read_problems(run / "groups" / "train.jsonl", need_reference=False)[:s.problems]
+    base, by_id = executor.base_of(run), {p.problem_id: p for p in problems}
+    planner, tokenizer = executor.load(base, device, torch.float32)
+    executor.check_head(planner)
+    frozen = Executor(*executor.load(base, device), max_new_tokens=s.max_answer_tokens,
+                      temperature=s.executor_temperature, generator=torch.Generator(device).manual_seed(s.seed))
+    work.mkdir(exist_ok=True)
+    data.record_stage(s.run, "int", s)
+    begin, path = time.perf_counter(), work / "interventions.json"
+    if path.exists():                                                   # a stopped stage: only fine-tuning is missing
+        records, failures = json.loads(path.read_text())
+    else:
+        records, failures = collect(planner, tokenizer, frozen, problems, s)
+        data.write_atomic(path, json.dumps([records, failures]))
+    chosen = [(by_id[r["problem_id"]], r) for r in records if r["chosen"]]
+    order = random.Random(s.seed).sample(sorted({r["problem_id"] for _, r in chosen}),
+                                         len({r["problem_id"] for _, r in chosen}))
+    held = set(order[:max(1, len(order) // 10)] if len(order) > 1 else [])             # whole problems are held out
+    sequences = {"train": [], "heldout": []}
+    for p, r in chosen:
+        learned = data.splice(p, r["trace"], r["chosen"]["index"], r["chosen"]["step"])
+        sequences["heldout" if p.problem_id in held else "train"].append(int_sequence(tokenizer, p, learned))
+    loss = lambda: executor.heldout_loss(planner, sequences["heldout"], batch_size=s.batch_size,
+                                         pad_id=executor.pad_id(tokenizer)) if held else None
+    report = count(records, by_id) | {"sequences": {part: len(rows) for part, rows in sequences.items()},
+                                      "heldout_loss_before": loss()}
+    hard = [p for p, failed in zip(problems, failures) if failed >= math.ceil(7 / 8 * s.group_size)]
+    before = hard_problems(planner, tokenizer, frozen, hard, s)
+    if sequences["train"]:
+        executor.finetune(planner, sequences["train"], heldout=sequences["heldout"], epochs=s.epochs, seed=s.seed,
+                          batch_size=s.batch_size, learning_rate=s.learning_rate, warmup=10, title="InT",
+                          pad_id=executor.pad_id(tokenizer))
+    report |= {"heldout_loss_after": loss(), "hard_problems": {
+        "problems": len(hard), "base": before, "InT": hard_problems(planner, tokenizer, frozen, hard, s)},
+        **frozen.spent, "seconds": time.perf_counter() - begin}
+    planner.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    data.write_atomic(work / "interventions.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    data.write_atomic(work / "int.json", json.dumps(report, indent=1))
+    path.unlink()
+    os.replace(work, out)
+    return out
+
+
+def hard_problems(planner, tokenizer, frozen: Executor, problems: list[Problem], settings) -> dict:
+    """Success of a planner, and the share of its groups of traces that all succeed or all fail: no advantage."""
+    ok = []
+    for i in range(0, len(problems), 50):
+        batch = rollout(planner, tokenizer, problems[i:i + 50], settings, frozen.generator)
+        ok += frozen.success(batch.problems, batch.traces, 1)
+    groups = [ok[i:i + settings.group_size] for i in range(0, len(ok), settings.group_size)]
+    return {"success": mean(ok), "groups_without_spread": mean(max(g) == min(g) for g in groups)}
+
+
 # ------------------------------------------------------------------------------------------------ evaluation
 
 def evaluate(settings: EvalSettings) -> dict:
@@ -424,6 +694,7 @@ def evaluate(settings: EvalSettings) -> dict:
     frozen = Executor(model, tokenizer, max_new_tokens=settings.max_answer_tokens,
                       temperature=settings.executor_temperature)
     rows = [("no trace", None, ""), ("reference trace", None, ""), ("base planner", base, "")]
+    rows += [("InT", run / "int", "")] if (run / "int").exists() else []
     rows += [(p.name, p, p / "metrics.jsonl") for p in planners]
     for name, folder, log in tqdm(rows, desc="evaluate"):
         spent = training_cost(log) if log else None
@@ -498,6 +769,7 @@ def table(results: dict) -> str:
         for name, entries in names.items():
             measured = [e[key if key in e else f"{split} T=0"] for e in entries]   # no planner: nothing is sampled
             cells = [spread([m.get(metric) for m in measured]) for metric in METRICS]
+            name = name.replace("-after-InT", " after InT")
             lines.append(f"| {name} | {len(entries) if 'spent' in entries[0] else ''} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += ["cost of training (mean over seeds):", "",
@@ -505,7 +777,7 @@ def table(results: dict) -> str:
     for name, entries in names.items():
         if "spent" in entries[0]:
             cells = [f"{mean(e['spent'][c] for e in entries):,.0f}" for c in COSTS]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name.replace('-after-InT', ' after InT')} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -552,12 +824,20 @@ def inspect(settings: EvalSettings) -> str:
 # ------------------------------------------------------------------------------------------------ commands
 
 def main(argv) -> None:
-    """The commands train, evaluate and inspect."""
+    """The commands train, int, evaluate and inspect."""
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
     if command == "train":
         settings = data.parse_settings(TrainSettings, TRAIN_PRESETS, rest, "tracelift.py train")
         print(f"{train(settings)}: trained")
         print(f"next: python tracelift.py evaluate --preset {settings.preset} --run {settings.run}")
+    elif command == "int":
+        settings = data.parse_settings(IntSettings, INT_PRESETS, rest, "tracelift.py int")
+        folder = intervene(settings)
+        print((folder / "int.json").read_text())
+        if not (report := json.loads((folder / "int.json").read_text()))["sequences"]["train"]:
+            print("no intervention was kept: this planner is the base planner")
+        print(f"{folder}: {report['with_intervention']} of {report['failed_traces']} failed traces with an intervention"
+              f"\nnext: python tracelift.py train --preset {settings.preset} --run {settings.run} --init {folder}")
     elif command == "evaluate":
         settings = data.parse_settings(EvalSettings, EVAL_PRESETS, rest, "tracelift.py evaluate")
         print(table(evaluate(settings)))
@@ -568,7 +848,7 @@ def main(argv) -> None:
     elif command in ("-h", "--help"):
         print(__doc__)
     else:
-        raise UserError(f"tracelift.py {command}: choose train, evaluate or inspect; each has --help")
+        raise UserError(f"tracelift.py {command}: choose train, int, evaluate or inspect; each has --help")
 
 
 if __name__ == "__main__":
