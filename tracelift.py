@@ -422,7 +422,7 @@ class IntSettings:
     seed: int = knob(0, "of all sampling and of the order in fine-tuning")
     problems: int = knob(200, "training problems to sample traces of", low=1)
     group_size: int = knob(8, "traces per problem", low=2)
-    proposals: int = knob(8, "interventions sampled for each failed trace; the best one that passes is kept", low=1)
+    proposals: int = knob(16, "interventions sampled for each failed trace; the best one that passes is kept", low=1)
     proposal_temperature: float = knob(0.7, "of the interventions", low=0)
     first_step: str = knob("drop", "interventions in the first step, whose prefix is empty: drop or keep",
                            choices=("drop", "keep"))
@@ -437,7 +437,7 @@ class IntSettings:
 
 
 INT_PRESETS = {"tiny": {}, "smoke": {"problems": 8, "group_size": 2, "proposals": 2, "repeats": 1, "epochs": 1.0},
-               "gsm8k": {"problems": 200, "group_size": 4, "proposals": 4, "max_trace_tokens": 256,
+               "gsm8k": {"problems": 200, "group_size": 4, "proposals": 8, "max_trace_tokens": 256,
                          "max_answer_tokens": 256, "epochs": 2.0, "learning_rate": 1e-5}}
 
 
@@ -589,7 +589,7 @@ def count(records: list[dict], problems: dict[str, Problem]) -> dict:
     truth = {"named": [], "kept": []}                                   # (kind of flaw, index right, step right)
     for r in records:
         problem = problems[r["problem_id"]]
-        if problem.source != "tiny":
+        if problem.source != "tiny" or r["left_out"]:
             continue
         steps = data.split_steps(problem, r["trace"])
         first, kind = data.first_error(problem, steps), data.flaw_kind(problem, steps)
