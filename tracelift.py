@@ -261,7 +261,7 @@ def train(settings: TrainSettings) -> Path:
     if "/" in settings.name:
         raise UserError(f"--name {settings.name!r}: must be a plain name")
     run = Path(settings.run)
-    after = "-after-InT" if settings.init and Path(settings.init) == run / "int" else ""
+    after = "-after-InT" if settings.init and Path(settings.init).resolve() == (run / "int").resolve() else ""
     name = f"planner-{settings.name or settings.mode + after}-seed{settings.seed}"
     out, work = run / name, run / f"{name}.partial"
     if not data.begin_stage(run, name, settings, out, work / "checkpoint.pt"):
@@ -833,8 +833,9 @@ def main(argv) -> None:
     elif command == "int":
         settings = data.parse_settings(IntSettings, INT_PRESETS, rest, "tracelift.py int")
         folder = intervene(settings)
-        print((folder / "int.json").read_text())
-        if not (report := json.loads((folder / "int.json").read_text()))["sequences"]["train"]:
+        report = json.loads((folder / "int.json").read_text())
+        print("\n".join(f"{key}: {json.dumps(value)}" for key, value in report.items()))
+        if not report["sequences"]["train"]:
             print("no intervention was kept: this planner is the base planner")
         print(f"{folder}: {report['with_intervention']} of {report['failed_traces']} failed traces with an intervention"
               f"\nnext: python tracelift.py train --preset {settings.preset} --run {settings.run} --init {folder}")

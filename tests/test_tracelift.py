@@ -790,6 +790,14 @@ def test_all_commands_in_order(prepared, tmp_path, capsys):
     assert all(f'"{stage}"' in (run / "config.json").read_text() for stage in ("groups", "base", "rm", planner.name, "evaluate"))
 
 
+def test_int_command(run):
+    """A near-random planner names nothing: said, and GRPO can start from the folder all the same."""
+    common = ["--preset", "smoke", "--run", run, *SMALL, "--max_trace_tokens", 8]
+    out = command(tracelift, "int", *common, "--problems", 3)
+    assert "no intervention was kept" in out and f"--init {run / 'int'}" in out.splitlines()[-1]
+    assert "planner-tracelift-after-InT-seed0" in command(tracelift, "train", *common, "--init", run / "int", "--steps", 1)
+
+
 @pytest.mark.parametrize("argv, names", [
     ([], "evaluate"), (["explain"], "explain"), (["train", "--preset", "huge"], "huge"), (["train", "--mode", "best"], "--mode"),
     (["train", "--modes", "tracelift"], "--modes"), (["train", "--steps", "many"], "--steps"), (["train"], "groups"),
