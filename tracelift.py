@@ -28,6 +28,7 @@ import random
 import shutil
 import statistics
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -441,6 +442,10 @@ INT_PRESETS = {"tiny": {}, "smoke": {"problems": 8, "group_size": 2, "proposals"
                          "max_answer_tokens": 256, "epochs": 2.0, "learning_rate": 1e-5}}
 
 
+VERDICTS = ("not in the format", "none: no error found", "index out of range", "stop: no step", "repeats the step",
+            "empty prefix", "never succeeds", "succeeds less than a resampled step", "passed")
+
+
 def sort_out(problem: Problem, trace: str, completion: str, first_step: str = "drop") -> tuple[str, int, str]:
     """(verdict, index, step) of one intervention, as far as its text tells. "proposed" ones are tried out next."""
     steps, parsed = data.split_steps(problem, trace), data.parse_intervention(completion)
@@ -472,26 +477,20 @@ def choose(proposals: list[dict]) -> dict | None:
     return max(passed, key=lambda p: (p["success"], p["times"])) if passed else None
 
 
-class Continuations:
-    """Success of the frozen executor, over `repeats` runs, on traces that the planner continues from given beginnings.
-    Every beginning is measured once."""
-
-    def __init__(self, planner, tokenizer, frozen: Executor, settings):
-        self.planner, self.tokenizer, self.frozen, self.settings = planner, tokenizer, frozen, settings
-        self.known: dict[tuple[str, str], float] = {}
-
-    def __call__(self, problems: list[Problem], beginnings: list[str]) -> list[float]:
-        new = {(p.problem_id, b): p for p, b in zip(problems, beginnings) if (p.problem_id, b) not in self.known}
-        if new:
-            K, s = self.settings.repeats, self.settings
-            prompts = [data.encode_prompt(self.tokenizer, data.planner_prompt(p)) + begin_trace(self.tokenizer, b)
-                       for (_, b), p in new.items()]
-            texts = sample_texts(self.planner, self.tokenizer, prompts, K, s.temperature, s, self.frozen.generator)
-            traces = [data.extract_reasoning(data.OPEN + b + texts[i * K + k])
-                      for i, (_, b) in enumerate(new) for k in range(K)]
-            ok = self.frozen.success([p for p in new.values() for _ in range(K)], traces, 1)
-            self.known |= {key: sum(ok[i * K:(i + 1) * K]) / K for i, key in enumerate(new)}
-        return [self.known[p.problem_id, b] for p, b in zip(problems, beginnings)]
+def success_from(known: dict, problems: list[Problem], beginnings: list[str], planner, tokenizer, frozen: Executor,
+                 settings) -> list[float]:
+    """Success of the frozen executor on traces that the planner continues from these beginnings, `repeats` of them
+    each. Every beginning is measured once: `known` {(problem_id, beginning): success} is read and filled."""
+    s, K = settings, settings.repeats
+    new = {(p.problem_id, b): p for p, b in zip(problems, beginnings) if (p.problem_id, b) not in known}
+    prompts = [data.encode_prompt(tokenizer, data.planner_prompt(p)) + begin_trace(tokenizer, b)
+               for (_, b), p in new.items()]
+    texts = sample_texts(planner, tokenizer, prompts, K, s.temperature, s, frozen.generator)
+    traces = [data.extract_reasoning(data.OPEN + b + texts[i * K + k])
+              for i, (_, b) in enumerate(new) for k in range(K)]
+    ok = frozen.success([p for p in new.values() for _ in range(K)], traces, 1)
+    known.update({key: sum(ok[i * K:(i + 1) * K]) / K for i, key in enumerate(new)})
+    return [known[p.problem_id, b] for p, b in zip(problems, beginnings)]
 
 
 def begin_trace(tokenizer, beginning: str) -> list[int]:
@@ -516,14 +515,13 @@ def int_sequence(tokenizer, problem: Problem, beginning: str) -> tuple[list[int]
     return prompt + trace[:-1], [executor.IGNORE] * (len(prompt) - 1) + trace
 
 
-def collect(planner, tokenizer, frozen: Executor, problems: list[Problem], settings) -> tuple[list[dict], list[int]]:
+def collect(planner, tokenizer, frozen: Executor, problems: list[Problem], settings) -> list[dict]:
     """One record for each failed trace (no success in K executor runs) with its interventions and the one that was
-    chosen. And, per problem, how many of its traces failed their first run."""
-    s, generator, records, failures = settings, frozen.generator, [], []
+    chosen."""
+    s, generator, records, by_id = settings, frozen.generator, [], {p.problem_id: p for p in problems}
     for i in tqdm(range(0, len(problems), 50), desc="traces"):
         batch = rollout(planner, tokenizer, problems[i:i + 50], s, generator)
         runs = frozen.run(batch.problems, batch.traces, s.repeats)
-        failures += [sum(not r[0].ok for r in runs[j:j + s.group_size]) for j in range(0, len(runs), s.group_size)]
         for problem, trace, r in zip(batch.problems, batch.traces, runs):
             if not any(run.ok for run in r):
                 reason = ("cannot be split" if not data.split_steps(problem, trace) else
@@ -531,41 +529,37 @@ def collect(planner, tokenizer, frozen: Executor, problems: list[Problem], setti
                 records.append({"problem_id": problem.problem_id, "problem": problem.problem, "trace": trace,
                                 "reference": problem.reference_reasoning, "left_out": reason, "proposals": [],
                                 "chosen": None})
-    asked, by_id = [r for r in records if not r["left_out"]], {p.problem_id: p for p in problems}
+    asked = [r for r in records if not r["left_out"]]
     prompts = [data.intervention_prompt(by_id[r["problem_id"]], r["trace"]) for r in asked]
     texts = sample_texts(planner, tokenizer, [data.encode_prompt(tokenizer, p) for p in prompts], s.proposals,
                          s.proposal_temperature, s, generator)
-    measure_from = Continuations(planner, tokenizer, frozen, s)
+    known, models = {}, (planner, tokenizer, frozen, s)
     for i in tqdm(range(0, len(asked), 50), desc="interventions"):
         tried = []                                                      # (problem, trace, proposal), to try out
         for j, record in enumerate(asked[i:i + 50], i):
-            problem, counts = by_id[record["problem_id"]], {}
-            for text in texts[j * s.proposals:(j + 1) * s.proposals]:
-                counts[text.strip()] = counts.get(text.strip(), 0) + 1
-            for text, times in counts.items():
+            problem = by_id[record["problem_id"]]
+            for text, times in Counter(t.strip() for t in texts[j * s.proposals:(j + 1) * s.proposals]).items():
                 verdict, index, step = sort_out(problem, record["trace"], text, s.first_step)
                 record["proposals"].append({"text": text, "times": times, "verdict": verdict, "index": index,
                                             "step": step})
                 if verdict == "proposed":
                     tried.append((problem, record["trace"], record["proposals"][-1]))
         of = [problem for problem, _, _ in tried]
-        success = measure_from(of, [data.splice(p, t, x["index"], x["step"]) for p, t, x in tried])
-        resampled = measure_from(of, [data.splice(p, t, x["index"]) for p, t, x in tried])
+        success = success_from(known, of, [data.splice(p, t, x["index"], x["step"]) for p, t, x in tried], *models)
+        resampled = success_from(known, of, [data.splice(p, t, x["index"]) for p, t, x in tried], *models)
         for (_, _, proposal), a, b in zip(tried, success, resampled):
             proposal |= {"success": a, "resampled": b}
         for record in asked[i:i + 50]:
             record["chosen"] = choose(record["proposals"])
-    kept = [r for r in records if r["chosen"]]
-    of = [by_id[r["problem_id"]] for r in kept]                         # measured again: the choice favoured the lucky
-    again = Continuations(planner, tokenizer, frozen, s)
-    for name, beginnings in {
-            "intervention": [data.splice(p, r["trace"], r["chosen"]["index"], r["chosen"]["step"])
-                             for p, r in zip(of, kept)],
-            "error": [through_the_error(p, r["trace"], r["chosen"]["index"]) for p, r in zip(of, kept)],
-            "resampled step": [data.splice(p, r["trace"], r["chosen"]["index"]) for p, r in zip(of, kept)]}.items():
-        for record, value in zip(kept, again(of, beginnings)):
+    known = {}                                                          # measured again: the choice favoured the lucky
+    chosen = [(by_id[r["problem_id"]], r, r["chosen"]) for r in records if r["chosen"]]
+    beginnings = {"intervention": [data.splice(p, r["trace"], x["index"], x["step"]) for p, r, x in chosen],
+                  "error": [through_the_error(p, r["trace"], x["index"]) for p, r, x in chosen],
+                  "resampled step": [data.splice(p, r["trace"], x["index"]) for p, r, x in chosen]}
+    for name, texts in beginnings.items():
+        for (_, record, _), value in zip(chosen, success_from(known, [p for p, _, _ in chosen], texts, *models)):
             record.setdefault("success_from", {})[name] = value
-    return records, failures
+    return records
 
 
 def through_the_error(problem: Problem, trace: str, index: int) -> str:
@@ -606,10 +600,6 @@ def count(records: list[dict], problems: dict[str, Problem]) -> dict:
     return out
 
 
-VERDICTS = ("not in the format", "none: no error found", "index out of range", "stop: no step", "repeats the step",
-            "empty prefix", "never succeeds", "succeeds less than a resampled step", "passed")
-
-
 def intervene(settings: IntSettings) -> Path:
     """The stage: collects interventions, fine-tunes the planner on them, compares it with the base planner on the
     problems that are hard for it. Returns its folder: model, tokenizer, interventions.jsonl, int.json."""
@@ -627,38 +617,37 @@ def intervene(settings: IntSettings) -> Path:
                       temperature=s.executor_temperature, generator=torch.Generator(device).manual_seed(s.seed))
     work.mkdir(exist_ok=True)
     data.record_stage(s.run, "int", s)
-    begin, path = time.perf_counter(), work / "interventions.json"
-    if path.exists():                                                   # a stopped stage: only fine-tuning is missing
-        records, failures = json.loads(path.read_text())
+    if (work / "int.json").exists():                                    # a stopped stage: only fine-tuning is missing
+        report = json.loads((work / "int.json").read_text())
+        records = [json.loads(line) for line in (work / "interventions.jsonl").read_text().splitlines()]
     else:
-        records, failures = collect(planner, tokenizer, frozen, problems, s)
-        data.write_atomic(path, json.dumps([records, failures]))
-    chosen = [(by_id[r["problem_id"]], r) for r in records if r["chosen"]]
-    order = random.Random(s.seed).sample(sorted({r["problem_id"] for _, r in chosen}),
-                                         len({r["problem_id"] for _, r in chosen}))
-    held = set(order[:max(1, len(order) // 10)] if len(order) > 1 else [])             # whole problems are held out
+        begin, records = time.perf_counter(), collect(planner, tokenizer, frozen, problems, s)
+        report = count(records, by_id) | frozen.spent | {"seconds": time.perf_counter() - begin}
+        data.write_atomic(work / "interventions.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+        data.write_atomic(work / "int.json", json.dumps(report))
+    chosen = [(by_id[r["problem_id"]], r["trace"], r["chosen"]) for r in records if r["chosen"]]
+    ids = sorted({p.problem_id for p, _, _ in chosen})
+    held = set(random.Random(s.seed).sample(ids, math.ceil(len(ids) / 10) if len(ids) > 1 else 0))    # whole problems
     sequences = {"train": [], "heldout": []}
-    for p, r in chosen:
-        learned = data.splice(p, r["trace"], r["chosen"]["index"], r["chosen"]["step"])
+    for p, trace, x in chosen:
+        learned = data.splice(p, trace, x["index"], x["step"])
         sequences["heldout" if p.problem_id in held else "train"].append(int_sequence(tokenizer, p, learned))
-    loss = lambda: executor.heldout_loss(planner, sequences["heldout"], batch_size=s.batch_size,
-                                         pad_id=executor.pad_id(tokenizer)) if held else None
-    report = count(records, by_id) | {"sequences": {part: len(rows) for part, rows in sequences.items()},
-                                      "heldout_loss_before": loss()}
-    hard = [p for p, failed in zip(problems, failures) if failed >= math.ceil(7 / 8 * s.group_size)]
-    before = hard_problems(planner, tokenizer, frozen, hard, s)
+    common = {"batch_size": s.batch_size, "pad_id": executor.pad_id(tokenizer)}
+    loss = lambda: executor.heldout_loss(planner, sequences["heldout"], **common) if held else None
+    failures = Counter(r["problem_id"] for r in records)
+    hard = [p for p in problems if failures[p.problem_id] >= 7 / 8 * s.group_size]
+    frozen.generator.manual_seed(s.seed)                                # the same after a stop
+    losses, hardness = [loss()], [hard_problems(planner, tokenizer, frozen, hard, s)]
     if sequences["train"]:
         executor.finetune(planner, sequences["train"], heldout=sequences["heldout"], epochs=s.epochs, seed=s.seed,
-                          batch_size=s.batch_size, learning_rate=s.learning_rate, warmup=10, title="InT",
-                          pad_id=executor.pad_id(tokenizer))
-    report |= {"heldout_loss_after": loss(), "hard_problems": {
-        "problems": len(hard), "base": before, "InT": hard_problems(planner, tokenizer, frozen, hard, s)},
-        **frozen.spent, "seconds": time.perf_counter() - begin}
+                          learning_rate=s.learning_rate, warmup=10, title="InT", **common)
+    losses, hardness = losses + [loss()], hardness + [hard_problems(planner, tokenizer, frozen, hard, s)]
+    report |= {"sequences": {part: len(rows) for part, rows in sequences.items()},
+               "heldout_loss": dict(zip(("base", "InT"), losses)),
+               "hard_problems": {"problems": len(hard), **dict(zip(("base", "InT"), hardness))}}
     planner.save_pretrained(work)
     tokenizer.save_pretrained(work)
-    data.write_atomic(work / "interventions.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     data.write_atomic(work / "int.json", json.dumps(report, indent=1))
-    path.unlink()
     os.replace(work, out)
     return out
 
@@ -730,10 +719,7 @@ def training_cost(log: Path) -> dict:
 def write_traces(planner, tokenizer, problems, temperature, settings, generator) -> tuple[list[str], dict]:
     """One trace for each problem, and {"unclosed": share that was not closed}."""
     prompts = [data.encode_prompt(tokenizer, data.planner_prompt(p)) for p in problems]
-    with autocast(planner.device):
-        c = executor.generate(planner, prompts, max_new_tokens=settings.max_trace_tokens, temperature=temperature,
-                              eos_id=tokenizer.eos_token_id, pad_id=executor.pad_id(tokenizer), generator=generator)
-    texts = tokenizer.batch_decode(c.tokens, skip_special_tokens=True)
+    texts = sample_texts(planner, tokenizer, prompts, 1, temperature, settings, generator)
     return [data.extract_reasoning(t) for t in texts], {"unclosed": mean(data.CLOSE not in t for t in texts)}
 
 

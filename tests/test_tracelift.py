@@ -716,7 +716,7 @@ def scripted(monkeypatch):
     real = tracelift.sample_texts
 
     def texts(model, tokenizer, prompts, num_samples, temperature, s, generator):
-        if temperature == s.proposal_temperature:
+        if temperature == getattr(s, "proposal_temperature", None):
             return ["2 : 22 * 2 = 44" if i % 2 else "nonsense" for i in range(len(prompts) * num_samples)]
         return real(model, tokenizer, prompts, num_samples, temperature, s, generator)
     monkeypatch.setattr(tracelift, "sample_texts", texts)
@@ -747,7 +747,8 @@ def test_int_stage(run, monkeypatch, lottery, scripted):
     assert 0 < report["with_intervention"] == len([r for r in records if r["chosen"]]) < report["failed_traces"] == len(records)
     assert report["verdicts"]["not in the format"] * 2 == report["interventions"] == 2 * len(records)
     assert report["sequences"]["train"] > 0 < report["sequences"]["heldout"]
-    assert report["heldout_loss_after"] < report["heldout_loss_before"]
+    assert report["heldout_loss"]["InT"] < report["heldout_loss"]["base"]
+    assert 0 < report["hard_problems"]["problems"] < 6 and report["hard_problems"]["base"] != report["hard_problems"]["InT"]
     assert not same(weights_of(out), weights_of(run / "base")) and not (run / "int.partial").exists()
     planner = train(settings(run, steps=1, mode="exec_only", init=str(out), learning_rate=1e-30, warmup=0))
     assert planner.name == "planner-exec_only-after-InT-seed0" and same(weights_of(planner), weights_of(out))
