@@ -627,7 +627,8 @@ def intervene(settings: IntSettings) -> Path:
         data.write_atomic(work / "int.json", json.dumps(report))
     chosen = [(by_id[r["problem_id"]], r["trace"], r["chosen"]) for r in records if r["chosen"]]
     ids = sorted({p.problem_id for p, _, _ in chosen})
-    held = set(random.Random(s.seed).sample(ids, math.ceil(len(ids) / 10) if len(ids) > 1 else 0))    # whole problems
+    ids = random.Random(s.seed).sample(ids, len(ids))
+    held = set(ids[:max(1, len(ids) // 10)] if len(ids) > 1 else [])    # whole problems are held out
     sequences = {"train": [], "heldout": []}
     for p, trace, x in chosen:
         learned = data.splice(p, trace, x["index"], x["step"])
