@@ -667,6 +667,7 @@ def test_split_steps(problem, trace, steps):
     (PLAN, "add 3 ; add 3 ; negate", 3, "cap at 9", "add 3 ; add 3 ; cap at 9"),
     (TEXT, "One. Two.\n\nThree.", 2, "Other.", "One. Other."), (TEXT, "One. Two.\n\nThree.", 3, "Other.", "One. Two.\n\nOther."),
     (TEXT, "One. Two.", 3, "Three.", "One. Two.\nThree."),
+    (TEXT, "One. One. Two.", 2, "Other.", "One. Other."), (PLAN, "add 3 ; add 3 ; negate", 3, "", "add 3 ; add 3"),
 ])
 def test_splice(problem, trace, index, step, spliced):
     assert data.splice(problem, trace, index, step) == spliced
