@@ -601,15 +601,16 @@ def count(records: list[dict], problems: dict[str, Problem]) -> dict:
 
 
 def intervene(settings: IntSettings) -> Path:
-    """The stage: collects interventions, fine-tunes the planner on them, compares it with the base planner on the
-    problems that are hard for it. Returns its folder: model, tokenizer, interventions.jsonl, int.json."""
+    """The stage: collects interventions and fine-tunes the planner on them. Returns its folder: model, tokenizer,
+    interventions.jsonl, int.json, and for `evaluate` hard.jsonl: the problems on which 7 of 8 traces or more failed."""
     data.check_settings(settings)
     s, run = settings, Path(settings.run)
     out, work = run / "int", run / "int.partial"
     if not data.begin_stage(s.run, "int", s, out, work):
         return out
     device = executor.pick_device(s.device)
-    problems = data.read_problems(run / "groups" / "train.jsonl", need_reference=False)[:s.problems]
+    groups = run / "groups" / "train.jsonl"
+    problems = data.read_problems(groups, need_reference=False)[:s.problems]
     base, by_id = executor.base_of(run), {p.problem_id: p for p in problems}
     planner, tokenizer = executor.load(base, device, torch.float32)
     executor.check_head(planner)
@@ -624,6 +625,9 @@ def intervene(settings: IntSettings) -> Path:
         begin, records = time.perf_counter(), collect(planner, tokenizer, frozen, problems, s)
         report = count(records, by_id) | frozen.spent | {"seconds": time.perf_counter() - begin}
         data.write_atomic(work / "interventions.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+        failures = Counter(r["problem_id"] for r in records)
+        data.write_groups(work / "hard.jsonl", [g for g in data.read_groups(groups)[:s.problems] if g["positive_pool"]
+                                                and failures[g["problem_id"]] >= 7 / 8 * s.group_size])
         data.write_atomic(work / "int.json", json.dumps(report))
     chosen = [(by_id[r["problem_id"]], r["trace"], r["chosen"]) for r in records if r["chosen"]]
     ids = sorted({p.problem_id for p, _, _ in chosen})
@@ -635,32 +639,17 @@ def intervene(settings: IntSettings) -> Path:
         sequences["heldout" if p.problem_id in held else "train"].append(int_sequence(tokenizer, p, learned))
     common = {"batch_size": s.batch_size, "pad_id": executor.pad_id(tokenizer)}
     loss = lambda: executor.heldout_loss(planner, sequences["heldout"], **common) if held else None
-    failures = Counter(r["problem_id"] for r in records)
-    hard = [p for p in problems if failures[p.problem_id] >= 7 / 8 * s.group_size]
-    frozen.generator.manual_seed(s.seed)                                # the same after a stop
-    losses, hardness = [loss()], [hard_problems(planner, tokenizer, frozen, hard, s)]
+    before = loss()
     if sequences["train"]:
         executor.finetune(planner, sequences["train"], heldout=sequences["heldout"], epochs=s.epochs, seed=s.seed,
                           learning_rate=s.learning_rate, warmup=10, title="InT", **common)
-    losses, hardness = losses + [loss()], hardness + [hard_problems(planner, tokenizer, frozen, hard, s)]
     report |= {"sequences": {part: len(rows) for part, rows in sequences.items()},
-               "heldout_loss": dict(zip(("base", "InT"), losses)),
-               "hard_problems": {"problems": len(hard), **dict(zip(("base", "InT"), hardness))}}
+               "heldout_loss": {"base": before, "InT": loss()}}
     planner.save_pretrained(work)
     tokenizer.save_pretrained(work)
     data.write_atomic(work / "int.json", json.dumps(report, indent=1))
     os.replace(work, out)
     return out
-
-
-def hard_problems(planner, tokenizer, frozen: Executor, problems: list[Problem], settings) -> dict:
-    """Success of a planner, and the share of its groups of traces that all succeed or all fail: no advantage."""
-    ok = []
-    for i in range(0, len(problems), 50):
-        batch = rollout(planner, tokenizer, problems[i:i + 50], settings, frozen.generator)
-        ok += frozen.success(batch.problems, batch.traces, 1)
-    groups = [ok[i:i + settings.group_size] for i in range(0, len(ok), settings.group_size)]
-    return {"success": mean(ok), "groups_without_spread": mean(max(g) == min(g) for g in groups)}
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -674,8 +663,9 @@ def evaluate(settings: EvalSettings) -> dict:
     data.begin_stage(settings.run, "evaluate", settings, run / "results.json")
     base = executor.base_of(run)
     files = {split: run / "groups" / f"{split}.jsonl" for split in ("heldout", "longer")}
+    files["hard"] = run / "int" / "hard.jsonl"                           # hard for the base planner, GROUP traces each
     splits = {split: data.read_problems(path)[:settings.problems] for split, path in files.items()
-              if split == "heldout" or path.exists()}
+              if split == "heldout" or path.exists() and path.stat().st_size}
     planners = sorted(p for p in run.glob("planner-*-seed*") if (p / "config.json").exists() and p.suffix != ".partial")
     path = run / "results.json"
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -688,13 +678,16 @@ def evaluate(settings: EvalSettings) -> dict:
     rows += [(p.name, p, p / "metrics.jsonl") for p in planners]
     for name, folder, log in tqdm(rows, desc="evaluate"):
         spent = training_cost(log) if log else None
-        if name in known and known[name].get("spent") == spent:          # measured before, and not trained again since
+        if (name in known and known[name].get("spent") == spent          # measured before, and not trained again since
+                and all(any(key.startswith(split) for key in known[name]) for split in splits)):
             results[name] = known[name]
             continue
         entry = {"spent": spent} if spent else {}
         planner, own_tokenizer = executor.load(folder, device, torch.float32) if folder else (None, None)
         for split, problems in splits.items():
-            for temperature in (0.0, 1.0) if planner else (0.0,):
+            group_size = GROUP if split == "hard" and planner else 1
+            problems = [p for p in problems for _ in range(group_size)]
+            for temperature in (1.0,) if group_size > 1 else (0.0, 1.0) if planner else (0.0,):
                 frozen.generator = torch.Generator(device).manual_seed(settings.seed)
                 traces, unclosed = None, {}
                 if planner:
@@ -702,7 +695,7 @@ def evaluate(settings: EvalSettings) -> dict:
                                                     frozen.generator)
                 elif name == "reference trace":
                     traces = [p.reference_reasoning for p in problems]
-                entry[f"{split} T={temperature:g}"] = judge(frozen, problems, traces) | unclosed
+                entry[f"{split} T={temperature:g}"] = judge(frozen, problems, traces, group_size) | unclosed
         results[name] = entry
         data.record_stage(settings.run, "evaluate", settings)
         data.write_atomic(path, json.dumps({**known, **results}, indent=1))
@@ -724,38 +717,44 @@ def write_traces(planner, tokenizer, problems, temperature, settings, generator)
     return [data.extract_reasoning(t) for t in texts], {"unclosed": mean(data.CLOSE not in t for t in texts)}
 
 
-def judge(frozen: Executor, problems: list[Problem], traces: list[str] | None) -> dict:
-    """success, and in the tiny world faithful, right_for_wrong_reason and leak, as shares of the problems."""
+def judge(frozen: Executor, problems: list[Problem], traces: list[str] | None, group_size: int = 1) -> dict:
+    """success, and in the tiny world faithful, right_for_wrong_reason and leak, as shares of the traces; with groups of
+    traces of one problem also the share of groups that all succeed or all fail."""
     success = frozen.success(problems, traces, 1)
+    found = {"problems": len(problems) // group_size, "success": mean(success)}
+    if group_size > 1:
+        groups = [success[i:i + group_size] for i in range(0, len(success), group_size)]
+        found["groups_without_spread"] = mean(max(g) == min(g) for g in groups)
     checks = [data.check_trace(p, t) for p, t in zip(problems, traces)] if traces else []
     if None in checks or not checks:
-        return {"problems": len(problems), "success": mean(success)}
-    return {"problems": len(problems), "success": mean(success), "faithful": mean(f for f, _ in checks),
-            "right_for_wrong_reason": mean(bool(s) and not f for s, (f, _) in zip(success, checks)),
-            "leak": mean(l for _, l in checks)}
+        return found
+    return found | {"faithful": mean(f for f, _ in checks), "leak": mean(l for _, l in checks),
+                    "right_for_wrong_reason": mean(bool(s) and not f for s, (f, _) in zip(success, checks))}
 
 
-METRICS = ("success", "faithful", "right_for_wrong_reason", "leak", "unclosed")
+METRICS = ("success", "faithful", "right_for_wrong_reason", "leak", "unclosed", "groups_without_spread")
+GROUP = 8                                                               # traces for each hard problem
 COSTS = ("steps", "planner_tokens", "executor_prompt_tokens", "executor_tokens", "program_runs", "seconds")
 
 
 def table(results: dict) -> str:
-    """results.json as Markdown: a table of METRICS per split and temperature, one row per planner name (mean over
-    seeds and, with several, ± their sample standard deviation), then what training each planner cost."""
+    """results.json as Markdown: a table of the measured METRICS per split and temperature, one row per planner name
+    (mean over seeds and, with several, ± their sample standard deviation), then what training each planner cost."""
     names: dict[str, list[dict]] = {}
     for row, entry in results.items():
         names.setdefault(row.removeprefix("planner-").rpartition("-seed")[0] or row, []).append(entry)
     lines = []
-    for key in sorted({k for entry in results.values() for k in entry if k != "spent"}):
+    for key in sorted(results["base planner"]):
+        metrics = [m for m in METRICS if any(m in entry.get(key, {}) for entry in results.values())]
         split, temperature = key.split(" T=")
         count = next(e[key]["problems"] for e in results.values() if key in e)
         how = "greedy" if temperature == "0" else f"sampled at temperature {temperature}"
         lines += [f"{split} problems ({count}), traces {how}:", "",
-                  "| traces from | seeds | " + " | ".join(m.replace("_", " ") for m in METRICS) + " |",
-                  "|---" * (len(METRICS) + 2) + "|"]
+                  "| traces from | seeds | " + " | ".join(m.replace("_", " ") for m in metrics) + " |",
+                  "|---" * (len(metrics) + 2) + "|"]
         for name, entries in names.items():
             measured = [e[key if key in e else f"{split} T=0"] for e in entries]   # no planner: nothing is sampled
-            cells = [spread([m.get(metric) for m in measured]) for metric in METRICS]
+            cells = [spread([m.get(metric) for m in measured]) for metric in metrics]
             name = name.replace("-after-InT", " after InT")
             lines.append(f"| {name} | {len(entries) if 'spent' in entries[0] else ''} | " + " | ".join(cells) + " |")
         lines.append("")

@@ -580,6 +580,7 @@ def test_judge_by_hand(prepared):
     found = tracelift.judge(Fixed(), problems, [good[0], good[1], leaks[2], "nonsense"])
     assert found == {"problems": 4, "success": 0.75, "faithful": 0.5, "right_for_wrong_reason": 0.5, "leak": 0.25}
     assert tracelift.judge(Fixed(), problems, None) == {"problems": 4, "success": 0.75}
+    assert tracelift.judge(Fixed(), problems, None, 2) == {"problems": 2, "success": 0.75, "groups_without_spread": 0.5}
 
 
 def test_evaluate_measures_each_planner_once(run, monkeypatch, lottery):
@@ -748,13 +749,19 @@ def test_int_stage(run, monkeypatch, lottery, scripted):
     assert report["verdicts"]["not in the format"] * 2 == report["interventions"] == 2 * len(records)
     assert report["sequences"]["train"] > 0 < report["sequences"]["heldout"]
     assert report["heldout_loss"]["InT"] < report["heldout_loss"]["base"]
-    assert 0 < report["hard_problems"]["problems"] < 6 and report["hard_problems"]["base"] != report["hard_problems"]["InT"]
+    failures = [sum(r["problem_id"] == g["problem_id"] for r in records) for g in data.read_groups(out / "hard.jsonl")]
+    assert failures and min(failures) == 4 and len(failures) < len({r["problem_id"] for r in records}), "4 of 4 failed"
     assert not same(weights_of(out), weights_of(run / "base")) and not (run / "int.partial").exists()
     planner = train(settings(run, steps=1, mode="exec_only", init=str(out), learning_rate=1e-30, warmup=0))
     assert planner.name == "planner-exec_only-after-InT-seed0" and same(weights_of(planner), weights_of(out))
-    found = tracelift.evaluate(EvalSettings(run=str(run), device="cpu", problems=2, max_trace_tokens=8, max_answer_tokens=6))
+    evaluation = EvalSettings(run=str(run), device="cpu", problems=2, max_trace_tokens=8, max_answer_tokens=6)
+    found = tracelift.evaluate(evaluation)
     rows = rows_of(table(found))
     assert "InT" in rows and rows["exec_only after InT"][0][0] == "1"
+    assert all("groups_without_spread" in found[name]["hard T=1"] for name in ("base planner", "InT", planner.name))
+    found["base planner"]["hard T=1"]["success"] = 0.123            # a mark: measured again, it would go
+    (run / "results.json").write_text(json.dumps(found))
+    assert tracelift.evaluate(evaluation) == found
 
 
 def test_int_uses_no_problem_without_reference(run, lottery, scripted):
