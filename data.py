@@ -309,6 +309,39 @@ def check_trace(problem: Problem, reasoning: str) -> tuple[bool, bool] | None:
     return chain is not None and [ordered(*equation) for equation in chain] == reference and not leak, leak
 
 
+def begins_right(problem: Problem, steps: list[str]) -> bool:
+    """Some faithful trace of this tiny-world problem begins with these steps."""
+    reference = split_steps(problem, problem.reference_reasoning)
+    endings = itertools.permutations(reference, max(0, len(reference) - len(steps)))
+    return any(check_trace(problem, " ; ".join([*steps, *ending]))[0] for ending in endings)
+
+
+def first_error(problem: Problem, steps: list[str]) -> int:
+    """Number of the first wrong step of a tiny-world trace, from 1; one past the end when the error is that steps are
+    missing there; 0 for a faithful trace."""
+    if check_trace(problem, " ; ".join(steps))[0]:
+        return 0
+    return next((i for i in range(1, len(steps) + 1) if not begins_right(problem, steps[:i])), len(steps) + 1)
+
+
+def flaw_kind(problem: Problem, steps: list[str]) -> str:
+    """What is wrong with the first wrong step of a tiny-world trace."""
+    index, reference = first_error(problem, steps), split_steps(problem, problem.reference_reasoning)
+    if index == 0:
+        return "no error"
+    if index > len(steps) or index > len(reference):
+        return "missing at the end" if index > len(steps) else "superfluous at the end"
+    step, parse = steps[index - 1], _parse_chain if problem.task_type == "math" else _parse_plan
+    if step in reference:
+        return "out of place"                                     # a later step too early, or an earlier one again
+    wrong, right = parse(step), parse(reference[index - 1])
+    if wrong is None:
+        return "no equation" if problem.task_type == "math" else "no plan step"                  # code, "adjust it"
+    names = ("first number", "operation", "second number", "result") if problem.task_type == "math" else (
+        "operation", "constant")
+    return "wrong " + next(name for name, a, b in zip(names, wrong[0], right[0]) if a != b)
+
+
 def _follow(task_type: str, reasoning: str) -> str:
     """What the base model's executor is taught to make of a tiny-world trace: exactly what it says, right or wrong."""
     if task_type == "code":
@@ -630,14 +663,14 @@ def problem_of(group: dict) -> Problem:
                    group.get("tests", []), positives[0]["reasoning"] if positives else None)
 
 
-def read_problems(path) -> list[Problem]:
+def read_problems(path, need_reference: bool = True) -> list[Problem]:
     """The problems of a groups file, for running. UserError for one that could only ever fail: a program without
-    tests, or no reference trace to measure."""
+    tests, or no reference trace to measure (unless it is not needed)."""
     problems = [problem_of(group) for group in read_groups(path)]
     for number, problem in enumerate(problems, 1):
         if problem.task_type == "code" and not problem.tests:
             raise UserError(f"{path}:{number}: a program without tests cannot be judged; give key 'tests'")
-        if problem.reference_reasoning is None:
+        if problem.reference_reasoning is None and need_reference:
             raise UserError(f"{path}:{number}: key 'positive_pool' is empty; it must hold a good trace")
     return problems
 
@@ -677,10 +710,27 @@ def rm_text(problem: Problem, reasoning: str) -> str:
     return f"Problem:\n{problem.problem}\n\nReasoning:\n{reasoning}"
 
 
+_SENTENCE_END = re.compile(r"\n+|(?<=[.!?])(?<!^\d\.)\s+(?=[A-Z])", re.MULTILINE)          # but "1." opens a list item
+
+
 def split_steps(problem: Problem, reasoning: str) -> list[str]:
-    """The steps of a trace: equations or plan steps in the tiny world, else non-empty lines."""
-    parts = reasoning.split(" ; ") if problem.source == "tiny" else reasoning.split("\n")
+    """The steps of a trace: equations or plan steps in the tiny world, else sentences and lines."""
+    parts = reasoning.split(" ; ") if problem.source == "tiny" else _SENTENCE_END.split(reasoning)
     return [part.strip() for part in parts if part.strip()]
+
+
+def splice(problem: Problem, reasoning: str, index: int, step: str = "") -> str:
+    """The first `index` - 1 steps of a trace as they stand, then (unless it is empty) another step. `index` counts
+    from 1 and may be one past the last step."""
+    end, begin, steps = 0, 0, split_steps(problem, reasoning)
+    if not 1 <= index <= len(steps) + 1:
+        raise ValueError(f"index {index}: must be from 1 to {len(steps) + 1}")
+    for kept in steps[:index - 1]:
+        end = reasoning.index(kept, end) + len(kept)
+    if index <= len(steps):
+        begin = reasoning.index(steps[index - 1], end)
+    gap = reasoning[end:begin] if end < begin else " ; " if problem.source == "tiny" else "\n"
+    return reasoning[:end] + (gap + step if step and end else step)
 
 
 def intervention_prompt(problem: Problem, reasoning: str) -> str:
@@ -692,6 +742,12 @@ def intervention_prompt(problem: Problem, reasoning: str) -> str:
     return (f"Problem:\n{problem.problem}\n\nReference reasoning:\n{problem.reference_reasoning}\n\n"
             f"A numbered trace:\n{steps}\n\nCompare it with the reference. Answer with the number of its first wrong "
             "step and one corrected step, as 'NUMBER : corrected step', or 'none'.")
+
+
+def parse_intervention(completion: str) -> tuple[int, str] | None:
+    """(number of the first wrong step, its replacement), (0, "") for "none"; None for anything else."""
+    match = re.fullmatch(r"\s*(?:none\.?|(\d{1,6}) ?: ?(\S[^\n]*?))\s*", completion)
+    return match and (int(match[1] or 0), match[2] or "")
 
 
 def extract_reasoning(completion: str) -> str:

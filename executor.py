@@ -337,29 +337,50 @@ def schedule(step: int, total: int, warmup: int) -> float:
     return min((step + 1) / max(1, warmup), (total - step) / max(1, total - warmup))
 
 
+def sequence_loss(model, rows: list[tuple[list[int], list[int]]], pad_id: int) -> torch.Tensor:
+    """Mean cross-entropy of the labels of some (ids, labels)."""
+    device = model.get_input_embeddings().weight.device
+    ids, labels = pad([r[0] for r in rows], pad_id, device), pad([r[1] for r in rows], IGNORE, device)
+    learn = labels != IGNORE
+    return F.cross_entropy(token_logits(model, ids, learn).float(), labels[learn])
+
+
+@torch.no_grad()
+def heldout_loss(model, sequences, *, batch_size: int, pad_id: int) -> float:
+    """Mean over batches of `sequence_loss`, without learning."""
+    model.eval()
+    batches = [sequences[i:i + batch_size] for i in range(0, len(sequences), batch_size)]
+    return sum(sequence_loss(model, batch, pad_id).item() for batch in batches) / len(batches)
+
+
 def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: float, batch_size: int,
-             learning_rate: float, warmup: int, seed: int, pad_id: int, title: str = "finetune") -> float:
+             learning_rate: float, warmup: int, seed: int, pad_id: int, title: str = "finetune", heldout=()) -> float:
     """Supervised training on (ids, labels); labels[t] is what follows ids[t], IGNORE where there is no loss.
-    Batches hold sequences of similar length. Learning rate: linear warm-up, then linear decay to 0. Returns the
-    mean loss of the last tenth."""
+    Batches hold sequences of similar length. Learning rate: linear warm-up, then linear decay to 0. With `heldout`
+    sequences their loss is measured at the start and ten times on the way; two measurements without a new minimum end
+    the training early, and the model keeps the weights of the minimum. Returns the mean loss of the last tenth."""
     if not sequences:
         raise ValueError("sequences: there must be at least one")
-    rng, device = random.Random(seed), model.get_input_embeddings().weight.device
+    rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    total, losses, batches = max(1, round(len(sequences) * epochs / batch_size)), [], []
-    model.train()
-    bar = tqdm(range(total), desc=title, mininterval=5)
+    total, losses, batches, best, since = max(1, round(len(sequences) * epochs / batch_size)), [], [], None, 0
+    bar = tqdm(range(total + 1 if heldout else total), desc=title, mininterval=5)
     for step in bar:
+        if heldout and (step % max(1, total // 10) == 0 or step == total):
+            held, since = heldout_loss(model, heldout, batch_size=batch_size, pad_id=pad_id), since + 1
+            if best is None or held < best:
+                best, since, weights = held, 0, {k: v.clone() for k, v in model.state_dict().items()}
+            if since == 2 or step == total:
+                model.load_state_dict(weights)
+                break
+        model.train()
         if not batches:                                            # shuffle, sort windows by length, cut, shuffle
             order, window = rng.sample(range(len(sequences)), len(sequences)), 32 * batch_size
             for i in range(0, len(order), window):
                 part = sorted(order[i:i + window], key=lambda j: len(sequences[j][0]))
                 batches += [part[k:k + batch_size] for k in range(0, len(part), batch_size)]
             rng.shuffle(batches)
-        rows = [sequences[j] for j in batches.pop()]
-        ids, labels = pad([r[0] for r in rows], pad_id, device), pad([r[1] for r in rows], IGNORE, device)
-        learn = labels != IGNORE
-        loss = F.cross_entropy(token_logits(model, ids, learn).float(), labels[learn])
+        loss = sequence_loss(model, [sequences[j] for j in batches.pop()], pad_id)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, total, warmup)
         loss.backward()
@@ -370,7 +391,8 @@ def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: flo
         if step % 20 == 0:
             bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
     model.eval()
-    return sum(losses[-max(1, total // 10):]) / max(1, total // 10)
+    last = losses[-max(1, total // 10):]
+    return sum(last) / len(last)
 
 
 # ------------------------------------------------------------------------------------------------ command

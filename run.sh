@@ -8,8 +8,9 @@
 #   PRESET=gsm8k MODEL=Qwen/Qwen2.5-0.5B-Instruct ./run.sh       a real model on GSM8K, one GPU
 #
 # Environment: SEEDS ("0 1 2"), MODES ("exec_only tracelift"), TASKS ("math code", tiny world only), PRESET, MODEL,
-# RUN (prefix of the run folders), DATA and HELDOUT_DATA (files instead of downloads), SKIP_INSTALL=1 (use the current
-# python3). A stage whose output is complete is skipped, so the same command continues a stopped run.
+# RUN (prefix of the run folders), DATA and HELDOUT_DATA (files instead of downloads), INT=1 (also the InT warm start,
+# and tracelift after it), SKIP_INSTALL=1 (use the current python3). A stage whose output is complete is skipped, so
+# the same command continues a stopped run.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -63,10 +64,17 @@ pipeline() {
     ${DATA:+--data "$DATA"} ${HELDOUT_DATA:+--heldout_data "$HELDOUT_DATA"}
   stage "base model: planner and frozen executor" executor.py "${common[@]}" ${MODEL:+--model "$MODEL"}
   stage "rubric reward model" rm.py "${common[@]}"
+  if [ "${INT:-0}" = 1 ]; then
+    stage "InT: the planner finds and mends its own first mistakes" tracelift.py int "${common[@]}"
+  fi
   for seed in ${SEEDS:-0}; do
     for mode in ${MODES:-exec_only tracelift}; do
       stage "planner trained on $mode, seed $seed" tracelift.py train "${common[@]}" --mode "$mode" --seed "$seed"
     done
+    if [ "${INT:-0}" = 1 ]; then
+      stage "planner trained on tracelift after InT, seed $seed" tracelift.py train "${common[@]}" --seed "$seed" \
+        --init "$folder/int"
+    fi
   done
   stage "evaluation" tracelift.py evaluate "${common[@]}"
 }

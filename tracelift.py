@@ -11,6 +11,7 @@ which the rubric reward model's score of the trace *multiplies* the uplift the t
 
 Read `train` from top to bottom; it follows one step from problems to gradient.
 
+    python tracelift.py int      --preset tiny --run runs/tiny-math       # optional warm start; train --init .../int
     python tracelift.py train    --preset tiny --run runs/tiny-math --mode tracelift --seed 0
     python tracelift.py evaluate --preset tiny --run runs/tiny-math       # every planner of the run -> results.md
     python tracelift.py inspect  --preset tiny --run runs/tiny-math       # one problem, its traces and their rewards
@@ -27,6 +28,7 @@ import random
 import shutil
 import statistics
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,7 +118,8 @@ class TrainSettings:
     preset: str = knob("tiny", "named defaults")
     mode: str = knob("tracelift", "reward: " + ", ".join(MODES), choices=MODES)
     seed: int = knob(0, "order of problems and all sampling")
-    name: str = knob("", "the planner is saved as planner-NAME-seedSEED; empty: the mode")
+    name: str = knob("", "the planner is saved as planner-NAME-seedSEED; empty: the mode, with -after-InT for --init "
+                     "RUN/int")
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
     init: str = knob("", "model that the planner starts from; empty: the run's base model")
     steps: int = knob(80, "rollouts, each followed by inner_epochs updates", low=1)
@@ -271,7 +274,9 @@ def train(settings: TrainSettings) -> Path:
     data.check_settings(settings)
     if "/" in settings.name:
         raise UserError(f"--name {settings.name!r}: must be a plain name")
-    run, name = Path(settings.run), f"planner-{settings.name or settings.mode}-seed{settings.seed}"
+    run = Path(settings.run)
+    after = "-after-InT" if settings.init and Path(settings.init).resolve() == (run / "int").resolve() else ""
+    name = f"planner-{settings.name or settings.mode + after}-seed{settings.seed}"
     out, work = run / name, run / f"{name}.partial"
     if not data.begin_stage(run, name, settings, out, work / "checkpoint.pt"):
         return out
@@ -417,6 +422,250 @@ def load_checkpoint(work: Path, planner, optimizer, frozen: Executor, generator)
     return saved["state"]
 
 
+# ------------------------------------------------------------------------------------------------ InT
+#
+# A warm start for the planner (arXiv 2601.14209): reward on a whole trace also punishes the right steps before the
+# first wrong one. Checking against a reference is easier than solving, so the planner itself names the first wrong step
+# of its failed trace and proposes another step; it learns (its own steps before) + (that step), and nothing after it.
+
+@dataclass(frozen=True)
+class IntSettings:
+    """Settings of `python tracelift.py int`."""
+    run: str = knob("runs/tiny-math", "run folder; holds groups/ and base.json")
+    preset: str = knob("tiny", "named defaults")
+    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
+    seed: int = knob(0, "of all sampling and of the order in fine-tuning")
+    problems: int = knob(200, "training problems to sample traces of", low=1)
+    group_size: int = knob(8, "traces per problem", low=2)
+    proposals: int = knob(16, "interventions sampled for each failed trace; the best one that passes is kept", low=1)
+    proposal_temperature: float = knob(0.7, "of the interventions", low=0)
+    first_step: str = knob("drop", "interventions in the first step, whose prefix is empty: drop or keep",
+                           choices=("drop", "keep"))
+    repeats: int = knob(3, "K, executor runs behind each success rate", low=1)
+    temperature: float = knob(1.0, "of the planner's traces and continuations", above=0)
+    executor_temperature: float = knob(0.7, "of the executor", low=0)
+    max_trace_tokens: int = knob(80, "longest trace, continuation and intervention", low=1)
+    max_answer_tokens: int = knob(64, "longest executor output", low=1)
+    epochs: float = knob(4.0, "of fine-tuning, at most; the held-out loss may stop it", above=0)
+    batch_size: int = knob(16, "sequences per step of fine-tuning", low=1)
+    learning_rate: float = knob(3e-4, "peak of fine-tuning, AdamW; for the tiny model", above=0)
+
+
+INT_PRESETS = {"tiny": {}, "smoke": {"problems": 8, "group_size": 2, "proposals": 2, "repeats": 1, "epochs": 1.0},
+               "gsm8k": {"problems": 200, "group_size": 4, "proposals": 8, "max_trace_tokens": 256,
+                         "max_answer_tokens": 256, "epochs": 2.0, "learning_rate": 1e-5}}
+
+
+VERDICTS = ("not in the format", "none: no error found", "index out of range", "stop: no step", "repeats the step",
+            "empty prefix", "never succeeds", "succeeds less than a resampled step", "passed")
+
+
+def sort_out(problem: Problem, trace: str, completion: str, first_step: str = "drop") -> tuple[str, int, str]:
+    """(verdict, index, step) of one intervention, as far as its text tells. "proposed" ones are tried out next."""
+    steps, parsed = data.split_steps(problem, trace), data.parse_intervention(completion)
+    if parsed is None:
+        return "not in the format", 0, ""
+    index, step = parsed
+    if index == 0 and not step:
+        return "none: no error found", 0, ""
+    if not 1 <= index <= len(steps) + 1:
+        return "index out of range", index, step
+    if problem.source == "tiny" and step == "stop":                     # right or wrong, there is no step to learn
+        return "stop: no step", index, step
+    if index <= len(steps) and step == steps[index - 1]:
+        return "repeats the step", index, step
+    if index == 1 and first_step == "drop":
+        return "empty prefix", index, step
+    return "proposed", index, step
+
+
+def choose(proposals: list[dict]) -> dict | None:
+    """Of the proposals that succeed at least as often as a resampled step, and at all: the most successful, then the
+    most often sampled one. The verdict of the others becomes what speaks against them. (0 of K is at least as often
+    as 0 of K, but most interventions that get there are wrong.)"""
+    for p in proposals:
+        if p["verdict"] == "proposed":
+            p["verdict"] = ("never succeeds" if p["success"] == 0 else
+                            "succeeds less than a resampled step" if p["success"] < p["resampled"] else "passed")
+    passed = [p for p in proposals if p["verdict"] == "passed"]
+    return max(passed, key=lambda p: (p["success"], p["times"])) if passed else None
+
+
+def success_from(known: dict, problems: list[Problem], beginnings: list[str], planner, tokenizer, frozen: Executor,
+                 settings) -> list[float]:
+    """Success of the frozen executor on traces that the planner continues from these beginnings, `repeats` of them
+    each. Every beginning is measured once: `known` {(problem_id, beginning): success} is read and filled."""
+    s, K = settings, settings.repeats
+    new = {(p.problem_id, b): p for p, b in zip(problems, beginnings) if (p.problem_id, b) not in known}
+    prompts = [data.encode_prompt(tokenizer, data.planner_prompt(p)) + begin_trace(tokenizer, b)
+               for (_, b), p in new.items()]
+    texts = sample_texts(planner, tokenizer, prompts, K, s.temperature, s, frozen.generator)
+    traces = [data.extract_reasoning(data.OPEN + b + texts[i * K + k])
+              for i, (_, b) in enumerate(new) for k in range(K)]
+    ok = frozen.success([p for p in new.values() for _ in range(K)], traces, 1)
+    known.update({key: sum(ok[i * K:(i + 1) * K]) / K for i, key in enumerate(new)})
+    return [known[p.problem_id, b] for p, b in zip(problems, beginnings)]
+
+
+def begin_trace(tokenizer, beginning: str) -> list[int]:
+    """Token ids of the beginning of a completion."""
+    return tokenizer(data.OPEN + beginning, add_special_tokens=False)["input_ids"]
+
+
+def sample_texts(model, tokenizer, prompts, num_samples, temperature, settings, generator) -> list[str]:
+    """Completions as text, in prompt-major order."""
+    with autocast(model.device):
+        c = executor.generate(model, prompts, num_samples=num_samples, max_new_tokens=settings.max_trace_tokens,
+                              temperature=temperature, eos_id=tokenizer.eos_token_id,
+                              pad_id=executor.pad_id(tokenizer), generator=generator)
+    return tokenizer.batch_decode(c.tokens, skip_special_tokens=True)
+
+
+def int_sequence(tokenizer, problem: Problem, beginning: str) -> tuple[list[int], list[int]]:
+    """(ids, labels) to learn the beginning of a trace: no loss on the prompt, none on what comes after the beginning,
+    so none on a token that ends the trace."""
+    prompt = data.encode_prompt(tokenizer, data.planner_prompt(problem))
+    trace = begin_trace(tokenizer, beginning)
+    return prompt + trace[:-1], [executor.IGNORE] * (len(prompt) - 1) + trace
+
+
+def collect(planner, tokenizer, frozen: Executor, problems: list[Problem], settings) -> list[dict]:
+    """One record for each failed trace (no success in K executor runs) with its interventions and the one that was
+    chosen."""
+    s, generator, records, by_id = settings, frozen.generator, [], {p.problem_id: p for p in problems}
+    for i in tqdm(range(0, len(problems), 50), desc="traces"):
+        batch = rollout(planner, tokenizer, problems[i:i + 50], s, generator)
+        runs = frozen.run(batch.problems, batch.traces, s.repeats)
+        for problem, trace, r in zip(batch.problems, batch.traces, runs):
+            if not any(run.ok for run in r):
+                reason = ("cannot be split" if not data.split_steps(problem, trace) else
+                          "no reference reasoning" if problem.reference_reasoning is None else None)
+                records.append({"problem_id": problem.problem_id, "problem": problem.problem, "trace": trace,
+                                "reference": problem.reference_reasoning, "left_out": reason, "proposals": [],
+                                "chosen": None})
+    asked = [r for r in records if not r["left_out"]]
+    prompts = [data.intervention_prompt(by_id[r["problem_id"]], r["trace"]) for r in asked]
+    texts = sample_texts(planner, tokenizer, [data.encode_prompt(tokenizer, p) for p in prompts], s.proposals,
+                         s.proposal_temperature, s, generator)
+    known, models = {}, (planner, tokenizer, frozen, s)
+    for i in tqdm(range(0, len(asked), 50), desc="interventions"):
+        tried = []                                                      # (problem, trace, proposal), to try out
+        for j, record in enumerate(asked[i:i + 50], i):
+            problem = by_id[record["problem_id"]]
+            for text, times in Counter(t.strip() for t in texts[j * s.proposals:(j + 1) * s.proposals]).items():
+                verdict, index, step = sort_out(problem, record["trace"], text, s.first_step)
+                record["proposals"].append({"text": text, "times": times, "verdict": verdict, "index": index,
+                                            "step": step})
+                if verdict == "proposed":
+                    tried.append((problem, record["trace"], record["proposals"][-1]))
+        of = [problem for problem, _, _ in tried]
+        success = success_from(known, of, [data.splice(p, t, x["index"], x["step"]) for p, t, x in tried], *models)
+        resampled = success_from(known, of, [data.splice(p, t, x["index"]) for p, t, x in tried], *models)
+        for (_, _, proposal), a, b in zip(tried, success, resampled):
+            proposal |= {"success": a, "resampled": b}
+        for record in asked[i:i + 50]:
+            record["chosen"] = choose(record["proposals"])
+    known = {}                                                          # measured again: the choice favoured the lucky
+    chosen = [(by_id[r["problem_id"]], r, r["chosen"]) for r in records if r["chosen"]]
+    beginnings = {"intervention": [data.splice(p, r["trace"], x["index"], x["step"]) for p, r, x in chosen],
+                  "error": [through_the_error(p, r["trace"], x["index"]) for p, r, x in chosen],
+                  "resampled step": [data.splice(p, r["trace"], x["index"]) for p, r, x in chosen]}
+    for name, texts in beginnings.items():
+        for (_, record, _), value in zip(chosen, success_from(known, [p for p, _, _ in chosen], texts, *models)):
+            record.setdefault("success_from", {})[name] = value
+    return records
+
+
+def through_the_error(problem: Problem, trace: str, index: int) -> str:
+    """The first `index` steps of a trace; where it ends too early, the whole trace with its end."""
+    steps = data.split_steps(problem, trace)
+    return trace + data.CLOSE if index > len(steps) else data.splice(problem, trace, index, steps[index - 1])
+
+
+def count(records: list[dict], problems: dict[str, Problem]) -> dict:
+    """What became of failed traces and of interventions, and, where there is ground truth, how right they were."""
+    proposals = [p for r in records for p in r["proposals"]]
+    kept = [r for r in records if r["chosen"]]
+    total = lambda name: sum(p["times"] for p in proposals if p["verdict"] == name)
+    out = {"failed_traces": len(records),
+           "left_out": {name: sum(r["left_out"] == name for r in records)
+                        for name in ("cannot be split", "no reference reasoning")},
+           "with_intervention": len(kept), "interventions": sum(p["times"] for p in proposals),
+           "verdicts": {name: total(name) for name in VERDICTS},
+           "success_from": {name: mean(r["success_from"][name] for r in kept)
+                            for name in ("intervention", "error", "resampled step")}}
+    truth = {"named": [], "kept": []}                                   # (kind of flaw, index right, step right)
+    for r in records:
+        problem = problems[r["problem_id"]]
+        if problem.source != "tiny" or r["left_out"]:
+            continue
+        steps = data.split_steps(problem, r["trace"])
+        first, kind = data.first_error(problem, steps), data.flaw_kind(problem, steps)
+        right = lambda p: (kind, p["index"] == first, p["index"] == first and data.begins_right(
+            problem, data.split_steps(problem, data.splice(problem, r["trace"], p["index"], p["step"]))))
+        truth["kept"] += [right(r["chosen"])] if r["chosen"] else []
+        truth["named"] += [right(p) for p in r["proposals"] if 1 <= p["index"] <= len(steps) + 1
+                           for _ in range(p["times"])]
+    for name, rows in truth.items():
+        kinds = ["all"] + sorted({kind for kind, _, _ in rows})
+        of = {k: [(i, s) for kind, i, s in rows if k in (kind, "all")] for k in kinds}
+        out[f"ground_truth_{name}"] = {k: {"n": len(v), "index_right": mean(i for i, _ in v),
+                                           "step_right": mean(s for _, s in v)} for k, v in of.items() if v}
+    return out
+
+
+def intervene(settings: IntSettings) -> Path:
+    """The stage: collects interventions and fine-tunes the planner on them. Returns its folder: model, tokenizer,
+    interventions.jsonl, int.json, and for `evaluate` hard.jsonl: the problems on which 7 of 8 traces or more failed."""
+    data.check_settings(settings)
+    s, run = settings, Path(settings.run)
+    out, work = run / "int", run / "int.partial"
+    if not data.begin_stage(s.run, "int", s, out, work):
+        return out
+    device = executor.pick_device(s.device)
+    groups = run / "groups" / "train.jsonl"
+    problems = data.read_problems(groups, need_reference=False)[:s.problems]
+    base, by_id = executor.base_of(run), {p.problem_id: p for p in problems}
+    planner, tokenizer = executor.load(base, device, torch.float32)
+    executor.check_head(planner)
+    frozen = Executor(*executor.load(base, device), max_new_tokens=s.max_answer_tokens,
+                      temperature=s.executor_temperature, generator=torch.Generator(device).manual_seed(s.seed))
+    work.mkdir(exist_ok=True)
+    data.record_stage(s.run, "int", s)
+    if (work / "int.json").exists():                                    # a stopped stage: only fine-tuning is missing
+        report = json.loads((work / "int.json").read_text())
+        records = [json.loads(line) for line in (work / "interventions.jsonl").read_text().splitlines()]
+    else:
+        begin, records = time.perf_counter(), collect(planner, tokenizer, frozen, problems, s)
+        report = count(records, by_id) | frozen.spent | {"seconds": time.perf_counter() - begin}
+        data.write_atomic(work / "interventions.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+        failures = Counter(r["problem_id"] for r in records)
+        data.write_groups(work / "hard.jsonl", [g for g in data.read_groups(groups)[:s.problems] if g["positive_pool"]
+                                                and failures[g["problem_id"]] >= 7 / 8 * s.group_size])
+        data.write_atomic(work / "int.json", json.dumps(report))
+    chosen = [(by_id[r["problem_id"]], r["trace"], r["chosen"]) for r in records if r["chosen"]]
+    ids = sorted({p.problem_id for p, _, _ in chosen})
+    ids = random.Random(s.seed).sample(ids, len(ids))
+    held = set(ids[:max(1, len(ids) // 10)] if len(ids) > 1 else [])    # whole problems are held out
+    sequences = {"train": [], "heldout": []}
+    for p, trace, x in chosen:
+        learned = data.splice(p, trace, x["index"], x["step"])
+        sequences["heldout" if p.problem_id in held else "train"].append(int_sequence(tokenizer, p, learned))
+    common = {"batch_size": s.batch_size, "pad_id": executor.pad_id(tokenizer)}
+    loss = lambda: executor.heldout_loss(planner, sequences["heldout"], **common) if held else None
+    before = loss()
+    if sequences["train"]:
+        executor.finetune(planner, sequences["train"], heldout=sequences["heldout"], epochs=s.epochs, seed=s.seed,
+                          learning_rate=s.learning_rate, warmup=10, title="InT", **common)
+    report |= {"sequences": {part: len(rows) for part, rows in sequences.items()},
+               "heldout_loss": {"base": before, "InT": loss()}}
+    planner.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    data.write_atomic(work / "int.json", json.dumps(report, indent=1))
+    os.replace(work, out)
+    return out
+
+
 # ------------------------------------------------------------------------------------------------ evaluation
 
 def evaluate(settings: EvalSettings) -> dict:
@@ -428,8 +677,9 @@ def evaluate(settings: EvalSettings) -> dict:
     data.begin_stage(settings.run, "evaluate", settings, run / "results.json")
     base = executor.base_of(run)
     files = {split: run / "groups" / f"{split}.jsonl" for split in ("heldout", "longer")}
+    files["hard"] = run / "int" / "hard.jsonl"                           # hard for the base planner, GROUP traces each
     splits = {split: data.read_problems(path)[:settings.problems] for split, path in files.items()
-              if split == "heldout" or path.exists()}
+              if split == "heldout" or path.exists() and path.stat().st_size}
     planners = sorted(p for p in run.glob("planner-*-seed*") if (p / "config.json").exists() and p.suffix != ".partial")
     path = run / "results.json"
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -438,16 +688,20 @@ def evaluate(settings: EvalSettings) -> dict:
     frozen = Executor(model, tokenizer, max_new_tokens=settings.max_answer_tokens,
                       temperature=settings.executor_temperature)
     rows = [("no trace", None, ""), ("reference trace", None, ""), ("base planner", base, "")]
+    rows += [("InT", run / "int", "")] if (run / "int").exists() else []
     rows += [(p.name, p, p / "metrics.jsonl") for p in planners]
     for name, folder, log in tqdm(rows, desc="evaluate"):
         spent = training_cost(log) if log else None
-        if name in known and known[name].get("spent") == spent:          # measured before, and not trained again since
+        if (name in known and known[name].get("spent") == spent          # measured before, and not trained again since
+                and all(any(key.startswith(split) for key in known[name]) for split in splits)):
             results[name] = known[name]
             continue
         entry = {"spent": spent} if spent else {}
         planner, own_tokenizer = executor.load(folder, device, torch.float32) if folder else (None, None)
         for split, problems in splits.items():
-            for temperature in (0.0, 1.0) if planner else (0.0,):
+            group_size = GROUP if split == "hard" and planner else 1
+            problems = [p for p in problems for _ in range(group_size)]
+            for temperature in (1.0,) if group_size > 1 else (0.0, 1.0) if planner else (0.0,):
                 frozen.generator = torch.Generator(device).manual_seed(settings.seed)
                 traces, unclosed = None, {}
                 if planner:
@@ -455,7 +709,7 @@ def evaluate(settings: EvalSettings) -> dict:
                                                     frozen.generator)
                 elif name == "reference trace":
                     traces = [p.reference_reasoning for p in problems]
-                entry[f"{split} T={temperature:g}"] = judge(frozen, problems, traces) | unclosed
+                entry[f"{split} T={temperature:g}"] = judge(frozen, problems, traces, group_size) | unclosed
         results[name] = entry
         data.record_stage(settings.run, "evaluate", settings)
         data.write_atomic(path, json.dumps({**known, **results}, indent=1))
@@ -473,45 +727,49 @@ def training_cost(log: Path) -> dict:
 def write_traces(planner, tokenizer, problems, temperature, settings, generator) -> tuple[list[str], dict]:
     """One trace for each problem, and {"unclosed": share that was not closed}."""
     prompts = [data.encode_prompt(tokenizer, data.planner_prompt(p)) for p in problems]
-    with autocast(planner.device):
-        c = executor.generate(planner, prompts, max_new_tokens=settings.max_trace_tokens, temperature=temperature,
-                              eos_id=tokenizer.eos_token_id, pad_id=executor.pad_id(tokenizer), generator=generator)
-    texts = tokenizer.batch_decode(c.tokens, skip_special_tokens=True)
+    texts = sample_texts(planner, tokenizer, prompts, 1, temperature, settings, generator)
     return [data.extract_reasoning(t) for t in texts], {"unclosed": mean(data.CLOSE not in t for t in texts)}
 
 
-def judge(frozen: Executor, problems: list[Problem], traces: list[str] | None) -> dict:
-    """success, and in the tiny world faithful, right_for_wrong_reason and leak, as shares of the problems."""
+def judge(frozen: Executor, problems: list[Problem], traces: list[str] | None, group_size: int = 1) -> dict:
+    """success, and in the tiny world faithful, right_for_wrong_reason and leak, as shares of the traces; with groups of
+    traces of one problem also the share of groups that all succeed or all fail."""
     success = frozen.success(problems, traces, 1)
+    found = {"problems": len(problems) // group_size, "success": mean(success)}
+    if group_size > 1:
+        groups = [success[i:i + group_size] for i in range(0, len(success), group_size)]
+        found["groups_without_spread"] = mean(max(g) == min(g) for g in groups)
     checks = [data.check_trace(p, t) for p, t in zip(problems, traces)] if traces else []
     if None in checks or not checks:
-        return {"problems": len(problems), "success": mean(success)}
-    return {"problems": len(problems), "success": mean(success), "faithful": mean(f for f, _ in checks),
-            "right_for_wrong_reason": mean(bool(s) and not f for s, (f, _) in zip(success, checks)),
-            "leak": mean(l for _, l in checks)}
+        return found
+    return found | {"faithful": mean(f for f, _ in checks), "leak": mean(l for _, l in checks),
+                    "right_for_wrong_reason": mean(bool(s) and not f for s, (f, _) in zip(success, checks))}
 
 
-METRICS = ("success", "faithful", "right_for_wrong_reason", "leak", "unclosed")
+METRICS = ("success", "faithful", "right_for_wrong_reason", "leak", "unclosed", "groups_without_spread")
+GROUP = 8                                                               # traces for each hard problem
 COSTS = ("steps", "planner_tokens", "executor_prompt_tokens", "executor_tokens", "program_runs", "seconds")
 
 
 def table(results: dict) -> str:
-    """results.json as Markdown: a table of METRICS per split and temperature, one row per planner name (mean over
-    seeds and, with several, ± their sample standard deviation), then what training each planner cost."""
+    """results.json as Markdown: a table of the measured METRICS per split and temperature, one row per planner name
+    (mean over seeds and, with several, ± their sample standard deviation), then what training each planner cost."""
     names: dict[str, list[dict]] = {}
     for row, entry in results.items():
         names.setdefault(row.removeprefix("planner-").rpartition("-seed")[0] or row, []).append(entry)
     lines = []
-    for key in sorted({k for entry in results.values() for k in entry if k != "spent"}):
+    for key in sorted(results["base planner"]):
+        metrics = [m for m in METRICS if any(m in entry.get(key, {}) for entry in results.values())]
         split, temperature = key.split(" T=")
         count = next(e[key]["problems"] for e in results.values() if key in e)
         how = "greedy" if temperature == "0" else f"sampled at temperature {temperature}"
         lines += [f"{split} problems ({count}), traces {how}:", "",
-                  "| traces from | seeds | " + " | ".join(m.replace("_", " ") for m in METRICS) + " |",
-                  "|---" * (len(METRICS) + 2) + "|"]
+                  "| traces from | seeds | " + " | ".join(m.replace("_", " ") for m in metrics) + " |",
+                  "|---" * (len(metrics) + 2) + "|"]
         for name, entries in names.items():
             measured = [e[key if key in e else f"{split} T=0"] for e in entries]   # no planner: nothing is sampled
-            cells = [spread([m.get(metric) for m in measured]) for metric in METRICS]
+            cells = [spread([m.get(metric) for m in measured]) for metric in metrics]
+            name = name.replace("-after-InT", " after InT")
             lines.append(f"| {name} | {len(entries) if 'spent' in entries[0] else ''} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += ["cost of training (mean over seeds):", "",
@@ -519,7 +777,7 @@ def table(results: dict) -> str:
     for name, entries in names.items():
         if "spent" in entries[0]:
             cells = [f"{mean(e['spent'][c] for e in entries):,.0f}" for c in COSTS]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name.replace('-after-InT', ' after InT')} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -566,12 +824,21 @@ def inspect(settings: EvalSettings) -> str:
 # ------------------------------------------------------------------------------------------------ commands
 
 def main(argv) -> None:
-    """The commands train, evaluate and inspect."""
+    """The commands train, int, evaluate and inspect."""
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
     if command == "train":
         settings = data.parse_settings(TrainSettings, TRAIN_PRESETS, rest, "tracelift.py train")
         print(f"{train(settings)}: trained")
         print(f"next: python tracelift.py evaluate --preset {settings.preset} --run {settings.run}")
+    elif command == "int":
+        settings = data.parse_settings(IntSettings, INT_PRESETS, rest, "tracelift.py int")
+        folder = intervene(settings)
+        report = json.loads((folder / "int.json").read_text())
+        print("\n".join(f"{key}: {json.dumps(value)}" for key, value in report.items()))
+        if not report["sequences"]["train"]:
+            print("no intervention was kept: this planner is the base planner")
+        print(f"{folder}: {report['with_intervention']} of {report['failed_traces']} failed traces with an intervention"
+              f"\nnext: python tracelift.py train --preset {settings.preset} --run {settings.run} --init {folder}")
     elif command == "evaluate":
         settings = data.parse_settings(EvalSettings, EVAL_PRESETS, rest, "tracelift.py evaluate")
         print(table(evaluate(settings)))
@@ -582,7 +849,7 @@ def main(argv) -> None:
     elif command in ("-h", "--help"):
         print(__doc__)
     else:
-        raise UserError(f"tracelift.py {command}: choose train, evaluate or inspect; each has --help")
+        raise UserError(f"tracelift.py {command}: choose train, int, evaluate or inspect; each has --help")
 
 
 if __name__ == "__main__":

@@ -205,6 +205,57 @@ def test_check_a_plan(trace, faithful, leak):
     assert check_trace(code_problem("add 3 ; subtract 2 ; cap at 9"), trace) == (faithful, leak)
 
 
+THREE_STEPS = math_problem("17 + 5 = 22 ; 22 * 2 = 44 ; 44 - 4 = ?", "40")
+PLAN = code_problem("add 3 ; subtract 2 ; cap at 9")
+
+
+@pytest.mark.parametrize("problem, trace, index, kind", [
+    (THREE_STEPS, "17 + 5 = 22 ; 22 * 2 = 44 ; 44 - 4 = ?", 0, "no error"),
+    (THREE_STEPS, "5 + 17 = 22 ; 2 * 22 = 44 ; 44 - 4 = ?", 0, "no error"),               # commuted: right too
+    (THREE_STEPS, "18 + 5 = 23 ; 23 * 2 = 46 ; 46 - 4 = ?", 1, "wrong first number"),     # in the first step
+    (THREE_STEPS, "17 + 5 = 22 ; 22 * 3 = 66 ; 66 + 4 = ?", 2, "wrong second number"),    # two errors: the first
+    (THREE_STEPS, "17 + 5 = 22 ; 22 + 2 = 24 ; 24 - 4 = ?", 2, "wrong operation"),
+    (THREE_STEPS, "17 + 5 = 22 ; 22 * 2 = 54 ; 54 - 4 = ?", 2, "wrong result"),
+    (THREE_STEPS, "17 + 5 = 22 ; 22 * 2 = 44 ; 44 - 4 = 40", 3, "wrong result"),          # a leak, in the last step
+    (THREE_STEPS, "17 + 5 = 22 ; 44 - 4 = ?", 2, "out of place"),
+    (THREE_STEPS, "17 + 5 = 22 ; 22 * 2 = 44", 3, "missing at the end"),
+    (THREE_STEPS, "17 + 5 = 22 ; 22 * 2 = 44 ; 44 - 4 = ? ; 40 - 1 = ?", 4, "superfluous at the end"),
+    (THREE_STEPS, "double it", 1, "no equation"), (THREE_STEPS, "", 1, "missing at the end"),
+    (PLAN, "subtract 2 ; add 3 ; cap at 9", 0, "no error"),                    # another order, the same function
+    (PLAN, "cap at 9 ; add 3 ; subtract 2", 1, "out of place"),
+    (PLAN, "subtract 2 ; cap at 9 ; add 3", 2, "out of place"),                # right so far in its own order
+    (PLAN, "add 3 ; subtract 5 ; cap at 9", 2, "wrong constant"),
+    (PLAN, "add 3 ; subtract 2 ; raise to 9", 3, "wrong operation"),           # in the last step
+    (PLAN, "add 3 ; adjust it ; cap at 8", 2, "no plan step"), (PLAN, "x = x + 3 ; x = x - 2", 1, "no plan step"),
+    (PLAN, "add 3 ; subtract 2", 3, "missing at the end"),
+    (PLAN, "add 3 ; subtract 2 ; cap at 9 ; negate", 4, "superfluous at the end"),
+])
+def test_first_error(problem, trace, index, kind):
+    steps = data.split_steps(problem, trace)
+    assert data.first_error(problem, steps) == index and data.flaw_kind(problem, steps) == kind
+    assert index == 0 or data.begins_right(problem, steps[:index - 1]), "the steps before the first error are right"
+
+
+@pytest.mark.parametrize("task_type", TASKS)
+def test_base_corpus_and_checker_agree_on_the_first_error(task_type):
+    """What the base model is taught as the intervention must be what the stage later counts as right. The corpus
+    compares texts, so it may disagree where commuted operands or another order of plan steps are right as well."""
+    agree = []
+    for example in data.base_corpus(task_type, 600, 1):
+        if not example.prompt.endswith("Error:"):
+            continue
+        text, reference, _, *steps, _ = example.prompt.split("\n")
+        problem = Problem("p", "tiny", task_type, text, "", [], reference)
+        if task_type == "math":
+            a, op, b, _ = data._parse_chain(reference)[-1]
+            problem = dataclasses.replace(problem, reference_solution=str(data._compute(a, op, b)))
+        index, step = data.parse_intervention(example.answer)
+        steps = [s.partition(" : ")[2] for s in steps]
+        first = data.first_error(problem, steps)
+        agree.append(index == first and (index == 0 or step == "stop" or data.begins_right(problem, steps[:index - 1] + [step])))
+    assert len(agree) > 60 and sum(agree) > 0.95 * len(agree)
+
+
 def test_no_ground_truth_outside_the_tiny_world():
     """A made-up True here would look like a measurement."""
     assert check_trace(Problem("g", "gsm8k", "math", "q", "#### 1", [], "1"), "1") is None
@@ -589,6 +640,52 @@ def test_prompts_show_what_they_may(problem):
     intervention = data.intervention_prompt(problem, "S1 ; S2" if problem.source == "tiny" else "S1\n\nS2\n")
     assert "SECRET2" in intervention and "SECRET1" not in intervention
     assert re.search(r"^1 : S1\n2 : S2$", intervention, re.MULTILINE)
+
+
+TEXT = Problem("t", "other", "math", "Q?", "", [], None)
+
+
+@pytest.mark.parametrize("problem, trace, steps", [
+    (THREE_STEPS, "1 + 2 = 3 ; 3 + 4 = ?", ["1 + 2 = 3", "3 + 4 = ?"]), (PLAN, "add 3", ["add 3"]),
+    (PLAN, "", []), (PLAN, " ; ", []), (TEXT, "", []), (TEXT, " \n\n ", []),
+    (TEXT, "She has 3.5 kg. Then she buys 2. Now she has 5.5!\n\nSo ?", ["She has 3.5 kg.", "Then she buys 2.",
+                                                                        "Now she has 5.5!", "So ?"]),
+    (TEXT, "1. Add them. Then stop.\n2. Halve it.", ["1. Add them.", "Then stop.", "2. Halve it."]),
+    (TEXT, "no sentence at all", ["no sentence at all"]),
+])
+def test_split_steps(problem, trace, steps):
+    assert data.split_steps(problem, trace) == steps
+
+
+@pytest.mark.parametrize("problem, trace, index, step, spliced", [
+    (THREE_STEPS, "1 + 1 = 2 ; 2 + 2 = 5 ; 5 + 5 = ?", 1, "A", "A"),                     # empty prefix
+    (THREE_STEPS, "1 + 1 = 2 ; 2 + 2 = 5 ; 5 + 5 = ?", 2, "A", "1 + 1 = 2 ; A"),         # nothing after it
+    (THREE_STEPS, "1 + 1 = 2 ; 2 + 2 = 5 ; 5 + 5 = ?", 3, "A", "1 + 1 = 2 ; 2 + 2 = 5 ; A"),
+    (THREE_STEPS, "1 + 1 = 2", 2, "A", "1 + 1 = 2 ; A"),                                 # one past the end
+    (THREE_STEPS, "1 + 1 = 2 ; 2 + 2 = 5", 2, "", "1 + 1 = 2"), (PLAN, "add 3", 1, "", ""), (PLAN, "", 1, "A", "A"),
+    (PLAN, "add 3 ; add 3 ; negate", 2, "cap at 9", "add 3 ; cap at 9"),                 # equal steps are not confused
+    (PLAN, "add 3 ; add 3 ; negate", 3, "cap at 9", "add 3 ; add 3 ; cap at 9"),
+    (TEXT, "One. Two.\n\nThree.", 2, "Other.", "One. Other."), (TEXT, "One. Two.\n\nThree.", 3, "Other.", "One. Two.\n\nOther."),
+    (TEXT, "One. Two.", 3, "Three.", "One. Two.\nThree."),
+    (TEXT, "One. One. Two.", 2, "Other.", "One. Other."), (PLAN, "add 3 ; add 3 ; negate", 3, "", "add 3 ; add 3"),
+])
+def test_splice(problem, trace, index, step, spliced):
+    assert data.splice(problem, trace, index, step) == spliced
+
+
+@pytest.mark.parametrize("index", [-1, 0, 3])
+def test_splice_out_of_range(index):
+    with pytest.raises(ValueError, match="index"):
+        data.splice(PLAN, "add 3", index, "negate")
+
+
+@pytest.mark.parametrize("completion, parsed", [
+    (" 2 : 22 * 2 = ?", (2, "22 * 2 = ?")), ("12: add 3\n", (12, "add 3")), (" none", (0, "")), ("none.", (0, "")),
+    ("0 : add 3", (0, "add 3")), ("", None), ("2", None), ("2 :", None), ("2 : ", None), ("step 2 : add 3", None),
+    ("2 : add 3\n3 : negate", None), ("none of them", None), (": add 3", None), ("-1 : add 3", None),
+])
+def test_parse_intervention(completion, parsed):
+    assert data.parse_intervention(completion) == parsed
 
 
 class FakeTokenizer:

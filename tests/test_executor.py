@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_executor.py
 """
+import copy
 import json
 import shutil
 
@@ -558,6 +559,31 @@ def test_finetune_is_reproducible_and_its_batch_ignores_padding(words):
                 for ids, labels in sequences]
     count = sum(label != IGNORE for _, labels in sequences for label in labels)
     assert value == pytest.approx(sum(each).item() / count, abs=1e-4)
+
+
+def test_finetune_stops_early_and_keeps_the_best_weights(words, monkeypatch):
+    """Held-out sequences that say the opposite: their loss falls while the model learns the words, then rises."""
+    say = lambda answer: base_sequence(words, BaseExample("Mia has 1 .\n", "", False, "Answer:", answer))
+    learn, held = [say(" 1")] * 4, [say(" 1"), say(" 5")]
+    run = lambda heldout: finetune(model, learn, epochs=200, batch_size=4, learning_rate=8e-3, warmup=10, seed=0, pad_id=0,
+                                   heldout=heldout)
+    measure = lambda: executor.heldout_loss(model, held, batch_size=1, pad_id=0)
+    torch.manual_seed(0)
+    model = executor.tiny_model(len(words), 16, 1)
+    start = copy.deepcopy(model.state_dict())
+    first = measure()
+    run(())
+    overfit = measure()
+    model.load_state_dict(start)
+    run(held)
+    best = measure()
+    assert best < first and best < overfit and not model.training
+    model.load_state_dict(start)                                   # a training that can only harm changes nothing
+    real, calls = executor.heldout_loss, []
+    monkeypatch.setattr(executor, "heldout_loss", lambda *args, **more: calls.append(1) or real(*args, **more))
+    finetune(model, [say(" 5")], epochs=20, batch_size=1, learning_rate=1.0, warmup=0, seed=0, pad_id=0, heldout=held)
+    assert len(calls) == 3, "at the start, and two without a new minimum"
+    assert measure() == pytest.approx(first)
 
 
 # ---------------------------------------------------------------- the command

@@ -621,6 +621,7 @@ def test_judge_by_hand(prepared):
     found = tracelift.judge(Fixed(), problems, [good[0], good[1], leaks[2], "nonsense"])
     assert found == {"problems": 4, "success": 0.75, "faithful": 0.5, "right_for_wrong_reason": 0.5, "leak": 0.25}
     assert tracelift.judge(Fixed(), problems, None) == {"problems": 4, "success": 0.75}
+    assert tracelift.judge(Fixed(), problems, None, 2) == {"problems": 2, "success": 0.75, "groups_without_spread": 0.5}
 
 
 def test_evaluate_measures_each_planner_once(run, monkeypatch, lottery):
@@ -673,6 +674,149 @@ def test_inspect_shows_how_the_reward_comes_about(run, lottery):
     assert [row[6] for row in order] == sorted(row[6] for row in found)
 
 
+# ---------------------------------------------------------------- InT
+
+MATH = data.Problem("m", "tiny", "math", "text", "40", [], "17 + 5 = 22 ; 22 * 2 = 44 ; 44 - 4 = ?")
+CODE = data.Problem("c", "tiny", "code", "text", "def f(x): pass", [], "add 3 ; subtract 2 ; cap at 9")
+WRONG = {"m": "17 + 5 = 22 ; 22 * 3 = 66 ; 66 - 4 = ?", "c": "add 3 ; subtract 7 ; cap at 9"}
+
+
+@pytest.mark.parametrize("problem, completion, verdict", [
+    (MATH, "2 : 22 * 2 = 44", "proposed"), (CODE, "2 : subtract 2", "proposed"), (CODE, "3 : cap at 5", "proposed"),
+    (MATH, "4 : 40 + 1 = ?", "proposed"),                             # one past the end: a step is missing there
+    (MATH, "5 : 40 + 1 = ?", "index out of range"), (CODE, "0 : add 3", "index out of range"),
+    (MATH, "2 : 22 * 3 = 66", "repeats the step"), (CODE, "2 : subtract 7", "repeats the step"),
+    (MATH, "1 : 18 + 5 = 23", "empty prefix"), (CODE, "1 : negate", "empty prefix"),
+    (CODE, "1 : add 3", "repeats the step"),
+    (MATH, " none", "none: no error found"), (CODE, "I see no error", "not in the format"), (MATH, "", "not in the format"),
+    (MATH, "4 : stop", "stop: no step")])
+def test_sort_out(problem, completion, verdict):
+    assert tracelift.sort_out(problem, WRONG[problem.problem_id], completion)[0] == verdict
+    assert verdict in (*tracelift.VERDICTS, "proposed")
+
+
+def test_the_first_step_is_kept_on_request():
+    assert tracelift.sort_out(CODE, WRONG["c"], "1 : negate", "keep") == ("proposed", 1, "negate")
+
+
+def test_choose():
+    """At least as often as a resampled step, and at all; the most successful, then the most often sampled."""
+    def p(text, verdict="proposed", times=1, success=0.0, resampled=0.0):
+        return {"text": text, "verdict": verdict, "times": times, "success": success, "resampled": resampled}
+    rows = [p("a", success=1 / 3, times=5), p("b", success=2 / 3), p("c", success=2 / 3, resampled=2 / 3, times=2),
+            p("d", success=2 / 3, resampled=1.0), p("e", times=9), p("f", "empty prefix", 9, 1.0), p("g", "none: no error found", 9)]
+    assert tracelift.choose(rows)["text"] == "c"
+    assert [r["verdict"] for r in rows] == ["passed"] * 3 + ["succeeds less than a resampled step", "never succeeds",
+                                                             "empty prefix", "none: no error found"]
+    assert tracelift.choose([]) is None and tracelift.choose(rows[3:]) is None
+
+
+@pytest.mark.parametrize("problem", [MATH, CODE], ids=["math", "code"])
+def test_int_learns_prefix_and_step_and_no_end(tiny, problem):
+    """Loss on the planner's own steps and the replacement only: not on the prompt, the wrong step, what follows, or an end."""
+    _, _, tokenizer = tiny
+    problem = dataclasses.replace(problem, problem=data.tiny_problems(problem.task_type, 1, 0, "base")[0].problem)
+    learned = data.splice(problem, WRONG[problem.problem_id], 2, data.split_steps(problem, problem.reference_reasoning)[1])
+    ids, labels = tracelift.int_sequence(tokenizer, problem, learned)
+    prompt = tokenizer(data.planner_prompt(problem))["input_ids"]
+    assert len(ids) == len(labels) and ids[:len(prompt)] == prompt and labels[:len(prompt) - 1] == [executor.IGNORE] * (len(prompt) - 1)
+    target = labels[len(prompt) - 1:]
+    assert tokenizer.decode(target) == data.OPEN + learned and ids[len(prompt):] == target[:-1]
+    assert tokenizer.eos_token_id not in target
+
+
+def test_error_first_last_and_missing(tiny):
+    steps = data.split_steps(CODE, WRONG["c"])
+    assert [tracelift.through_the_error(CODE, WRONG["c"], i) for i in (1, 2, 3)] == [steps[0], " ; ".join(steps[:2]), WRONG["c"]]
+    assert tracelift.through_the_error(CODE, WRONG["c"], 4) == WRONG["c"] + data.CLOSE, "it ended too early: the end is the error"
+
+
+def test_count_by_hand():
+    """Two failed traces: one intervention right, one at the wrong step; and traces that were left out."""
+    def proposal(verdict, index, step, times=1, **more):
+        return {"text": "", "verdict": verdict, "times": times, "index": index, "step": step, **more}
+    good = proposal("passed", 2, "22 * 2 = 44", 3, success=1.0, resampled=0.0)
+    bad = proposal("passed", 3, "cap at 8", 1, success=1.0, resampled=0.0)
+    sources = {"intervention": 1.0, "error": 0.0, "resampled step": 0.5}
+    record = lambda pid, proposals, chosen=None, left_out=None: {
+        "problem_id": pid, "trace": WRONG[pid], "left_out": left_out, "proposals": proposals, "chosen": chosen,
+        **({"success_from": sources} if chosen else {})}
+    found = tracelift.count([record("m", [good, proposal("none: no error found", 0, "", 5)], good), record("c", [bad], bad),
+                             record("c", [], left_out="cannot be split"), record("c", [], left_out="no reference reasoning")],
+                            {"m": MATH, "c": CODE})
+    assert found["failed_traces"] == 4 and found["with_intervention"] == 2 and found["interventions"] == 9
+    assert found["left_out"] == {"cannot be split": 1, "no reference reasoning": 1} and found["success_from"] == sources
+    assert found["verdicts"] == dict.fromkeys(tracelift.VERDICTS, 0) | {"none: no error found": 5, "passed": 4}
+    assert found["ground_truth_named"]["all"] == {"n": 4, "index_right": 0.75, "step_right": 0.75}
+    assert found["ground_truth_kept"]["wrong second number"] == {"n": 1, "index_right": 1.0, "step_right": 1.0}
+    assert found["ground_truth_kept"]["wrong constant"] == {"n": 1, "index_right": 0.0, "step_right": 0.0}
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """A random planner names no error: here it always proposes to replace the second step, or writes nonsense."""
+    real = tracelift.sample_texts
+
+    def texts(model, tokenizer, prompts, num_samples, temperature, s, generator):
+        if temperature == getattr(s, "proposal_temperature", None):
+            return ["2 : 22 * 2 = 44" if i % 2 else "nonsense" for i in range(len(prompts) * num_samples)]
+        return real(model, tokenizer, prompts, num_samples, temperature, s, generator)
+    monkeypatch.setattr(tracelift, "sample_texts", texts)
+    monkeypatch.setattr(data, "extract_reasoning", lambda text: "17 + 5 = 22 ; " + text[-20:])
+
+
+def int_settings(run, **changes):
+    return tracelift.IntSettings(**{**dict(run=str(run), device="cpu", problems=6, group_size=4, proposals=2, repeats=1, epochs=2.0,
+                                           max_trace_tokens=6, max_answer_tokens=6, batch_size=4, learning_rate=1e-2), **changes})
+
+
+def test_int_stage(run, monkeypatch, lottery, scripted):
+    """A stopped stage goes on with the interventions it has; a finished one is left alone; GRPO starts from its weights."""
+    s = int_settings(run)
+    with monkeypatch.context() as m:
+        m.setattr(executor, "finetune", crash)
+        with pytest.raises(Crash):
+            tracelift.intervene(s)
+    assert not (run / "int").exists()
+    with monkeypatch.context() as m:
+        m.setattr(tracelift, "collect", crash)
+        out = tracelift.intervene(s)
+        m.setattr(executor, "finetune", crash)
+        assert tracelift.intervene(s) == out == run / "int"
+    with pytest.raises(UserError, match="--repeats"):
+        tracelift.intervene(int_settings(run, repeats=2))
+    report, records = json.loads((out / "int.json").read_text()), lines(out, "interventions.jsonl")
+    assert 0 < report["with_intervention"] == len([r for r in records if r["chosen"]]) < report["failed_traces"] == len(records)
+    assert report["verdicts"]["not in the format"] * 2 == report["interventions"] == 2 * len(records)
+    assert report["sequences"]["train"] > 0 < report["sequences"]["heldout"]
+    assert report["heldout_loss"]["InT"] < report["heldout_loss"]["base"]
+    failures = [sum(r["problem_id"] == g["problem_id"] for r in records) for g in data.read_groups(out / "hard.jsonl")]
+    assert failures and min(failures) == 4 and len(failures) < len({r["problem_id"] for r in records}), "4 of 4 failed"
+    assert not same(weights_of(out), weights_of(run / "base")) and not (run / "int.partial").exists()
+    planner = train(settings(run, steps=1, mode="exec_only", init=str(out), learning_rate=1e-30, warmup=0))
+    assert planner.name == "planner-exec_only-after-InT-seed0" and same(weights_of(planner), weights_of(out))
+    evaluation = EvalSettings(run=str(run), device="cpu", problems=2, max_trace_tokens=8, max_answer_tokens=6)
+    found = tracelift.evaluate(evaluation)
+    rows = rows_of(table(found))
+    assert "InT" in rows and rows["exec_only after InT"][0][0] == "1"
+    assert all("groups_without_spread" in found[name]["hard T=1"] for name in ("base planner", "InT", planner.name))
+    found["base planner"]["hard T=1"]["success"] = 0.123            # a mark: measured again, it would go
+    (run / "results.json").write_text(json.dumps(found))
+    assert tracelift.evaluate(evaluation) == found
+
+
+def test_int_uses_no_problem_without_reference(run, lottery, scripted):
+    """Its failed traces are counted and teach nothing; without any intervention the planner stays the base planner."""
+    path = run / "groups" / "train.jsonl"
+    data.write_groups(path, [g | {"positive_pool": []} for g in data.read_groups(path)])
+    out = tracelift.intervene(int_settings(run))
+    report = json.loads((out / "int.json").read_text())
+    assert report["left_out"]["no reference reasoning"] == report["failed_traces"] > 0 == report["interventions"]
+    assert report["sequences"] == {"train": 0, "heldout": 0} and same(weights_of(out), weights_of(run / "base"))
+    with pytest.raises(UserError, match="positive_pool"):
+        train(settings(run))
+
+
 # ---------------------------------------------------------------- the commands
 
 def test_all_commands_in_order(prepared, tmp_path, capsys):
@@ -693,6 +837,14 @@ def test_all_commands_in_order(prepared, tmp_path, capsys):
     assert "tracelift" in rows_of(out) and set(json.loads((run / "results.json").read_text())) >= {"no trace", planner.name}
     assert "advantage" in command(tracelift, "inspect", *common, "--planner", planner.name)
     assert all(f'"{stage}"' in (run / "config.json").read_text() for stage in ("groups", "base", "rm", planner.name, "evaluate"))
+
+
+def test_int_command(run):
+    """A near-random planner names nothing: said, and GRPO can start from the folder all the same."""
+    common = ["--preset", "smoke", "--run", run, *SMALL, "--max_trace_tokens", 8]
+    out = command(tracelift, "int", *common, "--problems", 3)
+    assert "no intervention was kept" in out and f"--init {run / 'int'}" in out.splitlines()[-1]
+    assert "planner-tracelift-after-InT-seed0" in command(tracelift, "train", *common, "--init", run / "int", "--steps", 1)
 
 
 @pytest.mark.parametrize("argv, names", [
