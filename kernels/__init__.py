@@ -1,4 +1,4 @@
-"""The loss of TraceLift, GRPO with one weight per token: six functions that need no other file of this project.
+"""The loss of TraceLift, GRPO with one weight per token: functions that need no other file of this project.
 
     weight = token_weights(mask)                                  # (B,T), once for the whole optimizer step
     loss, logp, entropy, advantage = grpo_loss(logits, target, reward, seq, weight.flatten(), group_size)

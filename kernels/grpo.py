@@ -1,7 +1,8 @@
 """The GRPO loss as two Triton kernels: group advantage, log-prob, entropy, clipped surrogate and KL in one pass over
-the logits, their gradient in another. Copy it alone: it needs torch and triton. A new V or temperature compiles again.
+the logits, their gradient in another. Copy it alone: it needs torch and triton >= 3.6 (on a CPU, TRITON_INTERPRET=1).
 
-    weight = mask.flatten() / mask.sum()                 # (M,), one weight per token of the whole step; 0 is padding
+    target, seq = ids.roll(-1, 1).flatten(), torch.arange(B).repeat_interleave(T)        # ids (B,T)
+    weight = mask.flatten() / mask.sum()                 # mask (B,T): 1 where the next token was sampled
     loss, logp, entropy, advantage = grpo_loss(logits, target, reward, seq, weight, group_size=8, old_logp=old)
 
 M rows (one row is one token), V vocabulary, B sequences, groups of G sequences. For a row x of sequence b, weight w,
@@ -14,11 +15,10 @@ C = log2(e) / temperature, m the running maximum of x (from -1e30 up, so that a 
     dx  = w dl/dlogp (onehot - p) / temperature
 
 Measured from the row's own reward, equal ones give exactly 0; r - mean leaves noise, which a tiny std blows up. Each
-row works out its group again (G floats from cache beside 300 KB of logits), so groups may straddle micro-batches. The
-forward keeps m, s and w dl/dlogp of each row; the backward knows nothing of PPO. Bytes per bf16 element: 2 read by the
-forward, 2 read and 2 written by the backward. fp32 inside (fp64 for fp64 logits); no atomics: equal inputs, equal bits.
-Instructions per element of the inner loop (sm_90, bf16, triton 3.6.0 and 3.7.1; python -m kernels.sass): forward 10.1,
-or 18.6 when written with tl.exp and a mask in every block; backward 10.1. No GPU has timed this file yet.
+row works out its group again, so groups may straddle micro-batches. The backward knows nothing of PPO: it gets m, s and
+w dl/dlogp. Bytes per bf16 element: 2 read by the forward, 2 read and 2 written by the backward; 10.1 instructions in
+either inner loop (sm_90, python -m kernels.sass). fp32 inside (fp64 for fp64 logits), no atomics: equal inputs, equal
+bits. Compiled again for another dtype, V, temperature, power of two above G, optional argument, alignment of logits.
 """
 import torch
 import triton
@@ -56,7 +56,7 @@ def _advantage(R, b, B, G, adv_eps, ddof, GROUP: tl.constexpr, SCALE: tl.constex
     return tl.where(inside, tl.where(tl.abs(own) < float("inf"), A, 0.0), float("nan"))
 
 
-@triton.jit(do_not_specialize=["B", "G", "ddof"])
+@triton.jit(do_not_specialize=["B", "G", "ddof"], do_not_specialize_on_alignment=["TARGET", "SEQ", "W", "OLD", "REF"])
 def _forward(X, stride, TARGET, LOGP, ENTROPY, TOP, TOTAL, LOSS, ADV, COEF, R, SEQ, W, OLD, REF, B, G, clip_low,
              clip_high, beta, adv_eps, ddof, V: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr,
              GROUP: tl.constexpr = 1, SCALE: tl.constexpr = False):
@@ -76,13 +76,13 @@ def _forward(X, stride, TARGET, LOGP, ENTROPY, TOP, TOTAL, LOSS, ADV, COEF, R, S
     target = tl.load(TARGET + row)
     inside = (target >= 0) & (target < V)
     x = tl.load(X + target, mask=inside, other=float("nan")).to(dtype)
-    logp = ((x - top) * C - tl.log2(total)) * LN2
+    logp = (tl.fma(x, tl.full((), C, dtype), -top * C) - tl.log2(total)) * LN2    # rounded as in the loop: it cancels
     tl.store(LOGP + row, logp)
     tl.store(ENTROPY + row, (tl.log2(total) - weighted / total) * LN2)
     tl.store(TOP + row, top)
     tl.store(TOTAL + row, tl.where(inside, total, float("nan")))
     if R is not None:
-        A = _advantage(R, tl.load(SEQ + row).to(tl.int64), B, G, adv_eps, ddof, GROUP, SCALE).to(dtype)
+        A = _advantage(R, tl.load(SEQ + row), B, G, adv_eps, ddof, GROUP, SCALE).to(dtype)
         rho = tl.exp2((logp - (logp if OLD is None else tl.load(OLD + row).to(dtype))) * LOG2E)
         plain, clipped = rho * A, tl.minimum(tl.maximum(rho, 1 - clip_low), 1 + clip_high) * A
         loss = -tl.where(plain > clipped, clipped, plain)         # a NaN of plain comes through
@@ -98,10 +98,9 @@ def _forward(X, stride, TARGET, LOGP, ENTROPY, TOP, TOTAL, LOSS, ADV, COEF, R, S
 
 
 @triton.jit
-def _backward(X, stride, TARGET, TOP, TOTAL, COEF, D, stride_d, V: tl.constexpr, TAU: tl.constexpr,
-              BLOCK: tl.constexpr):
+def _backward(X, stride, TARGET, TOP, TOTAL, COEF, D, stride2, V: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    X, D, col = X + row * stride, D + row * stride_d, tl.arange(0, BLOCK)
+    X, D, col = X + row * stride, D + row * stride2, tl.arange(0, BLOCK)
     C: tl.constexpr = LOG2E / TAU
     k = tl.load(COEF + row) / TAU
     if k == 0:                                       # padding and rows without gradient
@@ -116,7 +115,7 @@ def _backward(X, stride, TARGET, TOP, TOTAL, COEF, D, stride_d, V: tl.constexpr,
         tl.store(D + start + col, dx.to(D.dtype.element_ty), mask=start + col < V)
 
 
-class _Rows(torch.autograd.Function):    # the first output carries gradient: loss, or without a reward logp
+class _Rows(torch.autograd.Function):  # the first output carries gradient: the loss or, without a reward, logp
     @staticmethod
     def forward(ctx, logits, target, temperature, inplace, group_size, scale, settings, reward, *rows):
         M, V = logits.shape
@@ -128,9 +127,8 @@ class _Rows(torch.autograd.Function):    # the first output carries gradient: lo
                            0 if reward is None else len(reward), group_size, *settings, SCALE=scale,
                            GROUP=triton.next_power_of_2(group_size), num_warps=FORWARD_WARPS, **ctx.constants)
         ctx.save_for_backward(logits, target, top, total, None if reward is None else coef)
-        results = (logp, entropy) if reward is None else (loss.sum(), logp, entropy, advantage)
-        ctx.mark_non_differentiable(*results[1:])
-        return results
+        ctx.mark_non_differentiable(entropy, *[] if reward is None else [logp, advantage])
+        return (logp, entropy) if reward is None else (loss.sum(), logp, entropy, advantage)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -156,17 +154,17 @@ def grpo_loss(logits, target, reward, seq, weight, group_size, old_logp=None, re
     int32 or int64, the sequence of each row. weight (M,) float, mask and average in one; the loss is a plain sum, so
     micro-batches add up. old_logp, ref_logp (M,) float or None: on-policy (rho = 1), no KL. ddof=1: sample std;
     scale=False: no division by it (Dr. GRPO). inplace=True: the gradient overwrites logits, a second use then raises.
-    A row of weight 0 is not read; its outputs and gradient are 0. In others a target outside [0,V) or a seq outside
-    [0,B) gives NaN: raising would wait for the GPU. Bad shapes, dtypes, devices, settings: ValueError before a launch.
+    A row of weight 0 is not read; its outputs and gradient are 0. In others a target outside [0,V), a seq outside [0,B)
+    or, on-policy, a token of probability 0 gives NaN: raising would wait for the GPU. Bad arguments: ValueError.
     """
-    optional = {k: x for k, x in (("old_logp", old_logp), ("ref_logp", ref_logp)) if x is not None}
-    _check(logits, temperature, inplace, target=target, reward=reward, seq=seq, weight=weight, **optional)
-    _need("group_size", isinstance(group_size, int) and group_size > 0, repr(group_size), "a positive int")
+    _check(logits, temperature, inplace, target=target, reward=reward, seq=seq, weight=weight, old_logp=old_logp,
+           ref_logp=ref_logp)
+    for name, x, low in ("group_size", group_size, 1), ("ddof", ddof, 0):
+        _need(name, isinstance(x, int) and x >= low, repr(x), f"an int of at least {low}")
     _need("reward", len(reward) % group_size == 0, f"{len(reward)} rewards", f"a multiple of group_size = {group_size}")
     for name, x in ("clip_low", clip_low), ("clip_high", clip_high), ("adv_eps", adv_eps), ("beta", beta):
-        _need(name, 0 <= x < float("inf"), x, "at least 0 and finite")
+        _need(name, x >= 0 and (name != "beta" or x < float("inf")), x, "at least 0, beta also finite")
     _need("ref_logp", beta == 0 or ref_logp is not None, None, f"given, because beta is {beta}")
-    _need("ddof", isinstance(ddof, int) and ddof >= 0, repr(ddof), "an int of at least 0")
     reward = reward.to(torch.promote_types(torch.promote_types(reward.dtype, logits.dtype), torch.float32))
     rows = (reward, seq, weight, old_logp, ref_logp if beta else None)
     return _Rows.apply(logits, target.contiguous(), float(temperature), inplace, group_size, bool(scale),
@@ -181,17 +179,18 @@ def token_logp(logits, target, temperature=1.0):
 
 
 def _check(logits, temperature, inplace=False, **rows):
-    for name, x in {"logits": logits, **rows}.items():
+    given = {name: x for name, x in rows.items() if x is not None or name not in ("old_logp", "ref_logp")}
+    for name, x in {"logits": logits, **given}.items():
         _need(name, torch.is_tensor(x), type(x).__name__, "a tensor")
-        shape = {"logits": ("M", "V"), "reward": ("B",)}.get(name, (len(logits),))
+        shape = {"logits": ("M", "V"), "reward": ("B",)}.get(name, logits.shape[:1])
         dtypes = {"target": [torch.int64], "seq": [torch.int32, torch.int64]}.get(name, FLOATS)
         fits = x.dim() == len(shape) and shape[0] in ("M", "B", len(x)) and x.device == logits.device
         _need(name, fits and x.dtype in dtypes, f"{x.dtype} {tuple(x.shape)} on {x.device}",
               f"{shape} on {logits.device}, dtype one of {dtypes}")
     V, stride = logits.shape[1], logits.stride()
-    _need("logits", logits.is_cuda or triton.knobs.runtime.interpret, f"on {logits.device}", "on a CUDA device")
-    _need("logits", V > 0 and stride[1] == 1 and (stride[0] >= V or not inplace), f"V = {V}, strides {stride}",
-          "of V > 0 and last stride 1, and of row stride at least V if inplace")
+    fits = V > 0 and stride[1] == 1 and (stride[0] >= V or not inplace)
+    _need("logits", fits and (logits.is_cuda or triton.knobs.runtime.interpret), f"V = {V}, strides {stride} on "
+          f"{logits.device}", "on CUDA, of V > 0 and last stride 1, and of row stride at least V if inplace")
     _need("temperature", 0 < temperature < float("inf"), temperature, "positive and finite")
 
 

@@ -15,7 +15,7 @@ from .reference import FLOATS, _check_rows, _check_tensor, _require, _work_dtype
 
 
 def linear_grpo_loss(hidden, weight_lm_head, target, reward, seq, weight, group_size, old_logp=None, ref_logp=None, *,
-                     chunk=4096, **settings):
+                     chunk=3072, **settings):
     """grpo_loss of hidden @ weight_lm_head.T. Same outputs, settings (all but inplace) and errors.
 
     hidden          (M,H) float.
@@ -61,10 +61,10 @@ class _Chunks(torch.autograd.Function):
                 whole[rows] = value
             if logits.requires_grad:
                 dlogits, = torch.autograd.grad(part, logits)           # on CUDA it lies where the logits lay
-                if want_hidden:
-                    dhidden[rows] = dlogits @ head
                 if want_head:
                     _add_product(dhead, dlogits.T, h)
+                if want_hidden:
+                    dhidden[rows] = torch.mm(dlogits, head, out=h)     # h is a copy; out= is also safe under autocast
         ctx.head_dtype = head.dtype
         ctx.save_for_backward(dhidden, dhead)
         ctx.mark_non_differentiable(*outputs)
@@ -74,13 +74,14 @@ class _Chunks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         dhidden, dhead = ctx.saved_tensors
-        return (None if dhidden is None else dhidden * grad,
-                None if dhead is None else (dhead * grad).to(ctx.head_dtype), *[None] * 5)
+        if dhead is not None:                                          # rounded while scaled: no second float32 (V,H)
+            dhead = torch.mul(dhead, grad, out=torch.empty_like(dhead, dtype=ctx.head_dtype))
+        return None if dhidden is None else (dhidden * grad).to(dhidden.dtype), dhead, *[None] * 5
 
 
 def _add_product(total, a, b):
     """total += a @ b in the dtype of total, float32 for 16-bit factors: a 16-bit sum of many chunks would lose bits."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)     # CPUs do not have it
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)     # torch >= 2.11, CUDA only
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))

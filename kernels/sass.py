@@ -2,13 +2,14 @@
 
     python -m kernels.sass
 
-An H100 or H200 has 16 lanes of ex2 and 128 of everything else per SM and cycle; an element of bf16 logits read at full
-bandwidth leaves time for about 14 instructions (H200, forward). More than that and the kernel is slower than memory.
+An H200 starts at most 128 instructions per SM and cycle (16 of ex2); while it reads an element of bf16 logits at full
+bandwidth it has time for about 14 of them (forward). A kernel with more is slower than memory.
 The row `plain` is the forward as one writes it first: x / temperature, tl.exp, a mask in every block.
 """
 import os
 import re
 import subprocess
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def plain_forward(X, stride, LOGP, ENTROPY, tau, V: tl.constexpr, BLOCK: tl.cons
     tl.store(ENTROPY + row, top + tl.log(total) - weighted / total)
 
 
-TYPES = {"X": "*bf16", "D": "*bf16", "TARGET": "*i64", "SEQ": "*i32", "stride": "i32", "stride_d": "i32", "B": "i32",
+TYPES = {"X": "*bf16", "D": "*bf16", "TARGET": "*i64", "SEQ": "*i32", "stride": "i32", "stride2": "i32", "B": "i32",
          "G": "i32", "ddof": "i32", "clip_low": "fp32", "clip_high": "fp32", "beta": "fp32", "adv_eps": "fp32",
          "tau": "fp32"}                                  # everything else is a pointer to float32
 
@@ -58,12 +59,10 @@ def inner_loop(kernel, num_warps: int, **constants) -> Counter:
     """Instructions by name in the longest loop of the compiled kernel, per element."""
     cubin = compiled(kernel, num_warps, **constants).asm["cubin"]
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"kernel-{os.getpid()}.cubin"
-    path.write_bytes(cubin)
-    try:
-        text = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
-    finally:
-        path.unlink()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
     names, label, longest = [], {}, []
     for line in text.splitlines():
         if found := re.match(r"(\.L_x_\d+):", line.strip()):

@@ -1,5 +1,5 @@
-"""The compiled kernels on a real GPU. The other tests of this suite run them in Triton's interpreter, which is chosen once
-per process; so each test here is a script in a process of its own. Without a GPU all are skipped.
+"""The compiled kernels on a real GPU. The other tests of this suite run them in Triton's interpreter, which is chosen
+once per process; so each test here is a script in a process of its own. Without a GPU all are skipped.
 
     python -m pytest tests/test_gpu.py
 """
@@ -80,15 +80,15 @@ assert (x.grad[-1].float() - want).abs().max() < 1e-2 and (x.grad[:-1] == 0).all
 
 
 def test_memory_and_the_linear_variant():
-    """In place, the peak is that of the logits alone; the linear variant agrees and needs at most a sixth."""
+    """In place, the peak is that of the logits; the linear variant agrees and needs at most a sixth of it."""
     on_gpu("""
-M, V, H = 8192, 49152, 512
+M, V, H = 32768, 49152, 256
 s = bench.step(M, V, torch.bfloat16, device)
 del s["logits"]
 hidden, head = (torch.randn(n, H, device=device).bfloat16().mul_(0.2).requires_grad_() for n in (M, V))
 grads, peaks = [], []
 for loss in (lambda: kernels.grpo_loss(hidden @ head.T, **s, inplace=True),
-             lambda: kernels.linear_grpo_loss(hidden, head, **s, chunk=512)):
+             lambda: kernels.linear_grpo_loss(hidden, head, **s)):
     loss()[0].backward()                                 # compiles
     hidden.grad = head.grad = None
     torch.cuda.reset_peak_memory_stats()
@@ -103,8 +103,8 @@ for a, b in zip(*grads):
     assert (a - b).norm() <= 2e-2 * a.norm(), (a - b).norm() / a.norm()
 logits, gradients = 2 * M * V, 2 * V * H + 2 * M * H
 assert peaks[0] <= 1.05 * logits + 2 * gradients, peaks
-assert peaks[1] <= logits / 16 + 4 * gradients + 1e7, peaks
-""", 8)
+assert 6 * peaks[1] <= peaks[0], peaks
+""", 14)
 
 
 def test_share_of_the_copy_bandwidth():
@@ -115,7 +115,9 @@ def test_share_of_the_copy_bandwidth():
 s = bench.step(8192, 151936, torch.bfloat16, device)
 copy = bench.copy_bandwidth(s["logits"], 20)
 s["logits"].requires_grad_()
+s["old_logp"] = None                                     # on-policy: no row is clipped, so all are read
 r = bench.measure("ours", lambda: grpo.grpo_loss(**s, inplace=True), [s["logits"]], 20)
 size = s["logits"].nbytes / 1e6
-assert size / r["forward"] >= 0.84 * copy and 2 * size / r["backward"] >= 0.90 * copy, (r, copy)
+backward = r["total"] - r["forward"]
+assert size / r["forward"] >= 0.84 * copy and 2 * size / backward >= 0.90 * copy, (r, copy)
 """, 12)
