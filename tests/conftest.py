@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"                       # before transformers is imported: no test may reach the hub
+os.environ["TRITON_INTERPRET"] = "1"                     # before triton is: its own functions read it only then
 os.environ.setdefault("OMP_NUM_THREADS", "1")            # for the processes that tests start
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

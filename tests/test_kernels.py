@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["TRITON_INTERPRET"] = "1"                     # read when the kernels are defined, so before the import
 import kernels
 from kernels import group_advantage, linear_grpo_loss, token_weights
 
