@@ -12,9 +12,14 @@ Shapes: B rows, T tokens, V vocabulary, N prompts, S samples per prompt, K execu
 Left out: paged caches, captured graphs, several GPUs. Decoding is a plain loop that a reader can step through.
 """
 
+import itertools
 import json
+import math
+import os
 import random
 import re
+import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,84 +116,258 @@ class Completions:
 def sample(logits: torch.Tensor, temperature: float, top_p: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Next token and its log-prob for each row of logits (B, V). Temperature 0 takes the most likely token and
     reports its log-prob at temperature 1."""
-    logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    logits = logits.float() / (temperature or 1.0)
+    weight = (logits - logits.amax(dim=-1, keepdim=True)).exp()                       # probabilities times `total`
+    total = weight.sum(dim=-1, keepdim=True)
     if temperature == 0:
-        token = logp.argmax(dim=-1)
+        token = weight.argmax(dim=-1, keepdim=True)
     else:
-        probs = logp.exp()
-        if top_p < 1:
-            ordered, index = probs.sort(dim=-1, descending=True)
-            ordered[ordered.cumsum(dim=-1) - ordered >= top_p] = 0      # the first token always stays
-            probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
-        token = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
-    return token, logp.gather(-1, token[:, None]).squeeze(-1)
+        kept, index = weight, None
+        if top_p < 1:                                      # mostly few tokens hold top_p of the mass: no sort of all
+            kept, index = weight.topk(min(64, weight.shape[-1]), dim=-1)
+            if (kept.sum(dim=-1, keepdim=True) < top_p * total).any():
+                kept, index = weight.sort(dim=-1, descending=True)
+            before = kept.cumsum(dim=-1) - kept
+            kept = torch.where(before < top_p * total, kept, 0.0)                     # the first token always stays
+        mass = kept.cumsum(dim=-1)
+        point = torch.rand(len(mass), 1, device=mass.device, generator=generator) * mass[:, -1:]
+        point = torch.minimum(point, mass[:, -1:].nextafter(torch.zeros_like(point)))     # below the end, also rounded
+        token = torch.searchsorted(mass, point, right=True).clamp(max=mass.shape[-1] - 1)
+        token = token if index is None else index.gather(-1, token)
+    return token.squeeze(-1), (weight.gather(-1, token) / total).log().squeeze(-1)
+
+
+class Cache:
+    """The memory of one batch: R rows of L preallocated slots. Prompts end side by side, new tokens follow. A forward
+    pass stores its keys and values through `update`, which transformers' attention calls."""
+
+    def __init__(self, rows: int, slots: int, device):
+        self.layers, self.graphs = [], {}
+        self.visible = torch.zeros(rows, slots, dtype=torch.bool, device=device)      # slots that hold a row's tokens
+        self.token, self.position = torch.zeros(2, rows, 1, dtype=torch.long, device=device)      # the step's input
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)                   # where the step is stored
+
+    def update(self, keys, values, layer: int, *_, **__):
+        """Stores keys and values (B, H, T, D) of one layer; returns all that the pass may look at, (B, H, width, D)."""
+        if layer == len(self.layers):                                                 # zeros, since 0 * NaN is NaN
+            R, L = self.visible.shape
+            self.layers.append([x.new_zeros(R, x.shape[1], L, x.shape[3]) for x in (keys, values)])
+        seen = []
+        for store, new in zip(self.layers[layer], (keys, values)):
+            part = store[self.rows].unflatten(0, (len(new), -1))                      # (B, copies, H, L, D), a view
+            part.index_copy_(3, self.at, new[:, None].expand_as(part[:, :, :, :new.shape[2]]))
+            seen.append(part[:, 0, :, :self.width])
+        return seen
+
+    def get_seq_length(self, *_) -> int:
+        return self.width
+
+    def read(self, model, ids, position, rows: slice, at, width: int) -> torch.Tensor:
+        """Logits (B, V) after ids (B, T), which are stored in the slots `at` of `rows`, the same number of adjacent
+        rows for each sequence. They see the first `width` slots, as far as visible and not after their own."""
+        self.rows, self.at, self.width = rows, at, width
+        slots, visible = torch.arange(width, device=at.device), self.visible[rows].unflatten(0, (len(ids), -1))[:, 0]
+        mask = visible[:, None, None, :width] & (slots <= at[:, None]) | (slots == at[:, None])   # (B, 1, T, width)
+        return model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self, use_cache=True,
+                     logits_to_keep=1).logits[:, -1]
+
+    def prefill(self, model, prompts: list[list[int]], first: int, copies: int, end: int, worth: int, limit: int):
+        """Reads prompts (longest first) into the rows from `first` on, `copies` rows each, so that they end before slot
+        `end`; about `limit` tokens a pass, and the common beginning once where that saves `worth` tokens. Returns the
+        logits (B, V) of what follows."""
+        device, start, logits = self.slot.device, end - len(prompts[0]), []
+        P, slots = shared(*prompts), torch.arange(end, device=device)
+        P = P if P * (len(prompts) - 1) >= worth else 0
+        if P:
+            rows, at = slice(first, first + len(prompts) * copies), slots[start:start + P]
+            self.visible[rows, start:start + P] = True
+            self.read(model, torch.tensor([prompts[0][:P]], device=device), slots[None, :P], rows, at, start + P)
+        while prompts:
+            size = max(1, limit // (len(prompts[0]) - P))
+            part, prompts = prompts[:size], prompts[size:]
+            ids = pad([prompt[P:] for prompt in part], 0, device, left=True)          # (b, W)
+            length = torch.tensor([[len(prompt)] for prompt in part], device=device)
+            rows, at = slice(first, first + len(part) * copies), slots[end - ids.shape[1]:]
+            own = (slots >= end - length + P) | (slots >= start) & (slots < start + P)           # (b, end)
+            self.visible[rows, :end] = own.repeat_interleave(copies, dim=0)
+            logits.append(self.read(model, ids, (at - end + length).clamp(min=0), rows, at, end))
+            first = rows.stop
+        return torch.cat(logits)
+
+    def step(self, model, rows: int, width: int) -> torch.Tensor:
+        """Logits (rows, V) after the next token of each row. With static shapes on CUDA the launches of a step are
+        captured once per number of rows and then replayed."""
+        run = lambda: self.read(model, self.token[:rows], self.position[:rows], slice(0, rows), self.slot, width)
+        if self.slot.device.type != "cuda" or width < self.visible.shape[1]:
+            return run()
+        if rows not in self.graphs:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):                                           # a step may be run again
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.graphs[rows] = graph, run()
+        graph, logits = self.graphs[rows]
+        graph.replay()
+        return logits
+
+    def keep(self, order: torch.Tensor) -> None:
+        """Row order[i] becomes row i."""
+        for x in (self.visible, self.position, *(x for layer in self.layers for x in layer)):
+            x[:len(order)] = x[order]
+
+
+LIMIT, WORTH = (1024, 16384), (128, 4096)         # tokens (on the CPU, on CUDA): in one pass of the prefill; that reading
+                                                  # a common beginning apart must save to be worth a pass of its own
+
+
+def shared(*prompts: list[int]) -> int:
+    """How many first tokens the prompts have in common, leaving each at least one of its own."""
+    return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+
+
+def _chunks(prompts, new: int, worth: int, room: int) -> list[list[int]]:
+    """Numbers of the prompts in lists, longest first: those whose common beginning saves `worth` tokens, and all the
+    others. A list takes at most `room` slots, with `new` more for each prompt."""
+    common = lambda run: shared(prompts[run[0]], prompts[run[-1]])                # of all of them, since they are sorted
+    saved = lambda run: common(run) * (len(run) - 1)
+    runs, chunks = [], []
+    for n in sorted(range(len(prompts)), key=lambda n: prompts[n]):
+        longer = runs[-1] + [n] if runs else [n]
+        if len(longer) > 1 and 3 * common(longer) >= len(prompts[n]) and saved(longer) >= saved(runs[-1]):
+            runs[-1] = longer
+        else:
+            runs.append([n])
+    for run in [[n for run in runs if saved(run) < worth for n in run]] + [run for run in runs if saved(run) >= worth]:
+        run.sort(key=lambda n: -len(prompts[n]))
+        while run:
+            size = max(1, room // (len(prompts[run[0]]) + new))
+            chunks.append(run[:size])
+            run = run[size:]
+    return sorted(chunks, key=lambda chunk: -len(prompts[chunk[0]]))
 
 
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], *, num_samples: int = 1, max_new_tokens: int = 64,
-             temperature: float = 1.0, top_p: float = 1.0, eos_id: int, pad_id: int, generator=None,
-             max_cache_tokens: int = 65536) -> Completions:
+             temperature: float = 1.0, top_p: float = 1.0, eos_id: int, pad_id: int = 0, generator=None,
+             max_cache_tokens: int = 65536, memory: dict | None = None) -> Completions:
     """Samples `num_samples` completions of each prompt (lists of token ids) with a KV cache.
 
-    Prompts are sorted by length and decoded in batches whose cache stays under `max_cache_tokens` positions.
-    Reproducible from `generator` (of the model's device). UserError when a prompt and its completion do not fit the
-    model's context."""
+    Prompts are decoded in batches whose cache stays under `max_cache_tokens` positions. With `memory`, a dict that the
+    caller keeps, shapes are padded to a few, so that batches and calls reuse a cache and, on CUDA, its captured graphs;
+    clear it to free them. Reproducible from `generator` (of the model's device). UserError when a prompt and its
+    completion do not fit the context, or the cache the memory; FloatingPointError for logits that are not finite."""
     if num_samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"num_samples {num_samples} and max_new_tokens {max_new_tokens} must be >= 1, temperature "
                          f"{temperature} >= 0, top_p {top_p} in (0, 1]")
     if any(not prompt for prompt in prompts):
         raise ValueError("prompts: every prompt needs at least one token")
-    context = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, prompts), default=0)
+    limits = [getattr(model.config, key, None) for key in ("max_position_embeddings", "sliding_window")]
+    longest, context = max(map(len, prompts), default=0), min(filter(None, limits), default=0)
     if context and longest + max_new_tokens > context:
         raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
                         f"{context}; shorten the problems or lower max_new_tokens")
-    total = len(prompts) * num_samples
-    result = Completions([[] for _ in range(total)], [[] for _ in range(total)], [False] * total)
-    order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
-    while order:
-        width = len(prompts[order[0]]) + max_new_tokens
-        batch = order[:max(1, max_cache_tokens // (width * num_samples))]
-        order = order[len(batch):]
-        rows = [n * num_samples + s for n in batch for s in range(num_samples)]
-        _decode(model, [prompts[n] for n in batch], rows, result, num_samples, max_new_tokens, temperature, top_p,
-                eos_id, pad_id, generator)
+    total, device = len(prompts) * num_samples, model.get_input_embeddings().weight.device
+    result = Completions([[]] * total, [[]] * total, [False] * total)
+    limit, worth = LIMIT[device.type == "cuda"], WORTH[device.type == "cuda"]
+    chunks = _chunks(prompts, max_new_tokens, worth, max_cache_tokens // num_samples)
+    while chunks:
+        end, batch = len(prompts[chunks[0][0]]), chunks.pop(0)
+        sizes, room = [len(batch)], max_cache_tokens // (num_samples * (end + max_new_tokens))
+        while chunks and len(batch) + len(chunks[0]) <= room:
+            sizes.append(len(chunks[0]))
+            batch = batch + chunks.pop(0)
+        place = [n * num_samples + s for n in batch for s in range(num_samples)]      # in the result, of each row
+        shape = (len(place), end + max_new_tokens)
+        if memory is not None:
+            shape = _rows(shape[0]), 128 * math.ceil(shape[1] / 128)
+        cache = _allocate(model, shape, memory, max_cache_tokens)
+        logits = torch.cat([cache.prefill(model, [prompts[n] for n in batch[at - size:at]], (at - size) * num_samples,
+                                          num_samples, end, worth, limit)
+                            for size, at in zip(sizes, itertools.accumulate(sizes))])
+        length = torch.tensor([len(prompts[n]) for n in batch], device=device)
+        tokens, logprobs = _decode(model, cache, logits.repeat_interleave(num_samples, dim=0),
+                                   length.repeat_interleave(num_samples), end, max_new_tokens, temperature, top_p,
+                                   eos_id, generator, memory is not None)
+        for i, row, logp in zip(place, tokens.tolist(), logprobs.tolist()):
+            stop = row.index(eos_id) + 1 if eos_id in row else max_new_tokens
+            result.tokens[i], result.logprobs[i], result.finished[i] = row[:stop], logp[:stop], eos_id in row
+            if not all(map(math.isfinite, logp[:stop])):
+                raise FloatingPointError(f"prompt {i // num_samples}: the model's logits are not finite; its weights are "
+                                         "damaged, or too large for its dtype")
     return result
 
 
-def _decode(model, prompts, rows, result, num_samples, max_new_tokens, temperature, top_p, eos_id, pad_id, generator):
-    """One batch: `rows[i]` is the place in `result` of batch row i."""
-    from transformers import DynamicCache
-    device = model.get_input_embeddings().weight.device
-    ids = pad(prompts, pad_id, device, left=True)                                     # (N, T)
-    length = torch.tensor([len(p) for p in prompts], device=device)
-    mask = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - length[:, None]).long()
-    position = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    cache = DynamicCache()
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-                   logits_to_keep=1).logits[:, -1]                                    # one prefill per prompt
-    if num_samples > 1:                                                               # then S rows per prompt
-        cache.batch_repeat_interleave(num_samples)
-        logits, mask, length = (x.repeat_interleave(num_samples, dim=0) for x in (logits, mask, length))
-    for step in range(max_new_tokens):
+def _rows(count: int) -> int:
+    """The next power of two, at least 8."""
+    return max(8, 1 << (count - 1).bit_length())
+
+
+def _allocate(model, shape: tuple[int, int], memory: dict | None, max_cache_tokens: int) -> Cache:
+    """A cache of (rows, slots), or the one of this shape in `memory`. UserError when it would not fit."""
+    if memory is not None and shape in memory:
+        memory[shape].visible.zero_()
+        return memory[shape]
+    while memory and len(memory) > 1:                                                 # two shapes at most
+        memory.pop(next(iter(memory)))
+    config, weight = model.config.get_text_config(), model.get_input_embeddings().weight
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    need = shape[0] * shape[1] * 2 * config.num_hidden_layers * heads * width * weight.element_size()
+    free = free_bytes(weight.device)
+    if need > free:
+        raise UserError(f"the KV cache of {shape[0]} rows of {shape[1]} tokens needs {need:,} bytes, {need - free:,} more "
+                        f"than are free; lower max_cache_tokens (now {max_cache_tokens}) or, where one prompt alone is "
+                        "too much, the samples per prompt or max_new_tokens")
+    cache = Cache(*shape, weight.device)
+    if memory is not None:
+        memory[shape] = cache
+    return cache
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that can still be allocated on a device; inf where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        return math.inf
+
+
+def _decode(model, cache, logits, length, end, new, temperature, top_p, eos_id, generator, static):
+    """Everything after the prefill: tokens and log-probs, both (rows, new), meaningless behind a row's first EOS. The
+    host looks at the device only to see who has finished, on CUDA every 8 tokens. Finished rows leave once they are a
+    quarter of the batch (with static shapes: once the next smaller number of rows is enough)."""
+    R, device, check = len(cache.visible), logits.device, 8 if logits.is_cuda else 1
+    row = torch.arange(R, device=device)
+    done = row >= len(length)                                                         # padding of static shapes
+    logits = logits[row.clamp(max=len(length) - 1)]
+    cache.position[:len(length), 0] = length
+    tokens, logprobs = torch.zeros(R, new, dtype=torch.long, device=device), torch.zeros(R, new, device=device)
+    for step in range(new):
         token, logp = sample(logits, temperature, top_p, generator)
-        alive = []
-        for i, (row, t, lp) in enumerate(zip(rows, token.tolist(), logp.tolist())):
-            result.tokens[row].append(t)
-            result.logprobs[row].append(lp)
-            if t == eos_id:
-                result.finished[row] = True
-            else:
-                alive.append(i)
-        if not alive or step == max_new_tokens - 1:
-            return
-        if len(alive) < len(rows):                                                    # finished rows leave the batch
-            keep = torch.tensor(alive, device=device)
-            cache.batch_select_indices(keep)
-            rows, token, mask, length = [rows[i] for i in alive], token[keep], mask[keep], length[keep]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=(length + step)[:, None],
-                       past_key_values=cache, use_cache=True).logits[:, -1]
+        tokens[row, step], logprobs[row, step] = token, logp
+        done |= token == eos_id
+        if step == new - 1:
+            break
+        if step % check == check - 1:
+            alive = R - int(done.sum())
+            if not alive:
+                break
+            size = _rows(alive) if static else alive
+            if size <= 0.75 * R:
+                order = done.long().argsort(stable=True)[:size]
+                cache.keep(order)
+                R, row, done, token = size, row[order], done[order], token[order]
+        cache.token[:R, 0] = token
+        cache.slot.fill_(end + step)
+        cache.visible[:, end + step] = True
+        logits = cache.step(model, R, cache.visible.shape[1] if static else end + step + 1)
+        cache.position += 1
+    return tokens, logprobs
 
 
 # ------------------------------------------------------------------------------------------------ the frozen executor
@@ -421,8 +600,95 @@ def train_base(settings: BaseSettings, task_type: str, folder: Path) -> float:
     return loss
 
 
+@dataclass(frozen=True)
+class BenchSettings:
+    """Settings of `python executor.py bench`."""
+    model: str = knob("", "Hugging Face folder or name; empty: a small random model, whose table only shows the form")
+    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
+    problems: int = knob(8, "N; each is also run without a trace", low=1)
+    traces: int = knob(8, "G, traces per problem", low=1)
+    repeats: int = knob(3, "K, executor runs of each prompt", low=1)
+    prompt_tokens: int = knob(250, "mean length of a prompt with a trace, of random tokens; 45 % of it the problem", low=8)
+    new_tokens: int = knob(64, "length of every output; no EOS, so that nothing is won by early ends", low=2)
+    single: int = knob(9, "runs to time with one call each; all of them would take too long", low=1)
+    rounds: int = knob(3, "interleaved repetitions", low=1)
+    threads: int = knob(0, "CPU threads; 0: torch's default", low=0)
+    seed: int = knob(0, "tokens, weights of the random model")
+    preset: str = knob("full", "named defaults")
+
+
+def peak_bytes(device: torch.device, reset: bool = False) -> int:
+    """Largest memory in use since the last reset: of the device, or on Linux of this process. 0 where nothing tells."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    except (OSError, TypeError):
+        return 0
+
+
+@torch.no_grad()
+def bench(settings: BenchSettings) -> str:
+    """Tokens per second and peak memory of `generate` beside transformers' own, greedily, on the executor's workload.
+    A Markdown table; UserError when outputs differ."""
+    s, rng, device = settings, random.Random(settings.seed), pick_device(settings.device)
+    torch.set_num_threads(s.threads or torch.get_num_threads())
+    torch.manual_seed(s.seed)
+    model = load(s.model, device)[0] if s.model else tiny_model(8192, 256, 6).to(device).eval()
+    vocabulary, K = model.config.vocab_size, s.repeats
+    words = lambda n: [rng.randrange(10, vocabulary) for _ in range(round(n * s.prompt_tokens))]
+    prompts = []
+    for problem in (words(0.45) for _ in range(s.problems)):
+        prompts += [problem] + [problem + words(rng.uniform(0.35, 0.75)) for _ in range(s.traces)]
+    model.generation_config.eos_token_id, memory = None, {} if device.type == "cuda" else None
+
+    def theirs(rows):
+        ids = pad(rows, 0, device, left=True)
+        mask = torch.tensor([[0] * (ids.shape[1] - len(row)) + [1] * len(row) for row in rows], device=device)
+        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=s.new_tokens, pad_token_id=0)
+        return out[:, ids.shape[1]:].tolist()
+
+    some = prompts[::math.ceil(len(prompts) / s.single)]
+    methods = {                                            # generate repeats the rows itself for num_return_sequences=K,
+        "generate, one call per run": (len(some), lambda: [theirs([p])[0] for p in some]),      # but not when greedy
+        f"generate, one batch, {K} sequences per prompt": (len(prompts) * K, lambda: theirs(
+            [p for p in prompts for _ in range(K)])),
+        "executor.generate": (len(prompts) * K, lambda: generate(
+            model, prompts, num_samples=K, max_new_tokens=s.new_tokens, temperature=0, eos_id=-1, memory=memory).tokens)}
+    for _, run in methods.values() if device.type == "cuda" else ():
+        run()                                              # captures and kernels are made once
+    rates, peaks, outputs = {name: [] for name in methods}, {}, {}
+    for _ in tqdm(range(s.rounds), desc="bench", mininterval=5):
+        for name, (runs, run) in methods.items():
+            before, begin = peak_bytes(device, reset=True), time.perf_counter()
+            outputs[name] = run()
+            rates[name].append(runs * s.new_tokens / (time.perf_counter() - begin))
+            peaks[name] = max(peaks.get(name, 0), peak_bytes(device) - before)
+    single, batch, ours = outputs.values()
+    differ = sum(a != b for a, b in zip(batch, ours)) + sum(a != ours[prompts.index(p) * K] for a, p in zip(single, some))
+    if differ:
+        raise UserError(f"{differ} of {len(ours) + len(single)} outputs differ from those of generate; a near tie, or a "
+                        "fault: try --seed, or a float32 model")
+    lines = [f"{s.model or 'a small random model'} in {str(model.dtype)[6:]} on {device}, {torch.get_num_threads()} "
+             f"threads: {len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens x {K} runs of "
+             f"{s.new_tokens} tokens, {s.rounds} rounds; all outputs equal", "",
+             "| decoder | runs timed | tokens/s: median (range) | ours is | peak memory beside the weights |", "|---" * 5 + "|"]
+    middle = {name: statistics.median(rate) for name, rate in rates.items()}
+    for name, (runs, _) in methods.items():
+        lines.append(f"| {name} | {runs} | {middle[name]:,.0f} ({min(rates[name]):,.0f} to {max(rates[name]):,.0f}) | "
+                     f"{middle['executor.generate'] / middle[name]:.1f} x | {peaks[name] / 2**20:,.0f} MiB |")
+    return "\n".join(lines)
+
+
 def main(argv) -> None:
     """The command: the base model of a run, trained or checked, and what its executor can do."""
+    if argv[:1] == ["bench"]:
+        print(bench(data.parse_settings(BenchSettings, {"full": {}}, argv[1:], "executor.py bench")))
+        return
     settings = data.parse_settings(BaseSettings, PRESETS, argv, "executor.py")
     run = Path(settings.run)
     if data.begin_stage(run, "base", settings, run / "base.json"):
