@@ -20,12 +20,14 @@ import random
 import re
 import statistics
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
@@ -66,7 +68,30 @@ def load(path_or_name: str, device=None, dtype=None):
                         "config.json and model.safetensors") from None
     if report["missing_keys"]:                                     # transformers would initialise them at random
         raise UserError(f"{path_or_name}: the weights lack {sorted(report['missing_keys'])[0]}; the file is incomplete")
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    check_decoding(model, path_or_name)
+    return model, tokenizer
+
+
+def check_decoding(model, name: str) -> None:
+    """UserError for a model that our cache does not fit, or whose answer depends on the padding beside a prompt: a
+    padded row in a cache is compared with the same tokens alone."""
+    device, long, short = model.get_input_embeddings().weight.device, [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3]
+    cache = Cache(2, 10, device)
+    try:
+        with torch.no_grad():
+            alone = model(input_ids=torch.tensor([short + [4]], device=device)).logits[0, 2:].float()        # (2, V)
+            first = cache.prefill(model, [long, short], 0, 1, 8, worth=99, limit=99)[1]
+            cache.token[:], cache.slot[:], cache.position[:, 0], cache.visible[:, 8] = 4, 8, torch.tensor([8, 3]), True
+            padded = torch.stack([first, cache.step(model, 2, 9)[1]]).float()
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        raise UserError(f"{name}: {model.config.model_type} models cannot be decoded here ({_first_line(error)})") from None
+    if not torch.isfinite(alone).all():
+        raise UserError(f"{name}: the logits are not finite; the weights are damaged, or too large for {model.dtype}")
+    slack = (1e-3 if model.dtype == torch.float32 else 5e-2) * float(alone.abs().max())
+    if not torch.allclose(alone, padded, rtol=0, atol=slack):
+        raise UserError(f"{name}: the logits of a padded row differ by {float((alone - padded).abs().max()):.2g} from "
+                        f"those of the row alone; {model.config.model_type} models mask padding wrongly")
 
 
 def _first_line(error) -> str:
@@ -101,6 +126,90 @@ def pad(rows: list[list[int]], value: int, device, left: bool = False) -> torch.
     width = max(map(len, rows))
     fill = [[value] * (width - len(row)) for row in rows]
     return torch.tensor([f + r if left else r + f for r, f in zip(rows, fill)], device=device)
+
+
+# ------------------------------------------------------------------------------------------------ LoRA
+
+class Lora:
+    """A low-rank adapter (arXiv 2106.09685) on a frozen model: y = W x + alpha / rank * B A x, in which only A (rank,
+    in) and B (out, rank) learn; B starts at 0. They are parameters of the linear layers themselves and a hook adds
+    their part, so no name in the model changes; with the adapter off it is the model that it was, bit for bit."""
+
+    def __init__(self, model, rank: int, alpha: float, targets=(), seed: int = 0):
+        """`targets`: last names of the layers ("q_proj", ...); empty: every linear layer but the head."""
+        self.model, self.rank, self.alpha, self.active = freeze(model), rank, alpha, True
+        head, draw = model.get_output_embeddings(), torch.Generator().manual_seed(seed)
+        self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)
+                       and layer is not head and (not targets or name.rpartition(".")[2] in targets)}
+        self.targets = sorted({name.rpartition(".")[2] for name in self.layers})
+        if not self.layers or set(targets) - set(self.targets):
+            raise UserError(f"LoRA: the model has no linear layers named {sorted(set(targets) - set(self.targets))}")
+        for layer in self.layers.values():
+            wide, device = layer.in_features, layer.weight.device
+            A = (2 * torch.rand(rank, wide, generator=draw) - 1) / math.sqrt(wide)
+            layer.lora_A = torch.nn.Parameter(A.to(device))
+            layer.lora_B = torch.nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
+            layer.register_forward_hook(self._add)
+
+    def _add(self, layer, inputs, output):
+        if self.active:
+            part = F.linear(F.linear(inputs[0].to(layer.lora_A.dtype), layer.lora_A), layer.lora_B)
+            return output + (self.alpha / self.rank * part).to(output.dtype)
+
+    @contextmanager
+    def off(self):
+        """The bare model inside: frozen executor and reference policy."""
+        self.active = False
+        try:
+            yield
+        finally:
+            self.active = True
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """A and B of every layer under the names that peft gives them."""
+        return {f"base_model.model.{name}.lora_{x}.weight": getattr(layer, f"lora_{x}").detach()
+                for name, layer in self.layers.items() for x in "AB"}
+
+    def save(self, folder, base: str) -> None:
+        """The merged model as a plain Hugging Face folder, and the adapter alone in its subfolder adapter/ for peft."""
+        merged = {name: x for name, x in self.model.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
+        for name, layer in self.layers.items():
+            delta = self.alpha / self.rank * layer.lora_B.detach() @ layer.lora_A.detach()
+            merged[f"{name}.weight"] = (layer.weight + delta).to(layer.weight.dtype)
+        self.model.save_pretrained(folder, state_dict=merged)
+        (Path(folder) / "adapter").mkdir(exist_ok=True)
+        save_file({name: x.cpu().contiguous() for name, x in self.state_dict().items()},
+                  Path(folder) / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": self.rank,
+                  "lora_alpha": self.alpha, "target_modules": self.targets, "lora_dropout": 0.0, "bias": "none",
+                  "fan_in_fan_out": False, "inference_mode": True}
+        data.write_atomic(Path(folder) / "adapter" / "adapter_config.json", json.dumps(config, indent=1))
+
+    @classmethod
+    def load(cls, model, folder) -> "Lora":
+        """The adapter of a folder, ours or peft's, on its base model. UserError for one that does not match."""
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text())
+            saved = load_file(folder / "adapter_model.safetensors")
+            other = [k for k, plain in (("use_dora", False), ("use_rslora", False), ("bias", "none"), ("rank_pattern", {}),
+                                        ("alpha_pattern", {})) if config.get(k, plain) != plain]
+            if other:
+                raise UserError(f"{folder}/adapter_config.json: {other[0]} {config[other[0]]!r} is not plain LoRA")
+            lora = cls(model, config["r"], config["lora_alpha"], config["target_modules"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"{folder}: not an adapter (adapter_config.json, adapter_model.safetensors): {error!r}") from None
+        lora.load_state_dict(saved, folder)
+        return lora
+
+    def load_state_dict(self, saved: dict, where) -> None:
+        """Takes over what `state_dict` gave. UserError names the first layer that does not match."""
+        own = self.state_dict()
+        for name in sorted(own.keys() | saved.keys()):
+            ours, theirs = (tuple(x[name].shape) if name in x else None for x in (own, saved))
+            if ours != theirs:
+                raise UserError(f"{where}: the adapter does not match the model: {name} is {theirs}, must be {ours}")
+            own[name].copy_(saved[name])
 
 
 # ------------------------------------------------------------------------------------------------ decoding
@@ -255,7 +364,8 @@ def generate(model, prompts: list[list[int]], *, num_samples: int = 1, max_new_t
              max_cache_tokens: int = 65536, memory: dict | None = None) -> Completions:
     """Samples `num_samples` completions of each prompt (lists of token ids) with a KV cache.
 
-    Prompts are decoded in batches whose cache stays under `max_cache_tokens` positions. With `memory`, a dict that the
+    Prompts are decoded in batches whose cache stays under `max_cache_tokens` positions (what `pad_id` is does not matter:
+    no mask lets padding be seen). With `memory`, a dict that the
     caller keeps, shapes are padded to a few, so that batches and calls reuse a cache and, on CUDA, its captured graphs;
     clear it to free them. Reproducible from `generator` (of the model's device). UserError when a prompt and its
     completion do not fit the context, or the cache the memory; FloatingPointError for logits that are not finite."""
@@ -394,6 +504,7 @@ class Executor:
         self.exec_score = exec_score
         self.spent = {"executor_prompt_tokens": 0, "executor_tokens": 0, "program_runs": 0}
         self._baseline: dict[tuple[str, int], int] = {}
+        self.memory = {} if next(model.parameters()).is_cuda else None     # captured graphs, see generate
 
     def run(self, problems: list[Problem], traces: list[str] | None, repeats: int) -> list[list[Run]]:
         """`repeats` independent runs for every problem with its trace (None: without). [problem][repeat]."""
@@ -405,7 +516,7 @@ class Executor:
         prompts = [data.encode_prompt(self.tokenizer, data.executor_prompt(p, t)) for p, t in zip(problems, traces)]
         completions = generate(self.model, prompts, num_samples=repeats, max_new_tokens=self.max_new_tokens,
                                temperature=self.temperature, top_p=self.top_p, eos_id=self.tokenizer.eos_token_id,
-                               pad_id=pad_id(self.tokenizer), generator=self.generator)
+                               generator=self.generator, memory=self.memory)
         self.spent["executor_prompt_tokens"] += sum(map(len, prompts))
         self.spent["executor_tokens"] += sum(map(len, completions.tokens))
         outputs = self.tokenizer.batch_decode(completions.tokens, skip_special_tokens=True)

@@ -448,6 +448,131 @@ def test_load_says_what_is_missing(tiny, tmp_path, damage, words):
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
+class Careless(LlamaForCausalLM):
+    """A model that looks at padding."""
+    def forward(self, attention_mask=None, **given):
+        return super().forward(attention_mask=None if attention_mask is None else torch.ones_like(attention_mask), **given)
+
+
+@pytest.mark.parametrize("damage, words", [(lambda m: m.model.norm.weight.data.fill_(float("nan")), "not finite"),
+                                           (lambda m: setattr(m, "__class__", Careless), "mask padding wrongly")])
+def test_load_tries_decoding(model, damage, words):
+    """Once, on every model: a padded row in our cache against the same tokens alone."""
+    executor.check_decoding(model, "folder")
+    damaged = copy.deepcopy(random_model("llama"))
+    damage(damaged)
+    with pytest.raises(UserError, match=f"folder: .*{words}"):
+        executor.check_decoding(damaged, "folder")
+
+
+def test_a_model_without_keys_and_values_is_refused():
+    """Our cache speaks to attention only; a recurrent model would fail somewhere in the depths."""
+    from transformers import MambaConfig, MambaForCausalLM
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    with pytest.raises(UserError, match="mamba models"):
+        executor.check_decoding(mamba, "folder")
+
+
+# ---------------------------------------------------------------- LoRA
+
+IDS = torch.tensor([[5, 9, 3, 22, 7, 8, 30]])
+
+
+def adapted(model, seed=1, **options):
+    """(model, adapter) of a copy, with an adapter that does something."""
+    model = copy.deepcopy(model)
+    lora = executor.Lora(model, **{"rank": 3, "alpha": 6.0, **options})
+    with torch.no_grad():
+        for layer in lora.layers.values():
+            layer.lora_B.normal_(0, 0.1, generator=seeded(seed))
+    return model, lora
+
+
+@torch.no_grad()
+def test_an_adapter_is_what_the_formula_says(model):
+    """y = W x + alpha / rank * B A x in every linear layer but the head; at first nothing, off exactly nothing."""
+    bare, fresh = model(IDS).logits, copy.deepcopy(model)
+    lora = executor.Lora(fresh, 3, 6.0)
+    assert torch.equal(fresh(IDS).logits, bare)
+    assert lora.targets == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"] and len(lora.layers) == 14
+    changed, lora = adapted(model)
+    merged = copy.deepcopy(model)
+    for name, layer in merged.named_modules():
+        if name in lora.layers:
+            layer.weight += 2.0 * lora.layers[name].lora_B @ lora.layers[name].lora_A
+    assert torch.allclose(changed(IDS).logits, merged(IDS).logits, atol=1e-4)
+    assert not torch.allclose(changed(IDS).logits, bare, atol=0.1)
+    with lora.off():
+        assert torch.equal(changed(IDS).logits, bare)
+    with pytest.raises(RuntimeError), lora.off():
+        raise RuntimeError
+    assert not torch.equal(changed(IDS).logits, bare), "an error inside must not leave it off"
+
+
+def test_only_the_adapter_learns_also_with_checkpointing(model):
+    """The gradients do not depend on recomputation, and nothing but A and B has one."""
+    grads = []
+    for checkpointing in (False, True):
+        changed, lora = adapted(model, targets=("q_proj", "down_proj"))
+        if checkpointing:
+            changed.gradient_checkpointing_enable({"use_reentrant": False})
+            changed.train()
+        F.cross_entropy(token_logits(changed, IDS, torch.ones_like(IDS).bool()), IDS[0]).backward()
+        grads.append({name: p.grad for name, p in changed.named_parameters() if p.grad is not None})
+        assert len(grads[-1]) == 2 * 2 * 2 and all(name.endswith((".lora_A", ".lora_B")) for name in grads[-1])
+    assert all(g.abs().max() > 0 and torch.allclose(g, grads[1][name], atol=1e-6) for name, g in grads[0].items())
+
+
+def test_save_merged_and_for_peft(tiny, model, tmp_path):
+    """A plain folder that anyone loads, tied head or not, and beside it what peft reads: these names, these shapes."""
+    from safetensors.torch import load_file
+    for kind, base in (("tied", tiny[1]), ("own", model)):
+        folder = tmp_path / kind
+        changed, lora = adapted(base)
+        before = {name: x.clone() for name, x in changed.state_dict().items()}
+        lora.save(folder, "some/base")
+        assert all(torch.equal(x, before[name]) for name, x in changed.state_dict().items()), "saving must not merge in place"
+        plain = type(base).from_pretrained(folder).eval()
+        with torch.no_grad():
+            assert torch.allclose(plain(IDS).logits, changed(IDS).logits, atol=1e-4)
+        assert plain.state_dict().keys() == base.state_dict().keys()
+        config, tensors = json.loads((folder / "adapter" / "adapter_config.json").read_text()), load_file(
+            folder / "adapter" / "adapter_model.safetensors")
+        assert (config["peft_type"], config["task_type"], config["r"], config["lora_alpha"]) == ("LORA", "CAUSAL_LM", 3, 6.0)
+        assert config["base_model_name_or_path"] == "some/base" and "q_proj" in config["target_modules"]
+        assert len(tensors) == 2 * 14
+        wide = base.config.intermediate_size
+        name = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
+        assert tensors[name.format("A")].shape == (3, wide) and tensors[name.format("B")].shape == (32, 3)
+        again = copy.deepcopy(base)
+        executor.Lora.load(again, folder / "adapter")
+        with torch.no_grad():
+            assert torch.equal(again(IDS).logits, changed(IDS).logits)
+
+
+def test_an_adapter_that_does_not_match_is_an_error(llama, tmp_path):
+    """It names the folder and the tensor; half an adapter would be a model that nobody trained."""
+    adapted(llama)[1].save(tmp_path, "base")
+    folder = tmp_path / "adapter"
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48))
+    with pytest.raises(UserError, match=r"adapter.*down_proj.lora_B.weight is \(32, 3\), must be \(16, 3\)"):
+        executor.Lora.load(other, folder)
+    deeper = LlamaForCausalLM(LlamaConfig(**{**llama.config.to_dict(), "num_hidden_layers": 3}))
+    with pytest.raises(UserError, match="layers.2.*is None"):
+        executor.Lora.load(deeper, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change, words in (({"target_modules": ["query"]}, "query"), ({"r": None}, "not an adapter"), ({"use_dora": True}, "use_dora"),
+                          ({"bias": "all"}, "bias")):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=words):
+            executor.Lora.load(copy.deepcopy(llama), folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="not an adapter"):
+        executor.Lora.load(copy.deepcopy(llama), folder)
+    with pytest.raises(UserError, match="nothing"):
+        executor.Lora(copy.deepcopy(llama), 3, 6.0, ("q_proj", "nothing"))
+
+
 # ---------------------------------------------------------------- the frozen executor
 
 MATH = [Problem(f"m{i}", "tiny", "math", f"Mia has {i} coins .", str(20 + i), [], "1 + 1 = ?") for i in range(2)]
