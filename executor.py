@@ -680,7 +680,8 @@ class BaseSettings:
 
 
 PRESETS = {"tiny": {}, "smoke": {"sequences": 640, "hidden": 64, "layers": 2, "eval_problems": 16},
-           "gsm8k": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "eval_problems": 100, "max_answer_tokens": 256}}
+           "gsm8k": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "eval_problems": 100, "max_answer_tokens": 256},
+           "code": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "eval_problems": 80, "max_answer_tokens": 384}}
 
 
 def base_of(run) -> str:
@@ -815,12 +816,15 @@ def main(argv) -> None:
                           temperature=settings.executor_temperature,
                           generator=torch.Generator(device).manual_seed(settings.seed))
         for key, traces in (("no_trace", None), ("reference_trace", [p.reference_reasoning for p in heldout])):
-            record[key] = sum(frozen.success(heldout, traces, 1)) / len(heldout)
+            known = traces is None or None not in traces                   # HumanEval and MBPP come without traces
+            record[key] = sum(frozen.success(heldout, traces, 1)) / len(heldout) if known else None
         data.record_stage(run, "base", settings)
         data.write_atomic(run / "base.json", json.dumps(record, indent=1))
     record = json.loads((run / "base.json").read_text())
+    given = "no reference traces" if record["reference_trace"] is None else (
+        f"{record['reference_trace']:.2f} with the reference trace")
     print(f"{run}/base.json: {record['model']}, executor success on {record['problems']} held-out problems "
-          f"{record['no_trace']:.2f} without a trace, {record['reference_trace']:.2f} with the reference trace")
+          f"{record['no_trace']:.2f} without a trace, {given}")
     print(f"next: python rm.py --preset {settings.preset} --run {settings.run}")
 
 

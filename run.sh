@@ -6,6 +6,7 @@
 #   ./run.sh test       the tests
 #
 #   PRESET=gsm8k MODEL=Qwen/Qwen2.5-0.5B-Instruct ./run.sh       a real model on GSM8K, one GPU
+#   PRESET=code MODES=exec_only DATA=FILE HELDOUT_DATA=FILE ./run.sh      the same on MBPP or HumanEval lines
 #
 # Environment: SEEDS ("0 1 2"), MODES ("exec_only tracelift"), TASKS ("math code", tiny world only), PRESET, MODEL,
 # RUN (prefix of the run folders), DATA and HELDOUT_DATA (files instead of downloads), SKIP_INSTALL=1 (use the current
@@ -62,7 +63,9 @@ pipeline() {
   stage "problems, flawed traces, rubrics" data.py "${common[@]}" --task_type "$task" \
     ${DATA:+--data "$DATA"} ${HELDOUT_DATA:+--heldout_data "$HELDOUT_DATA"}
   stage "base model: planner and frozen executor" executor.py "${common[@]}" ${MODEL:+--model "$MODEL"}
-  stage "rubric reward model" rm.py "${common[@]}"
+  case " ${MODES:-exec_only tracelift} " in
+    *" tracelift"* | *" rm_only "*) stage "rubric reward model" rm.py "${common[@]}" ;;
+  esac
   for seed in ${SEEDS:-0}; do
     for mode in ${MODES:-exec_only tracelift}; do
       stage "planner trained on $mode, seed $seed" tracelift.py train "${common[@]}" --mode "$mode" --seed "$seed"
@@ -73,7 +76,7 @@ pipeline() {
 
 exec 3>&1
 if [ "$preset" != tiny ] && [ "$preset" != smoke ]; then
-  pipeline math
+  pipeline "$([ "$preset" = code ] && echo code || echo math)"
   exit
 fi
 # The tiny world's domains run side by side, with the cores divided between them: so small a model gains little from

@@ -168,9 +168,12 @@ TRAIN_PRESETS = {
     "tiny": {},
     "smoke": {"steps": 2, "problems_per_step": 2, "group_size": 4},
     "gsm8k": {"steps": 100, "problems_per_step": 8, "group_size": 8, "learning_rate": 1e-6, "micro_batch": 8,
-              "max_trace_tokens": 256, "max_answer_tokens": 256, "warmup": 10}}
+              "max_trace_tokens": 256, "max_answer_tokens": 256, "warmup": 10, "checkpointing": 1},
+    "code": {"steps": 100, "problems_per_step": 8, "group_size": 8, "learning_rate": 1e-6, "micro_batch": 8,
+             "max_trace_tokens": 256, "max_answer_tokens": 384, "warmup": 10, "checkpointing": 1}}
 EVAL_PRESETS = {"tiny": {}, "smoke": {"problems": 16},
-                "gsm8k": {"problems": 200, "max_trace_tokens": 256, "max_answer_tokens": 256}}
+                "gsm8k": {"problems": 200, "max_trace_tokens": 256, "max_answer_tokens": 256},
+                "code": {"problems": 80, "max_trace_tokens": 256, "max_answer_tokens": 384}}
 
 
 # ------------------------------------------------------------------------------------------------ rollout and loss
@@ -446,6 +449,8 @@ def evaluate(settings: EvalSettings) -> dict:
     frozen = Executor(model, tokenizer, max_new_tokens=settings.max_answer_tokens,
                       temperature=settings.executor_temperature)
     rows = [("no trace", None, ""), ("reference trace", None, ""), ("base planner", base, "")]
+    if any(p.reference_reasoning is None for problems in splits.values() for p in problems):
+        rows.pop(1)                                                      # HumanEval and MBPP come without traces
     rows += [(p.name, p, p / "metrics.jsonl") for p in planners]
     for name, folder, log in tqdm(rows, desc="evaluate"):
         spent = training_cost(log) if log else None
