@@ -9,7 +9,10 @@ Shapes: B rows, T tokens, V vocabulary, N prompts, S samples per prompt, K execu
     python executor.py --preset tiny --run runs/tiny-math                     # trains the tiny base model
     python executor.py --preset gsm8k --run runs/gsm8k-math --model Qwen/Qwen2.5-0.5B-Instruct
 
-Left out: paged caches, captured graphs, several GPUs. Decoding is a plain loop that a reader can step through.
+    python executor.py bench --model FOLDER                                   # our decoder beside transformers' own
+
+Left out: paged caches, a pool of rows that new prompts join, several GPUs. Decoding is a plain loop that a reader can
+step through; CUDA graphs only replay one step of it.
 """
 
 import itertools
@@ -85,7 +88,8 @@ def check_decoding(model, name: str) -> None:
             cache.token[:], cache.slot[:], cache.position[:, 0], cache.visible[:, 8] = 4, 8, torch.tensor([8, 3]), True
             padded = torch.stack([first, cache.step(model, 2, 9)[1]]).float()
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-        raise UserError(f"{name}: {model.config.model_type} models cannot be decoded here ({_first_line(error)})") from None
+        raise UserError(f"{name}: {model.config.model_type} models cannot be decoded here "
+                        f"({_first_line(error)})") from None
     if not torch.isfinite(alone).all():
         raise UserError(f"{name}: the logits are not finite; the weights are damaged, or too large for {model.dtype}")
     slack = (1e-3 if model.dtype == torch.float32 else 5e-2) * float(alone.abs().max())
@@ -192,13 +196,14 @@ class Lora:
         try:
             config = json.loads((folder / "adapter_config.json").read_text())
             saved = load_file(folder / "adapter_model.safetensors")
-            other = [k for k, plain in (("use_dora", False), ("use_rslora", False), ("bias", "none"), ("rank_pattern", {}),
-                                        ("alpha_pattern", {})) if config.get(k, plain) != plain]
-            if other:
-                raise UserError(f"{folder}/adapter_config.json: {other[0]} {config[other[0]]!r} is not plain LoRA")
+            for key, plain in {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {},
+                               "alpha_pattern": {}}.items():
+                if config.get(key, plain) != plain:
+                    raise UserError(f"{folder}/adapter_config.json: {key} {config[key]!r} is not plain LoRA")
             lora = cls(model, config["r"], config["lora_alpha"], config["target_modules"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"{folder}: not an adapter (adapter_config.json, adapter_model.safetensors): {error!r}") from None
+            raise UserError(f"{folder}: not an adapter (adapter_config.json, adapter_model.safetensors): "
+                            f"{error!r}") from None
         lora.load_state_dict(saved, folder)
         return lora
 
@@ -224,7 +229,7 @@ class Completions:
 
 def sample(logits: torch.Tensor, temperature: float, top_p: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Next token and its log-prob for each row of logits (B, V). Temperature 0 takes the most likely token and
-    reports its log-prob at temperature 1."""
+    reports its log-prob at temperature 1. On CUDA only top_p < 1 makes the host wait."""
     logits = logits.float() / (temperature or 1.0)
     weight = (logits - logits.amax(dim=-1, keepdim=True)).exp()                       # probabilities times `total`
     total = weight.sum(dim=-1, keepdim=True)
@@ -304,10 +309,11 @@ class Cache:
         return torch.cat(logits)
 
     def step(self, model, rows: int, width: int) -> torch.Tensor:
-        """Logits (rows, V) after the next token of each row. With static shapes on CUDA the launches of a step are
-        captured once per number of rows and then replayed."""
+        """Logits (rows, V) after the next token of each row. With static shapes (all slots are read) the launches of a
+        step are captured on CUDA once per number of rows and then replayed; not under autocast, whose casts of the
+        weights would be replayed too, out of date."""
         run = lambda: self.read(model, self.token[:rows], self.position[:rows], slice(0, rows), self.slot, width)
-        if self.slot.device.type != "cuda" or width < self.visible.shape[1]:
+        if not self.slot.is_cuda or width < self.visible.shape[1] or torch.is_autocast_enabled("cuda"):
             return run()
         if rows not in self.graphs:
             stream = torch.cuda.Stream()
@@ -328,8 +334,8 @@ class Cache:
             x[:len(order)] = x[order]
 
 
-LIMIT, WORTH = (1024, 16384), (128, 4096)         # tokens (on the CPU, on CUDA): in one pass of the prefill; that reading
-                                                  # a common beginning apart must save to be worth a pass of its own
+LIMIT = 1024, 16384                               # tokens in one pass of the prefill, on the CPU and on CUDA
+WORTH = 128, 4096                                 # tokens that a common beginning must save to deserve its own pass
 
 
 def shared(*prompts: list[int]) -> int:
@@ -340,7 +346,7 @@ def shared(*prompts: list[int]) -> int:
 def _chunks(prompts, new: int, worth: int, room: int) -> list[list[int]]:
     """Numbers of the prompts in lists, longest first: those whose common beginning saves `worth` tokens, and all the
     others. A list takes at most `room` slots, with `new` more for each prompt."""
-    common = lambda run: shared(prompts[run[0]], prompts[run[-1]])                # of all of them, since they are sorted
+    common = lambda run: shared(prompts[run[0]], prompts[run[-1]])                    # of all, since they are sorted
     saved = lambda run: common(run) * (len(run) - 1)
     runs, chunks = [], []
     for n in sorted(range(len(prompts)), key=lambda n: prompts[n]):
@@ -364,11 +370,11 @@ def generate(model, prompts: list[list[int]], *, num_samples: int = 1, max_new_t
              max_cache_tokens: int = 65536, memory: dict | None = None) -> Completions:
     """Samples `num_samples` completions of each prompt (lists of token ids) with a KV cache.
 
-    Prompts are decoded in batches whose cache stays under `max_cache_tokens` positions (what `pad_id` is does not matter:
-    no mask lets padding be seen). With `memory`, a dict that the
+    Prompts are decoded in batches whose cache stays under `max_cache_tokens` positions. With `memory`, a dict that the
     caller keeps, shapes are padded to a few, so that batches and calls reuse a cache and, on CUDA, its captured graphs;
-    clear it to free them. Reproducible from `generator` (of the model's device). UserError when a prompt and its
-    completion do not fit the context, or the cache the memory; FloatingPointError for logits that are not finite."""
+    it holds two caches at most, clear it to free them. Reproducible from `generator` (of the model's device). `pad_id`
+    is of no consequence: no mask lets padding be seen. UserError when a prompt and its completion do not fit the
+    context, or the cache the memory; FloatingPointError for logits that are not finite."""
     if num_samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"num_samples {num_samples} and max_new_tokens {max_new_tokens} must be >= 1, temperature "
                          f"{temperature} >= 0, top_p {top_p} in (0, 1]")
@@ -382,31 +388,31 @@ def generate(model, prompts: list[list[int]], *, num_samples: int = 1, max_new_t
     total, device = len(prompts) * num_samples, model.get_input_embeddings().weight.device
     result = Completions([[]] * total, [[]] * total, [False] * total)
     limit, worth = LIMIT[device.type == "cuda"], WORTH[device.type == "cuda"]
-    chunks = _chunks(prompts, max_new_tokens, worth, max_cache_tokens // num_samples)
+    static = memory is not None
+    shape = lambda n, end: (_rows(n * num_samples), 128 * math.ceil((end + max_new_tokens) / 128)) if static else (
+        n * num_samples, end + max_new_tokens)                                        # of the cache for n prompts
+    chunks = _chunks(prompts, max_new_tokens, worth, max_cache_tokens // (2 * num_samples if static else num_samples))
     while chunks:
-        end, batch = len(prompts[chunks[0][0]]), chunks.pop(0)
-        sizes, room = [len(batch)], max_cache_tokens // (num_samples * (end + max_new_tokens))
-        while chunks and len(batch) + len(chunks[0]) <= room:
+        batch = chunks.pop(0)
+        sizes, end = [len(batch)], len(prompts[batch[0]])
+        while chunks and math.prod(shape(len(batch) + len(chunks[0]), end)) <= max_cache_tokens:
             sizes.append(len(chunks[0]))
             batch = batch + chunks.pop(0)
         place = [n * num_samples + s for n in batch for s in range(num_samples)]      # in the result, of each row
-        shape = (len(place), end + max_new_tokens)
-        if memory is not None:
-            shape = _rows(shape[0]), 128 * math.ceil(shape[1] / 128)
-        cache = _allocate(model, shape, memory, max_cache_tokens)
+        cache = _allocate(model, shape(len(batch), end), memory, max_cache_tokens)
         logits = torch.cat([cache.prefill(model, [prompts[n] for n in batch[at - size:at]], (at - size) * num_samples,
                                           num_samples, end, worth, limit)
                             for size, at in zip(sizes, itertools.accumulate(sizes))])
         length = torch.tensor([len(prompts[n]) for n in batch], device=device)
         tokens, logprobs = _decode(model, cache, logits.repeat_interleave(num_samples, dim=0),
                                    length.repeat_interleave(num_samples), end, max_new_tokens, temperature, top_p,
-                                   eos_id, generator, memory is not None)
+                                   eos_id, generator, static)
         for i, row, logp in zip(place, tokens.tolist(), logprobs.tolist()):
             stop = row.index(eos_id) + 1 if eos_id in row else max_new_tokens
             result.tokens[i], result.logprobs[i], result.finished[i] = row[:stop], logp[:stop], eos_id in row
             if not all(map(math.isfinite, logp[:stop])):
-                raise FloatingPointError(f"prompt {i // num_samples}: the model's logits are not finite; its weights are "
-                                         "damaged, or too large for its dtype")
+                raise FloatingPointError(f"prompt {i // num_samples}: the model's logits are not finite; its weights "
+                                         "are damaged, or too large for its dtype")
     return result
 
 
@@ -428,9 +434,9 @@ def _allocate(model, shape: tuple[int, int], memory: dict | None, max_cache_toke
     need = shape[0] * shape[1] * 2 * config.num_hidden_layers * heads * width * weight.element_size()
     free = free_bytes(weight.device)
     if need > free:
-        raise UserError(f"the KV cache of {shape[0]} rows of {shape[1]} tokens needs {need:,} bytes, {need - free:,} more "
-                        f"than are free; lower max_cache_tokens (now {max_cache_tokens}) or, where one prompt alone is "
-                        "too much, the samples per prompt or max_new_tokens")
+        raise UserError(f"the KV cache of {shape[0]} rows of {shape[1]} tokens needs {need:,} bytes, {need - free:,} "
+                        f"more than are free; lower max_cache_tokens (now {max_cache_tokens}) or, where one prompt alone "
+                        "is too much, the samples per prompt or max_new_tokens")
     cache = Cache(*shape, weight.device)
     if memory is not None:
         memory[shape] = cache
@@ -440,7 +446,8 @@ def _allocate(model, shape: tuple[int, int], memory: dict | None, max_cache_toke
 def free_bytes(device: torch.device) -> float:
     """Memory that can still be allocated on a device; inf where nothing tells."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
     except (OSError, TypeError):
@@ -455,7 +462,7 @@ def _decode(model, cache, logits, length, end, new, temperature, top_p, eos_id, 
     row = torch.arange(R, device=device)
     done = row >= len(length)                                                         # padding of static shapes
     logits = logits[row.clamp(max=len(length) - 1)]
-    cache.position[:len(length), 0] = length
+    cache.position.zero_()[:len(length), 0] = length
     tokens, logprobs = torch.zeros(R, new, dtype=torch.long, device=device), torch.zeros(R, new, device=device)
     for step in range(new):
         token, logp = sample(logits, temperature, top_p, generator)
@@ -715,22 +722,23 @@ def train_base(settings: BaseSettings, task_type: str, folder: Path) -> float:
 @dataclass(frozen=True)
 class BenchSettings:
     """Settings of `python executor.py bench`."""
+    preset: str = knob("full", "full: the executor's workload of one training step; small: a quarter of the problems")
     model: str = knob("", "Hugging Face folder or name; empty: a small random model, whose table only shows the form")
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
     problems: int = knob(8, "N; each is also run without a trace", low=1)
     traces: int = knob(8, "G, traces per problem", low=1)
     repeats: int = knob(3, "K, executor runs of each prompt", low=1)
-    prompt_tokens: int = knob(250, "mean length of a prompt with a trace, of random tokens; 45 % of it the problem", low=8)
-    new_tokens: int = knob(64, "length of every output; no EOS, so that nothing is won by early ends", low=2)
+    prompt_tokens: int = knob(250, "mean length of a prompt with a trace (random tokens), 45 % of it the problem", low=8)
+    new_tokens: int = knob(64, "length of every output; no EOS, so nothing is won by early ends", low=2)
     single: int = knob(9, "runs to time with one call each; all of them would take too long", low=1)
     rounds: int = knob(3, "interleaved repetitions", low=1)
-    threads: int = knob(0, "CPU threads; 0: torch's default", low=0)
-    seed: int = knob(0, "tokens, weights of the random model")
-    preset: str = knob("full", "named defaults")
+
+
+BENCH_PRESETS = {"full": {}, "small": {"problems": 2}}
 
 
 def peak_bytes(device: torch.device, reset: bool = False) -> int:
-    """Largest memory in use since the last reset: of the device, or on Linux of this process. 0 where nothing tells."""
+    """Most memory in use since the last reset: of the device, or on Linux of this process; 0 where nothing tells."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
@@ -746,60 +754,61 @@ def peak_bytes(device: torch.device, reset: bool = False) -> int:
 @torch.no_grad()
 def bench(settings: BenchSettings) -> str:
     """Tokens per second and peak memory of `generate` beside transformers' own, greedily, on the executor's workload.
-    A Markdown table; UserError when outputs differ."""
-    s, rng, device = settings, random.Random(settings.seed), pick_device(settings.device)
-    torch.set_num_threads(s.threads or torch.get_num_threads())
-    torch.manual_seed(s.seed)
+    A Markdown table; UserError when an output differs."""
+    s, rng, device = settings, random.Random(0), pick_device(settings.device)
+    torch.manual_seed(0)
     model = load(s.model, device)[0] if s.model else tiny_model(8192, 256, 6).to(device).eval()
-    vocabulary, K = model.config.vocab_size, s.repeats
-    words = lambda n: [rng.randrange(10, vocabulary) for _ in range(round(n * s.prompt_tokens))]
+    model.generation_config.eos_token_id, memory = None, {} if device.type == "cuda" else None
+    words = lambda share: [rng.randrange(10, model.config.vocab_size) for _ in range(round(share * s.prompt_tokens))]
     prompts = []
     for problem in (words(0.45) for _ in range(s.problems)):
         prompts += [problem] + [problem + words(rng.uniform(0.35, 0.75)) for _ in range(s.traces)]
-    model.generation_config.eos_token_id, memory = None, {} if device.type == "cuda" else None
 
     def theirs(rows):
         ids = pad(rows, 0, device, left=True)
-        mask = torch.tensor([[0] * (ids.shape[1] - len(row)) + [1] * len(row) for row in rows], device=device)
+        mask = pad([[1] * len(row) for row in rows], 0, device, left=True)
         out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=s.new_tokens, pad_token_id=0)
         return out[:, ids.shape[1]:].tolist()
 
-    some = prompts[::math.ceil(len(prompts) / s.single)]
-    methods = {                                            # generate repeats the rows itself for num_return_sequences=K,
-        "generate, one call per run": (len(some), lambda: [theirs([p])[0] for p in some]),      # but not when greedy
-        f"generate, one batch, {K} sequences per prompt": (len(prompts) * K, lambda: theirs(
-            [p for p in prompts for _ in range(K)])),
-        "executor.generate": (len(prompts) * K, lambda: generate(
-            model, prompts, num_samples=K, max_new_tokens=s.new_tokens, temperature=0, eos_id=-1, memory=memory).tokens)}
-    for _, run in methods.values() if device.type == "cuda" else ():
-        run()                                              # captures and kernels are made once
-    rates, peaks, outputs = {name: [] for name in methods}, {}, {}
+    def ours():
+        return generate(model, prompts, num_samples=s.repeats, max_new_tokens=s.new_tokens, temperature=0, eos_id=-1,
+                        memory=memory).tokens
+
+    every, some = [p for p in prompts for _ in range(s.repeats)], prompts[::math.ceil(len(prompts) / s.single)]
+    methods = {"generate, one call per run": (some, lambda: [theirs([p])[0] for p in some]),
+               # num_return_sequences repeats the rows just so, but refuses to decode greedily
+               f"generate, one batch, num_return_sequences={s.repeats}": (every, lambda: theirs(every)),
+               "executor.generate": (every, ours)}
+    rates, peaks, wanted = {name: [] for name in methods}, dict.fromkeys(methods, 0), {}
+    if device.type == "cuda":
+        ours()                                             # captures its graphs
     for _ in tqdm(range(s.rounds), desc="bench", mininterval=5):
-        for name, (runs, run) in methods.items():
+        for name, (rows, run) in methods.items():
             before, begin = peak_bytes(device, reset=True), time.perf_counter()
-            outputs[name] = run()
-            rates[name].append(runs * s.new_tokens / (time.perf_counter() - begin))
-            peaks[name] = max(peaks.get(name, 0), peak_bytes(device) - before)
-    single, batch, ours = outputs.values()
-    differ = sum(a != b for a, b in zip(batch, ours)) + sum(a != ours[prompts.index(p) * K] for a, p in zip(single, some))
-    if differ:
-        raise UserError(f"{differ} of {len(ours) + len(single)} outputs differ from those of generate; a near tie, or a "
-                        "fault: try --seed, or a float32 model")
-    lines = [f"{s.model or 'a small random model'} in {str(model.dtype)[6:]} on {device}, {torch.get_num_threads()} "
-             f"threads: {len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens x {K} runs of "
-             f"{s.new_tokens} tokens, {s.rounds} rounds; all outputs equal", "",
-             "| decoder | runs timed | tokens/s: median (range) | ours is | peak memory beside the weights |", "|---" * 5 + "|"]
-    middle = {name: statistics.median(rate) for name, rate in rates.items()}
-    for name, (runs, _) in methods.items():
-        lines.append(f"| {name} | {runs} | {middle[name]:,.0f} ({min(rates[name]):,.0f} to {max(rates[name]):,.0f}) | "
-                     f"{middle['executor.generate'] / middle[name]:.1f} x | {peaks[name] / 2**20:,.0f} MiB |")
+            outputs = run()
+            rates[name].append(len(rows) * s.new_tokens / (time.perf_counter() - begin))
+            peaks[name] = max(peaks[name], peak_bytes(device) - before)
+            differ = sum(wanted.setdefault(tuple(row), out) != out for row, out in zip(rows, outputs))
+            if differ:
+                raise UserError(f"{name}: {differ} of {len(rows)} outputs differ from those before: a fault, or in low "
+                                "precision a near tie; --device cpu decodes in float32")
+    best, lengths = statistics.median(rates["executor.generate"]), [len(p) for p in prompts]
+    lines = [f"{s.model or 'a small random model'}, {str(model.dtype)[6:]} on {device}, {torch.get_num_threads()} "
+             f"threads; {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {s.repeats} outputs of "
+             f"{s.new_tokens} tokens each; {s.rounds} rounds; all outputs equal", "",
+             "| decoder | outputs timed | tokens/s, median (range) | ours against it | peak memory, without weights |",
+             "|---" * 5 + "|"]
+    for name, rate in rates.items():
+        middle = statistics.median(rate)
+        lines.append(f"| {name} | {len(methods[name][0])} | {middle:,.0f} ({min(rate):,.0f} to {max(rate):,.0f}) | "
+                     f"{best / middle:.1f} x | {peaks[name] / 2**20:,.0f} MiB |")
     return "\n".join(lines)
 
 
 def main(argv) -> None:
     """The command: the base model of a run, trained or checked, and what its executor can do."""
     if argv[:1] == ["bench"]:
-        print(bench(data.parse_settings(BenchSettings, {"full": {}}, argv[1:], "executor.py bench")))
+        print(bench(data.parse_settings(BenchSettings, BENCH_PRESETS, argv[1:], "executor.py bench")))
         return
     settings = data.parse_settings(BaseSettings, PRESETS, argv, "executor.py")
     run = Path(settings.run)

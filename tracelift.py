@@ -287,7 +287,8 @@ def train(settings: TrainSettings) -> Path:
     if settings.checkpointing:
         planner.gradient_checkpointing_enable({"use_reentrant": False})
     rm = RubricRewardModel.from_pretrained(run / "rm", device) if settings.mode in RM_MODES else None
-    optimizer = torch.optim.AdamW(trained(planner).values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained(planner).values(), lr=settings.learning_rate, betas=(0.9, 0.95),
+                                  weight_decay=0.0)
     state = {"step": 0, "seconds": 0.0, "planner_tokens": 0}
     if (work / "checkpoint.pt").exists():
         state = load_checkpoint(work, planner, optimizer, frozen, sampling)

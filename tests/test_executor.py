@@ -855,3 +855,27 @@ def test_the_command_trains_checks_and_is_skipped_when_done(tmp_path, capsys):
     assert "rm.py" in capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(UserError, match="--hidden"):
         executor.main([*arguments, "--hidden", "32"])
+
+
+def test_bench_prints_one_table(tiny, monkeypatch):
+    """Three decoders, the same outputs; and one that decodes something else is found out."""
+    small = executor.BenchSettings(problems=1, traces=2, repeats=2, prompt_tokens=20, new_tokens=3, single=2, rounds=2, device="cpu")
+    lines = executor.bench(small).splitlines()
+    assert "random model" in lines[0] and "all outputs equal" in lines[0] and len(lines) == 7
+    assert [line.split(" | ")[1] for line in lines[4:]] == ["2", "6", "6"] and "| 1.0 x |" in lines[6]
+    assert str(tiny[0]) in executor.bench(dataclasses.replace(small, model=str(tiny[0])))
+    real = executor.generate
+    monkeypatch.setattr(executor, "generate", lambda model, prompts, **k: real(model, [p[:-1] for p in prompts], **k))
+    with pytest.raises(UserError, match="executor.generate: [1-6] of 6 outputs differ"):
+        executor.bench(small)
+
+
+def test_free_and_peak_memory_are_measured():
+    """A block of 64 MiB is seen, and forgotten after a reset."""
+    cpu = torch.device("cpu")
+    before = executor.peak_bytes(cpu, reset=True)
+    block = torch.ones(2**24)
+    assert executor.peak_bytes(cpu) - before > 2**25
+    del block
+    executor.peak_bytes(cpu, reset=True)
+    assert executor.peak_bytes(cpu) - before < 2**25

@@ -520,6 +520,26 @@ def test_with_lora_one_backbone_is_planner_executor_and_reference(run, monkeypat
         train(settings(run, name="other", lora_rank=2, init=str(run / "base")))
 
 
+def test_programs_without_reference_traces(prepared, tmp_path):
+    """The code preset from MBPP lines to the table, at toy size: no row for reference traces, no reward model needed."""
+    for split in ("train", "heldout"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(
+            {"task_id": i, "text": "write f ( x ) .", "code": "", "test_list": ["assert f(1) == 1"]}) + "\n" for i in range(3)))
+    run = tmp_path / "code"
+    common = ["--preset", "code", "--run", run]
+    command(data, *common, "--data", tmp_path / "train.jsonl", "--heldout_data", tmp_path / "heldout.jsonl", "--train", 3,
+            "--heldout", 3)
+    said = command(executor, *common, *SMALL, "--model", prepared[0] / "base", "--eval_problems", 2)
+    assert "0.00 without a trace, no reference traces" in said
+    out = train(settings(run, preset="code", mode="exec_only", steps=1, lora_rank=2, repeats=1))
+    assert lines(out)[0]["program_runs"] == 8 and lines(out)[0]["faithful"] is None
+    command(tracelift, "evaluate", *common, *SMALL, "--problems", 2, "--max_trace_tokens", 6)
+    results = json.loads((run / "results.json").read_text())
+    assert list(results) == ["no trace", "base planner", out.name] and results[out.name]["heldout T=0"]["success"] == 0
+    with pytest.raises(UserError, match="mbpp-0.*good and a flawed trace"):
+        rm_module.train(rm_module.RMSettings(run=str(run), device="cpu"))
+
+
 def test_a_sandbox_failure_stops_training_and_logs_no_reward(run, monkeypatch, lottery):
     def fail(self, *args):
         raise SandboxError("no helper")
