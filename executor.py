@@ -435,7 +435,7 @@ def _allocate(model, shape: tuple[int, int], memory: dict | None, max_cache_toke
     free = free_bytes(weight.device)
     if need > free:
         raise UserError(f"the KV cache of {shape[0]} rows of {shape[1]} tokens needs {need:,} bytes, {need - free:,} "
-                        f"more than are free; lower max_cache_tokens (now {max_cache_tokens}) or, where one prompt alone "
+                        f"more than are free; lower max_cache_tokens (now {max_cache_tokens}) or, if one prompt alone "
                         "is too much, the samples per prompt or max_new_tokens")
     cache = Cache(*shape, weight.device)
     if memory is not None:
@@ -728,7 +728,7 @@ class BenchSettings:
     problems: int = knob(8, "N; each is also run without a trace", low=1)
     traces: int = knob(8, "G, traces per problem", low=1)
     repeats: int = knob(3, "K, executor runs of each prompt", low=1)
-    prompt_tokens: int = knob(250, "mean length of a prompt with a trace (random tokens), 45 % of it the problem", low=8)
+    prompt_tokens: int = knob(250, "mean length of a prompt with a trace, random tokens; 45 % are the problem", low=8)
     new_tokens: int = knob(64, "length of every output; no EOS, so nothing is won by early ends", low=2)
     single: int = knob(9, "runs to time with one call each; all of them would take too long", low=1)
     rounds: int = knob(3, "interleaved repetitions", low=1)
