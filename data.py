@@ -108,6 +108,20 @@ def read_gsm8k(path) -> list[Problem]:
     return problems
 
 
+def read_mbpp(path) -> list[Problem]:
+    """MBPP lines. The problem shows its first test, as usual, since nothing else says what the function is called."""
+    problems = []
+    for i, row in enumerate(read_jsonl(path, {"code": str, "test_list": list})):
+        text = row.get("text") or row.get("prompt")
+        if not isinstance(text, str) or not row["test_list"]:
+            raise UserError(f"{path}:{i + 1}: needs key 'text' (or 'prompt') and at least one test in key 'test_list'")
+        setup = row.get("test_setup_code") or "\n".join(row.get("test_imports", []))
+        problems.append(Problem(f"mbpp-{row.get('task_id', i)}", "mbpp", "code",
+                                f"{text}\nYour code should pass this test:\n{row['test_list'][0]}", row["code"],
+                                [{"assert": f"{setup}\n{test}".strip()} for test in row["test_list"]]))
+    return problems
+
+
 def read_humaneval(path) -> list[Problem]:
     """HumanEval lines; the official test is kept whole, as one statement run after the program."""
     keys = {k: str for k in ("task_id", "prompt", "entry_point", "canonical_solution", "test")}
@@ -284,13 +298,13 @@ def tiny_problems(task_type: str, n: int, seed: int, split: str = "train") -> li
 
 
 def check_trace(problem: Problem, reasoning: str) -> tuple[bool, bool] | None:
-    """(faithful, leak) of a tiny-world trace, exactly; None for other problems, whose traces have no ground truth.
+    """(faithful, leak) of a tiny-world trace, exactly; None without a ground truth: other problems, no reference trace.
 
     faithful: every step is right and in its place, nothing is missing, nothing leaks. Commuted operands (5 + 7 for
     7 + 5) and an order of plan steps that computes the same function are right too.
     leak: the trace states a final result (math, right or wrong) or contains code.
     """
-    if problem.source != "tiny":
+    if problem.source != "tiny" or problem.reference_reasoning is None:
         return None
     if problem.task_type == "code":
         plan, reference = _parse_plan(reasoning), _parse_plan(problem.reference_reasoning)
@@ -635,6 +649,18 @@ def read_groups(path) -> list[dict]:
     return groups
 
 
+def read_any_groups(path) -> list[dict]:
+    """TraceLift-Groups; or HumanEval or MBPP lines as groups without traces, which serve every reward but the reward
+    model's."""
+    first = read_jsonl(path, {})[0]
+    if "canonical_solution" not in first and "test_list" not in first:
+        return read_groups(path)
+    problems = read_humaneval(path) if "canonical_solution" in first else read_mbpp(path)
+    return [{"problem_id": p.problem_id, "source": p.source, "task_type": p.task_type, "problem": p.problem,
+             "reference_solution": p.reference_solution, "positive_pool": [], "negative_bank": [], "tests": p.tests}
+            for p in problems]
+
+
 def _check_trace_record(trace, where, task_type, negative) -> None:
     if not isinstance(trace, dict) or not isinstance(trace.get("reasoning"), str):
         raise UserError(f"{where}: must be an object with the key 'reasoning'")
@@ -663,15 +689,13 @@ def problem_of(group: dict) -> Problem:
                    group.get("tests", []), positives[0]["reasoning"] if positives else None)
 
 
-def read_problems(path, need_reference: bool = True) -> list[Problem]:
+def read_problems(path) -> list[Problem]:
     """The problems of a groups file, for running. UserError for one that could only ever fail: a program without
-    tests, or no reference trace to measure (unless it is not needed)."""
+    tests."""
     problems = [problem_of(group) for group in read_groups(path)]
     for number, problem in enumerate(problems, 1):
         if problem.task_type == "code" and not problem.tests:
             raise UserError(f"{path}:{number}: a program without tests cannot be judged; give key 'tests'")
-        if problem.reference_reasoning is None and need_reference:
-            raise UserError(f"{path}:{number}: key 'positive_pool' is empty; it must hold a good trace")
     return problems
 
 
@@ -958,9 +982,20 @@ def environment() -> dict:
             "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else ""}
 
 
+def local(path: str, cache) -> str:
+    """The path itself, or for hf://datasets/OWNER/NAME/FILE that of a copy in `cache`, fetched once from the hub."""
+    if not path.startswith("hf://"):
+        return path
+    match = re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/(.+)", path)
+    if not match:
+        raise UserError(f"{path}: must be hf://datasets/OWNER/NAME/FILE, or a file on this machine")
+    return str(fetch(f"https://huggingface.co/datasets/{match[1]}/resolve/main/{match[2]}", "", cache))
+
+
 def fetch(url: str, sha256: str, cache) -> Path:
-    """Downloads a file once into the folder `cache`. UserError when the host cannot be reached or the bytes differ."""
-    path = Path(cache) / f"{sha256[:12]}-{url.rpartition('/')[2]}"
+    """Downloads a file once into the folder `cache`. UserError when the host cannot be reached or the bytes differ from
+    `sha256` ("": any will do)."""
+    path = Path(cache) / f"{(sha256 or hashlib.sha256(url.encode()).hexdigest())[:12]}-{url.rpartition('/')[2]}"
     if not path.exists():
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
@@ -968,7 +1003,7 @@ def fetch(url: str, sha256: str, cache) -> Path:
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise UserError(f"{url}: cannot be fetched ({error}); download it elsewhere and pass --data FILE") from None
         digest = hashlib.sha256(content).hexdigest()
-        if digest != sha256:
+        if sha256 and digest != sha256:
             raise UserError(f"{url}: sha256 is {digest}, must be {sha256}; pass a file that you trust with --data")
         write_atomic(path, content.decode("utf-8"))
     return path
@@ -980,9 +1015,11 @@ class DataSettings:
     run: str = knob("runs/tiny-math", "run folder")
     preset: str = knob("tiny", "named defaults")
     task_type: str = knob("math", "math or code; for the tiny world", choices=("math", "code"))
-    source: str = knob("tiny", "tiny: generated; gsm8k: built from GSM8K solutions; groups: ready TraceLift-Groups",
+    source: str = knob("tiny", "tiny: generated; gsm8k: built from GSM8K solutions; groups: TraceLift-Groups as they "
+                               "are, or HumanEval or MBPP lines (no traces: no reward model)",
                        choices=("tiny", "gsm8k", "groups"))
-    data: str = knob("", "training file (gsm8k or groups); empty with gsm8k: fetched once from its public repository")
+    data: str = knob("", "training file (gsm8k or groups), or hf://datasets/OWNER/NAME/FILE; empty with gsm8k: fetched "
+                         "once from its public repository")
     heldout_data: str = knob("", "held-out file, in the same format")
     train: int = knob(3000, "training groups", low=1)
     heldout: int = knob(300, "held-out groups, and as many longer ones in the tiny world", low=1)
@@ -992,7 +1029,8 @@ class DataSettings:
 
 
 PRESETS = {"tiny": {}, "smoke": {"train": 40, "heldout": 20},
-           "gsm8k": {"source": "gsm8k", "train": 4000, "heldout": 200, "negatives": 3}}
+           "gsm8k": {"source": "gsm8k", "train": 4000, "heldout": 200, "negatives": 3},
+           "code": {"source": "groups", "task_type": "code", "train": 300, "heldout": 80}}
 
 
 def load_groups(settings: DataSettings) -> dict[str, list[dict]]:
@@ -1003,11 +1041,11 @@ def load_groups(settings: DataSettings) -> dict[str, list[dict]]:
         raise UserError(f"--source {s.source} does not go with {other}")
     groups = {}
     for split, n in (wanted | ({"longer": s.heldout} if s.source == "tiny" else {})).items():
-        path = s.data if split == "train" else s.heldout_data
+        path = local(s.data if split == "train" else s.heldout_data, Path(s.cache).expanduser())
         if s.source == "groups":
             if not path:
                 raise UserError("--source groups needs --data FILE and --heldout_data FILE")
-            groups[split] = read_groups(path)[:n]
+            groups[split] = read_any_groups(path)[:n]
         else:                                                     # some problems allow too few flaws: try more
             if s.source == "tiny":
                 problems = tiny_problems(s.task_type, n + n // 4 + 4, s.seed, split)

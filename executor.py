@@ -9,18 +9,28 @@ Shapes: B rows, T tokens, V vocabulary, N prompts, S samples per prompt, K execu
     python executor.py --preset tiny --run runs/tiny-math                     # trains the tiny base model
     python executor.py --preset gsm8k --run runs/gsm8k-math --model Qwen/Qwen2.5-0.5B-Instruct
 
-Left out: paged caches, captured graphs, several GPUs. Decoding is a plain loop that a reader can step through.
+    python executor.py bench --model FOLDER                                   # our decoder beside transformers' own
+
+Left out: paged caches, a pool of rows that new prompts join, several GPUs. Decoding is a plain loop that a reader can
+step through; CUDA graphs only replay one step of it.
 """
 
+import itertools
 import json
+import math
+import os
 import random
 import re
+import statistics
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
@@ -61,7 +71,31 @@ def load(path_or_name: str, device=None, dtype=None):
                         "config.json and model.safetensors") from None
     if report["missing_keys"]:                                     # transformers would initialise them at random
         raise UserError(f"{path_or_name}: the weights lack {sorted(report['missing_keys'])[0]}; the file is incomplete")
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    check_decoding(model, path_or_name)
+    return model, tokenizer
+
+
+def check_decoding(model, name: str) -> None:
+    """UserError for a model that our cache does not fit, or whose answer depends on the padding beside a prompt: a
+    padded row in a cache is compared with the same tokens alone."""
+    device, long, short = model.get_input_embeddings().weight.device, [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3]
+    cache = Cache(2, 10, device)
+    try:
+        with torch.no_grad():
+            alone = model(input_ids=torch.tensor([short + [4]], device=device)).logits[0, 2:].float()        # (2, V)
+            first = cache.prefill(model, [long, short], 0, 1, 8, worth=99, limit=99)[1]
+            cache.token[:], cache.slot[:], cache.position[:, 0], cache.visible[:, 8] = 4, 8, torch.tensor([8, 3]), True
+            padded = torch.stack([first, cache.step(model, 2, 9)[1]]).float()
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        raise UserError(f"{name}: {model.config.model_type} models cannot be decoded here "
+                        f"({_first_line(error)})") from None
+    if not torch.isfinite(alone).all():
+        raise UserError(f"{name}: the logits are not finite; the weights are damaged, or too large for {model.dtype}")
+    slack = (1e-3 if model.dtype == torch.float32 else 5e-2) * float(alone.abs().max())
+    if not torch.allclose(alone, padded, rtol=0, atol=slack):
+        raise UserError(f"{name}: the logits of a padded row differ by {float((alone - padded).abs().max()):.2g} from "
+                        f"those of the row alone; {model.config.model_type} models mask padding wrongly")
 
 
 def _first_line(error) -> str:
@@ -103,6 +137,91 @@ def pad(rows: list[list[int]], value: int, device, left: bool = False) -> torch.
     return torch.tensor([f + r if left else r + f for r, f in zip(rows, fill)], device=device)
 
 
+# ------------------------------------------------------------------------------------------------ LoRA
+
+class Lora:
+    """A low-rank adapter (arXiv 2106.09685) on a frozen model: y = W x + alpha / rank * B A x, in which only A (rank,
+    in) and B (out, rank) learn; B starts at 0. They are parameters of the linear layers themselves and a hook adds
+    their part, so no name in the model changes; with the adapter off it is the model that it was, bit for bit."""
+
+    def __init__(self, model, rank: int, alpha: float, targets=(), seed: int = 0):
+        """`targets`: last names of the layers ("q_proj", ...); empty: every linear layer but the head."""
+        self.model, self.rank, self.alpha, self.active = freeze(model), rank, alpha, True
+        head, draw = model.get_output_embeddings(), torch.Generator().manual_seed(seed)
+        self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)
+                       and layer is not head and (not targets or name.rpartition(".")[2] in targets)}
+        self.targets = sorted({name.rpartition(".")[2] for name in self.layers})
+        if not self.layers or set(targets) - set(self.targets):
+            raise UserError(f"LoRA: the model has no linear layers named {sorted(set(targets) - set(self.targets))}")
+        for layer in self.layers.values():
+            wide, device = layer.in_features, layer.weight.device
+            A = (2 * torch.rand(rank, wide, generator=draw) - 1) / math.sqrt(wide)
+            layer.lora_A = torch.nn.Parameter(A.to(device))
+            layer.lora_B = torch.nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
+            layer.register_forward_hook(self._add)
+
+    def _add(self, layer, inputs, output):
+        if self.active:
+            part = F.linear(F.linear(inputs[0].to(layer.lora_A.dtype), layer.lora_A), layer.lora_B)
+            return output + (self.alpha / self.rank * part).to(output.dtype)
+
+    @contextmanager
+    def off(self):
+        """The bare model inside: frozen executor and reference policy."""
+        self.active = False
+        try:
+            yield
+        finally:
+            self.active = True
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """A and B of every layer under the names that peft gives them."""
+        return {f"base_model.model.{name}.lora_{x}.weight": getattr(layer, f"lora_{x}").detach()
+                for name, layer in self.layers.items() for x in "AB"}
+
+    def save(self, folder, base: str) -> None:
+        """The merged model as a plain Hugging Face folder, and the adapter alone in its subfolder adapter/ for peft."""
+        merged = {name: x for name, x in self.model.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
+        for name, layer in self.layers.items():
+            delta = self.alpha / self.rank * layer.lora_B.detach() @ layer.lora_A.detach()
+            merged[f"{name}.weight"] = (layer.weight + delta).to(layer.weight.dtype)
+        self.model.save_pretrained(folder, state_dict=merged)
+        (Path(folder) / "adapter").mkdir(exist_ok=True)
+        save_file({name: x.cpu().contiguous() for name, x in self.state_dict().items()},
+                  Path(folder) / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": self.rank,
+                  "lora_alpha": self.alpha, "target_modules": self.targets, "lora_dropout": 0.0, "bias": "none",
+                  "fan_in_fan_out": False, "inference_mode": True}
+        data.write_atomic(Path(folder) / "adapter" / "adapter_config.json", json.dumps(config, indent=1))
+
+    @classmethod
+    def load(cls, model, folder) -> "Lora":
+        """The adapter of a folder, ours or peft's, on its base model. UserError for one that does not match."""
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text())
+            saved = load_file(folder / "adapter_model.safetensors")
+            for key, plain in {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {},
+                               "alpha_pattern": {}}.items():
+                if config.get(key, plain) != plain:
+                    raise UserError(f"{folder}/adapter_config.json: {key} {config[key]!r} is not plain LoRA")
+            lora = cls(model, config["r"], config["lora_alpha"], config["target_modules"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"{folder}: not an adapter (adapter_config.json, adapter_model.safetensors): "
+                            f"{error!r}") from None
+        lora.load_state_dict(saved, folder)
+        return lora
+
+    def load_state_dict(self, saved: dict, where) -> None:
+        """Takes over what `state_dict` gave. UserError names the first layer that does not match."""
+        own = self.state_dict()
+        for name in sorted(own.keys() | saved.keys()):
+            ours, theirs = (tuple(x[name].shape) if name in x else None for x in (own, saved))
+            if ours != theirs:
+                raise UserError(f"{where}: the adapter does not match the model: {name} is {theirs}, must be {ours}")
+            own[name].copy_(saved[name])
+
+
 # ------------------------------------------------------------------------------------------------ decoding
 
 @dataclass
@@ -115,85 +234,262 @@ class Completions:
 
 def sample(logits: torch.Tensor, temperature: float, top_p: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Next token and its log-prob for each row of logits (B, V). Temperature 0 takes the most likely token and
-    reports its log-prob at temperature 1."""
-    logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    reports its log-prob at temperature 1. On CUDA only top_p < 1 makes the host wait."""
+    logits = logits.float() / (temperature or 1.0)
+    weight = (logits - logits.amax(dim=-1, keepdim=True)).exp()                       # probabilities times `total`
+    total = weight.sum(dim=-1, keepdim=True)
     if temperature == 0:
-        token = logp.argmax(dim=-1)
+        token = weight.argmax(dim=-1, keepdim=True)
     else:
-        probs = logp.exp()
-        if top_p < 1:
-            ordered, index = probs.sort(dim=-1, descending=True)
-            ordered[ordered.cumsum(dim=-1) - ordered >= top_p] = 0      # the first token always stays
-            probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
-        token = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
-    return token, logp.gather(-1, token[:, None]).squeeze(-1)
+        kept, index = weight, None
+        if top_p < 1:                                      # mostly few tokens hold top_p of the mass: no sort of all
+            kept, index = weight.topk(min(64, weight.shape[-1]), dim=-1)
+            if (kept.sum(dim=-1, keepdim=True) < top_p * total).any():
+                kept, index = weight.sort(dim=-1, descending=True)
+            before = kept.cumsum(dim=-1) - kept
+            kept = torch.where(before < top_p * total, kept, 0.0)                     # the first token always stays
+        mass = kept.cumsum(dim=-1)
+        point = torch.rand(len(mass), 1, device=mass.device, generator=generator) * mass[:, -1:]
+        point = torch.minimum(point, mass[:, -1:].nextafter(torch.zeros_like(point)))     # below the end, also rounded
+        token = torch.searchsorted(mass, point, right=True).clamp(max=mass.shape[-1] - 1)
+        token = token if index is None else index.gather(-1, token)
+    return token.squeeze(-1), (weight.gather(-1, token) / total).log().squeeze(-1)
+
+
+class Cache:
+    """The memory of one batch: R rows of L preallocated slots. Prompts end side by side, new tokens follow. A forward
+    pass stores its keys and values through `update`, which transformers' attention calls."""
+
+    def __init__(self, rows: int, slots: int, device):
+        self.layers, self.graphs = [], {}
+        self.visible = torch.zeros(rows, slots, dtype=torch.bool, device=device)      # slots that hold a row's tokens
+        self.token, self.position = torch.zeros(2, rows, 1, dtype=torch.long, device=device)      # the step's input
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)                   # where the step is stored
+
+    def update(self, keys, values, layer: int, *_, **__):
+        """Stores keys and values (B, H, T, D) of one layer; returns all that the pass may look at, (B, H, width, D)."""
+        if layer == len(self.layers):                                                 # zeros, since 0 * NaN is NaN
+            R, L = self.visible.shape
+            self.layers.append([x.new_zeros(R, x.shape[1], L, x.shape[3]) for x in (keys, values)])
+        seen = []
+        for store, new in zip(self.layers[layer], (keys, values)):
+            part = store[self.rows].unflatten(0, (len(new), -1))                      # (B, copies, H, L, D), a view
+            part.index_copy_(3, self.at, new[:, None].expand_as(part[:, :, :, :new.shape[2]]))
+            seen.append(part[:, 0, :, :self.width])
+        return seen
+
+    def get_seq_length(self, *_) -> int:
+        return self.width
+
+    def read(self, model, ids, position, rows: slice, at, width: int) -> torch.Tensor:
+        """Logits (B, V) after ids (B, T), which are stored in the slots `at` of `rows`, the same number of adjacent
+        rows for each sequence. They see the first `width` slots, as far as visible and not after their own."""
+        self.rows, self.at, self.width = rows, at, width
+        slots, visible = torch.arange(width, device=at.device), self.visible[rows].unflatten(0, (len(ids), -1))[:, 0]
+        mask = visible[:, None, None, :width] & (slots <= at[:, None]) | (slots == at[:, None])   # (B, 1, T, width)
+        return model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self, use_cache=True,
+                     logits_to_keep=1).logits[:, -1]
+
+    def prefill(self, model, prompts: list[list[int]], first: int, copies: int, end: int, worth: int, limit: int):
+        """Reads prompts (longest first) into the rows from `first` on, `copies` rows each, so that they end before slot
+        `end`; about `limit` tokens a pass, and the common beginning once where that saves `worth` tokens. Returns the
+        logits (B, V) of what follows."""
+        device, start, logits = self.slot.device, end - len(prompts[0]), []
+        P, slots = shared(*prompts), torch.arange(end, device=device)
+        P = P if P * (len(prompts) - 1) >= worth else 0
+        if P:
+            rows, at = slice(first, first + len(prompts) * copies), slots[start:start + P]
+            self.visible[rows, start:start + P] = True
+            self.read(model, torch.tensor([prompts[0][:P]], device=device), slots[None, :P], rows, at, start + P)
+        while prompts:
+            size = max(1, limit // (len(prompts[0]) - P))
+            part, prompts = prompts[:size], prompts[size:]
+            ids = pad([prompt[P:] for prompt in part], 0, device, left=True)          # (b, W)
+            length = torch.tensor([[len(prompt)] for prompt in part], device=device)
+            rows, at = slice(first, first + len(part) * copies), slots[end - ids.shape[1]:]
+            own = (slots >= end - length + P) | (slots >= start) & (slots < start + P)           # (b, end)
+            self.visible[rows, :end] = own.repeat_interleave(copies, dim=0)
+            logits.append(self.read(model, ids, (at - end + length).clamp(min=0), rows, at, end))
+            first = rows.stop
+        return torch.cat(logits)
+
+    def step(self, model, rows: int, width: int) -> torch.Tensor:
+        """Logits (rows, V) after the next token of each row. With static shapes (all slots are read) the launches of a
+        step are captured on CUDA once per number of rows and then replayed; not under autocast, whose casts of the
+        weights would be replayed too, out of date."""
+        run = lambda: self.read(model, self.token[:rows], self.position[:rows], slice(0, rows), self.slot, width)
+        if not self.slot.is_cuda or width < self.visible.shape[1] or torch.is_autocast_enabled("cuda"):
+            return run()
+        if rows not in self.graphs:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):                                           # a step may be run again
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.graphs[rows] = graph, run()
+        graph, logits = self.graphs[rows]
+        graph.replay()
+        return logits
+
+    def keep(self, order: torch.Tensor) -> None:
+        """Row order[i] becomes row i."""
+        for x in (self.visible, self.position, *(x for layer in self.layers for x in layer)):
+            x[:len(order)] = x[order]
+
+
+LIMIT = 1024, 16384                               # tokens in one pass of the prefill, on the CPU and on CUDA
+WORTH = 128, 4096                                 # tokens that a common beginning must save to deserve its own pass
+
+
+def shared(*prompts: list[int]) -> int:
+    """How many first tokens the prompts have in common, leaving each at least one of its own."""
+    return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+
+
+def _chunks(prompts, new: int, worth: int, room: int) -> list[list[int]]:
+    """Numbers of the prompts in lists, longest first: those whose common beginning saves `worth` tokens, and all the
+    others. A list takes at most `room` slots, with `new` more for each prompt."""
+    common = lambda run: shared(prompts[run[0]], prompts[run[-1]])                    # of all, since they are sorted
+    saved = lambda run: common(run) * (len(run) - 1)
+    runs, chunks = [], []
+    for n in sorted(range(len(prompts)), key=lambda n: prompts[n]):
+        longer = runs[-1] + [n] if runs else [n]
+        if len(longer) > 1 and 3 * common(longer) >= len(prompts[n]) and saved(longer) >= saved(runs[-1]):
+            runs[-1] = longer
+        else:
+            runs.append([n])
+    for run in [[n for run in runs if saved(run) < worth for n in run]] + [run for run in runs if saved(run) >= worth]:
+        run.sort(key=lambda n: -len(prompts[n]))
+        while run:
+            size = max(1, room // (len(prompts[run[0]]) + new))
+            chunks.append(run[:size])
+            run = run[size:]
+    return sorted(chunks, key=lambda chunk: -len(prompts[chunk[0]]))
 
 
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], *, num_samples: int = 1, max_new_tokens: int = 64,
-             temperature: float = 1.0, top_p: float = 1.0, eos_id: int, pad_id: int, generator=None,
-             max_cache_tokens: int = 65536) -> Completions:
+             temperature: float = 1.0, top_p: float = 1.0, eos_id: int, pad_id: int = 0, generator=None,
+             max_cache_tokens: int = 65536, memory: dict | None = None) -> Completions:
     """Samples `num_samples` completions of each prompt (lists of token ids) with a KV cache.
 
-    Prompts are sorted by length and decoded in batches whose cache stays under `max_cache_tokens` positions.
-    Reproducible from `generator` (of the model's device). UserError when a prompt and its completion do not fit the
-    model's context."""
+    Prompts are decoded in batches whose cache stays under `max_cache_tokens` positions. With `memory`, a dict that the
+    caller keeps, shapes are padded to a few, so that batches and calls reuse a cache and, on CUDA, its captured graphs;
+    it holds two caches at most, clear it to free them. Reproducible from `generator` (of the model's device). `pad_id`
+    is of no consequence: no mask lets padding be seen. UserError when a prompt and its completion do not fit the
+    context, or the cache the memory; FloatingPointError for logits that are not finite."""
     if num_samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"num_samples {num_samples} and max_new_tokens {max_new_tokens} must be >= 1, temperature "
                          f"{temperature} >= 0, top_p {top_p} in (0, 1]")
     if any(not prompt for prompt in prompts):
         raise ValueError("prompts: every prompt needs at least one token")
-    context = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, prompts), default=0)
+    limits = [getattr(model.config, key, None) for key in ("max_position_embeddings", "sliding_window")]
+    longest, context = max(map(len, prompts), default=0), min(filter(None, limits), default=0)
     if context and longest + max_new_tokens > context:
         raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
                         f"{context}; shorten the problems or lower max_new_tokens")
-    total = len(prompts) * num_samples
-    result = Completions([[] for _ in range(total)], [[] for _ in range(total)], [False] * total)
-    order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
-    while order:
-        width = len(prompts[order[0]]) + max_new_tokens
-        batch = order[:max(1, max_cache_tokens // (width * num_samples))]
-        order = order[len(batch):]
-        rows = [n * num_samples + s for n in batch for s in range(num_samples)]
-        _decode(model, [prompts[n] for n in batch], rows, result, num_samples, max_new_tokens, temperature, top_p,
-                eos_id, pad_id, generator)
+    total, device = len(prompts) * num_samples, model.get_input_embeddings().weight.device
+    result = Completions([[]] * total, [[]] * total, [False] * total)
+    limit, worth = LIMIT[device.type == "cuda"], WORTH[device.type == "cuda"]
+    static = memory is not None
+    shape = lambda n, end: (_rows(n * num_samples), 128 * math.ceil((end + max_new_tokens) / 128)) if static else (
+        n * num_samples, end + max_new_tokens)                                        # of the cache for n prompts
+    chunks = _chunks(prompts, max_new_tokens, worth, max_cache_tokens // (2 * num_samples if static else num_samples))
+    while chunks:
+        batch = chunks.pop(0)
+        sizes, end = [len(batch)], len(prompts[batch[0]])
+        while chunks and math.prod(shape(len(batch) + len(chunks[0]), end)) <= max_cache_tokens:
+            sizes.append(len(chunks[0]))
+            batch = batch + chunks.pop(0)
+        place = [n * num_samples + s for n in batch for s in range(num_samples)]      # in the result, of each row
+        cache = _allocate(model, shape(len(batch), end), memory, max_cache_tokens)
+        logits = torch.cat([cache.prefill(model, [prompts[n] for n in batch[at - size:at]], (at - size) * num_samples,
+                                          num_samples, end, worth, limit)
+                            for size, at in zip(sizes, itertools.accumulate(sizes))])
+        length = torch.tensor([len(prompts[n]) for n in batch], device=device)
+        tokens, logprobs = _decode(model, cache, logits.repeat_interleave(num_samples, dim=0),
+                                   length.repeat_interleave(num_samples), end, max_new_tokens, temperature, top_p,
+                                   eos_id, generator, static)
+        for i, row, logp in zip(place, tokens.tolist(), logprobs.tolist()):
+            stop = row.index(eos_id) + 1 if eos_id in row else max_new_tokens
+            result.tokens[i], result.logprobs[i], result.finished[i] = row[:stop], logp[:stop], eos_id in row
+            if not all(map(math.isfinite, logp[:stop])):
+                raise FloatingPointError(f"prompt {i // num_samples}: the model's logits are not finite; its weights "
+                                         "are damaged, or too large for its dtype")
     return result
 
 
-def _decode(model, prompts, rows, result, num_samples, max_new_tokens, temperature, top_p, eos_id, pad_id, generator):
-    """One batch: `rows[i]` is the place in `result` of batch row i."""
-    from transformers import DynamicCache
-    device = model.get_input_embeddings().weight.device
-    ids = pad(prompts, pad_id, device, left=True)                                     # (N, T)
-    length = torch.tensor([len(p) for p in prompts], device=device)
-    mask = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - length[:, None]).long()
-    position = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    cache = DynamicCache()
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-                   logits_to_keep=1).logits[:, -1]                                    # one prefill per prompt
-    if num_samples > 1:                                                               # then S rows per prompt
-        cache.batch_repeat_interleave(num_samples)
-        logits, mask, length = (x.repeat_interleave(num_samples, dim=0) for x in (logits, mask, length))
-    for step in range(max_new_tokens):
+def _rows(count: int) -> int:
+    """The next power of two, at least 8."""
+    return max(8, 1 << (count - 1).bit_length())
+
+
+def _allocate(model, shape: tuple[int, int], memory: dict | None, max_cache_tokens: int) -> Cache:
+    """A cache of (rows, slots), or the one of this shape in `memory`. UserError when it would not fit."""
+    if memory is not None and shape in memory:
+        memory[shape].visible.zero_()
+        return memory[shape]
+    while memory and len(memory) > 1:                                                 # two shapes at most
+        memory.pop(next(iter(memory)))
+    config, weight = model.config.get_text_config(), model.get_input_embeddings().weight
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    need = shape[0] * shape[1] * 2 * config.num_hidden_layers * heads * width * weight.element_size()
+    free = free_bytes(weight.device)
+    if need > free:
+        raise UserError(f"the KV cache of {shape[0]} rows of {shape[1]} tokens needs {need:,} bytes, {need - free:,} "
+                        f"more than are free; lower max_cache_tokens (now {max_cache_tokens}) or, if one prompt alone "
+                        "is too much, the samples per prompt or max_new_tokens")
+    cache = Cache(*shape, weight.device)
+    if memory is not None:
+        memory[shape] = cache
+    return cache
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that can still be allocated on a device; inf where nothing tells."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        return math.inf
+
+
+def _decode(model, cache, logits, length, end, new, temperature, top_p, eos_id, generator, static):
+    """Everything after the prefill: tokens and log-probs, both (rows, new), meaningless behind a row's first EOS. The
+    host looks at the device only to see who has finished, on CUDA every 8 tokens. Finished rows leave once they are a
+    quarter of the batch (with static shapes: once the next smaller number of rows is enough)."""
+    R, device, check = len(cache.visible), logits.device, 8 if logits.is_cuda else 1
+    row = torch.arange(R, device=device)
+    done = row >= len(length)                                                         # padding of static shapes
+    logits = logits[row.clamp(max=len(length) - 1)]
+    cache.position.zero_()[:len(length), 0] = length
+    tokens, logprobs = torch.zeros(R, new, dtype=torch.long, device=device), torch.zeros(R, new, device=device)
+    for step in range(new):
         token, logp = sample(logits, temperature, top_p, generator)
-        alive = []
-        for i, (row, t, lp) in enumerate(zip(rows, token.tolist(), logp.tolist())):
-            result.tokens[row].append(t)
-            result.logprobs[row].append(lp)
-            if t == eos_id:
-                result.finished[row] = True
-            else:
-                alive.append(i)
-        if not alive or step == max_new_tokens - 1:
-            return
-        if len(alive) < len(rows):                                                    # finished rows leave the batch
-            keep = torch.tensor(alive, device=device)
-            cache.batch_select_indices(keep)
-            rows, token, mask, length = [rows[i] for i in alive], token[keep], mask[keep], length[keep]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=(length + step)[:, None],
-                       past_key_values=cache, use_cache=True).logits[:, -1]
+        tokens[row, step], logprobs[row, step] = token, logp
+        done |= token == eos_id
+        if step == new - 1:
+            break
+        if step % check == check - 1:
+            alive = R - int(done.sum())
+            if not alive:
+                break
+            size = _rows(alive) if static else alive
+            if size <= 0.75 * R:
+                order = done.long().argsort(stable=True)[:size]
+                cache.keep(order)
+                R, row, done, token = size, row[order], done[order], token[order]
+        cache.token[:R, 0] = token
+        cache.slot.fill_(end + step)
+        cache.visible[:, end + step] = True
+        logits = cache.step(model, R, cache.visible.shape[1] if static else end + step + 1)
+        cache.position += 1
+    return tokens, logprobs
 
 
 # ------------------------------------------------------------------------------------------------ the frozen executor
@@ -220,6 +516,7 @@ class Executor:
         self.exec_score = exec_score
         self.spent = {"executor_prompt_tokens": 0, "executor_tokens": 0, "program_runs": 0}
         self._baseline: dict[tuple[str, int], int] = {}
+        self.memory = {} if next(model.parameters()).is_cuda else None     # captured graphs, see generate
 
     def run(self, problems: list[Problem], traces: list[str] | None, repeats: int) -> list[list[Run]]:
         """`repeats` independent runs for every problem with its trace (None: without). [problem][repeat]."""
@@ -231,7 +528,7 @@ class Executor:
         prompts = [data.encode_prompt(self.tokenizer, data.executor_prompt(p, t)) for p, t in zip(problems, traces)]
         completions = generate(self.model, prompts, num_samples=repeats, max_new_tokens=self.max_new_tokens,
                                temperature=self.temperature, top_p=self.top_p, eos_id=self.tokenizer.eos_token_id,
-                               pad_id=pad_id(self.tokenizer), generator=self.generator)
+                               generator=self.generator, memory=self.memory)
         self.spent["executor_prompt_tokens"] += sum(map(len, prompts))
         self.spent["executor_tokens"] += sum(map(len, completions.tokens))
         outputs = self.tokenizer.batch_decode(completions.tokens, skip_special_tokens=True)
@@ -417,7 +714,8 @@ class BaseSettings:
 
 
 PRESETS = {"tiny": {}, "smoke": {"sequences": 640, "hidden": 64, "layers": 2, "eval_problems": 16},
-           "gsm8k": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "eval_problems": 100, "max_answer_tokens": 256}}
+           "gsm8k": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "eval_problems": 100, "max_answer_tokens": 256},
+           "code": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "eval_problems": 80, "max_answer_tokens": 384}}
 
 
 def base_of(run) -> str:
@@ -448,8 +746,97 @@ def train_base(settings: BaseSettings, task_type: str, folder: Path) -> float:
     return loss
 
 
+@dataclass(frozen=True)
+class BenchSettings:
+    """Settings of `python executor.py bench`."""
+    preset: str = knob("full", "full: the executor's workload of one training step; small: a quarter of the problems")
+    model: str = knob("", "Hugging Face folder or name; empty: a small random model, whose table only shows the form")
+    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
+    problems: int = knob(8, "N; each is also run without a trace", low=1)
+    traces: int = knob(8, "G, traces per problem", low=1)
+    repeats: int = knob(3, "K, executor runs of each prompt", low=1)
+    prompt_tokens: int = knob(250, "mean length of a prompt with a trace, random tokens; 45 % are the problem", low=8)
+    new_tokens: int = knob(64, "length of every output; no EOS, so nothing is won by early ends", low=2)
+    single: int = knob(9, "runs to time with one call each; all of them would take too long", low=1)
+    rounds: int = knob(3, "interleaved repetitions", low=1)
+
+
+BENCH_PRESETS = {"full": {}, "small": {"problems": 2}}
+
+
+def peak_bytes(device: torch.device, reset: bool = False) -> int:
+    """Most memory in use since the last reset: of the device, or on Linux of this process; 0 where nothing tells."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    except (OSError, TypeError):
+        return 0
+
+
+@torch.no_grad()
+def bench(settings: BenchSettings) -> str:
+    """Tokens per second and peak memory of `generate` beside transformers' own, greedily, on the executor's workload.
+    A Markdown table; UserError when an output differs."""
+    s, rng, device = settings, random.Random(0), pick_device(settings.device)
+    torch.manual_seed(0)
+    model = load(s.model, device)[0] if s.model else tiny_model(8192, 256, 6).to(device).eval()
+    model.generation_config.eos_token_id, memory = None, {} if device.type == "cuda" else None
+    words = lambda share: [rng.randrange(10, model.config.vocab_size) for _ in range(round(share * s.prompt_tokens))]
+    prompts = []
+    for problem in (words(0.45) for _ in range(s.problems)):
+        prompts += [problem] + [problem + words(rng.uniform(0.35, 0.75)) for _ in range(s.traces)]
+
+    def theirs(rows):
+        ids = pad(rows, 0, device, left=True)
+        mask = pad([[1] * len(row) for row in rows], 0, device, left=True)
+        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=s.new_tokens, pad_token_id=0)
+        return out[:, ids.shape[1]:].tolist()
+
+    def ours():
+        return generate(model, prompts, num_samples=s.repeats, max_new_tokens=s.new_tokens, temperature=0, eos_id=-1,
+                        memory=memory).tokens
+
+    every, some = [p for p in prompts for _ in range(s.repeats)], prompts[::math.ceil(len(prompts) / s.single)]
+    methods = {"generate, one call per run": (some, lambda: [theirs([p])[0] for p in some]),
+               # num_return_sequences repeats the rows just so, but refuses to decode greedily
+               f"generate, one batch, num_return_sequences={s.repeats}": (every, lambda: theirs(every)),
+               "executor.generate": (every, ours)}
+    rates, peaks, wanted = {name: [] for name in methods}, dict.fromkeys(methods, 0), {}
+    if device.type == "cuda":
+        ours()                                             # captures its graphs
+    for _ in tqdm(range(s.rounds), desc="bench", mininterval=5):
+        for name, (rows, run) in methods.items():
+            before, begin = peak_bytes(device, reset=True), time.perf_counter()
+            outputs = run()
+            rates[name].append(len(rows) * s.new_tokens / (time.perf_counter() - begin))
+            peaks[name] = max(peaks[name], peak_bytes(device) - before)
+            differ = sum(wanted.setdefault(tuple(row), out) != out for row, out in zip(rows, outputs))
+            if differ:
+                raise UserError(f"{name}: {differ} of {len(rows)} outputs differ from those before: a fault, or in low "
+                                "precision a near tie; --device cpu decodes in float32")
+    best, lengths = statistics.median(rates["executor.generate"]), [len(p) for p in prompts]
+    lines = [f"{s.model or 'a small random model'}, {str(model.dtype)[6:]} on {device}, {torch.get_num_threads()} "
+             f"threads; {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {s.repeats} outputs of "
+             f"{s.new_tokens} tokens each; {s.rounds} rounds; all outputs equal", "",
+             "| decoder | outputs timed | tokens/s, median (range) | ours against it | peak memory, without weights |",
+             "|---" * 5 + "|"]
+    for name, rate in rates.items():
+        middle = statistics.median(rate)
+        lines.append(f"| {name} | {len(methods[name][0])} | {middle:,.0f} ({min(rate):,.0f} to {max(rate):,.0f}) | "
+                     f"{best / middle:.1f} x | {peaks[name] / 2**20:,.0f} MiB |")
+    return "\n".join(lines)
+
+
 def main(argv) -> None:
     """The command: the base model of a run, trained or checked, and what its executor can do."""
+    if argv[:1] == ["bench"]:
+        print(bench(data.parse_settings(BenchSettings, BENCH_PRESETS, argv[1:], "executor.py bench")))
+        return
     settings = data.parse_settings(BaseSettings, PRESETS, argv, "executor.py")
     run = Path(settings.run)
     if data.begin_stage(run, "base", settings, run / "base.json"):
@@ -465,12 +852,15 @@ def main(argv) -> None:
                           temperature=settings.executor_temperature,
                           generator=torch.Generator(device).manual_seed(settings.seed))
         for key, traces in (("no_trace", None), ("reference_trace", [p.reference_reasoning for p in heldout])):
-            record[key] = sum(frozen.success(heldout, traces, 1)) / len(heldout)
+            known = traces is None or None not in traces                   # HumanEval and MBPP come without traces
+            record[key] = sum(frozen.success(heldout, traces, 1)) / len(heldout) if known else None
         data.record_stage(run, "base", settings)
         data.write_atomic(run / "base.json", json.dumps(record, indent=1))
     record = json.loads((run / "base.json").read_text())
+    given = "no reference traces" if record["reference_trace"] is None else (
+        f"{record['reference_trace']:.2f} with the reference trace")
     print(f"{run}/base.json: {record['model']}, executor success on {record['problems']} held-out problems "
-          f"{record['no_trace']:.2f} without a trace, {record['reference_trace']:.2f} with the reference trace")
+          f"{record['no_trace']:.2f} without a trace, {given}")
     print(f"next: python rm.py --preset {settings.preset} --run {settings.run}")
 
 

@@ -238,7 +238,8 @@ class RMSettings:
 
 
 PRESETS = {"tiny": {}, "smoke": {"epochs": 1.0, "max_heldout": 20},
-           "gsm8k": {"epochs": 1.0, "groups_per_batch": 2, "learning_rate": 2e-5, "max_heldout": 100}}
+           **dict.fromkeys(("gsm8k", "code"), {"epochs": 1.0, "groups_per_batch": 2, "learning_rate": 2e-5,
+                                               "max_heldout": 100})}
 
 
 def train(settings: RMSettings) -> dict:

@@ -6,6 +6,7 @@
 #   ./run.sh test       the tests
 #
 #   PRESET=gsm8k MODEL=Qwen/Qwen2.5-0.5B-Instruct ./run.sh       a real model on GSM8K, one GPU
+#   PRESET=code MODES=exec_only DATA=FILE HELDOUT_DATA=FILE ./run.sh      the same on MBPP or HumanEval lines
 #
 # Environment: SEEDS ("0 1 2"), MODES ("exec_only tracelift"), TASKS ("math code", tiny world only), PRESET, MODEL,
 # RUN (prefix of the run folders), DATA and HELDOUT_DATA (files instead of downloads), INT=1 (also the InT warm start,
@@ -63,7 +64,9 @@ pipeline() {
   stage "problems, flawed traces, rubrics" data.py "${common[@]}" --task_type "$task" \
     ${DATA:+--data "$DATA"} ${HELDOUT_DATA:+--heldout_data "$HELDOUT_DATA"}
   stage "base model: planner and frozen executor" executor.py "${common[@]}" ${MODEL:+--model "$MODEL"}
-  stage "rubric reward model" rm.py "${common[@]}"
+  if [[ "${INT:-0}" = 1 || "${MODES:-tracelift}" = *tracelift* || "$MODES" = *rm_only* ]]; then
+    stage "rubric reward model" rm.py "${common[@]}"
+  fi
   if [ "${INT:-0}" = 1 ]; then
     stage "InT: the planner finds and mends its own first mistakes" tracelift.py int "${common[@]}"
   fi
@@ -81,7 +84,7 @@ pipeline() {
 
 exec 3>&1
 if [ "$preset" != tiny ] && [ "$preset" != smoke ]; then
-  pipeline math
+  pipeline "$([ "$preset" = code ] && echo code || echo math)"
   exit
 fi
 # The tiny world's domains run side by side, with the cores divided between them: so small a model gains little from

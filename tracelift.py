@@ -29,7 +29,7 @@ import shutil
 import statistics
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -140,6 +140,10 @@ class TrainSettings:
     inner_epochs: int = knob(1, "updates per rollout", low=1)
     micro_batch: int = knob(96, "sequences per forward and backward; the gradient does not depend on it", low=1)
     grad_clip: float = knob(1.0, "largest gradient norm", above=0)
+    lora_rank: int = knob(0, "0: train all weights of a copy of the base; else an adapter of this rank on the one base "
+                             "model that is executor and reference too", low=0)
+    lora_alpha: float = knob(32.0, "the adapter's part is scaled by alpha / rank", above=0)
+    checkpointing: int = knob(0, "1: recompute activations in the backward pass, for memory", low=0)
     temperature: float = knob(1.0, "of the planner, in sampling and in scoring", above=0)
     executor_temperature: float = knob(0.7, "of the executor", low=0)
     max_trace_tokens: int = knob(80, "longest planner completion; a cut one counts as unclosed", low=1)
@@ -167,9 +171,12 @@ TRAIN_PRESETS = {
     "tiny": {},
     "smoke": {"steps": 2, "problems_per_step": 2, "group_size": 4},
     "gsm8k": {"steps": 100, "problems_per_step": 8, "group_size": 8, "learning_rate": 1e-6, "micro_batch": 8,
-              "max_trace_tokens": 256, "max_answer_tokens": 256, "warmup": 10}}
+              "max_trace_tokens": 256, "max_answer_tokens": 256, "warmup": 10, "checkpointing": 1},
+    "code": {"steps": 100, "problems_per_step": 8, "group_size": 8, "learning_rate": 1e-6, "micro_batch": 8,
+             "max_trace_tokens": 256, "max_answer_tokens": 384, "warmup": 10, "checkpointing": 1}}
 EVAL_PRESETS = {"tiny": {}, "smoke": {"problems": 16},
-                "gsm8k": {"problems": 200, "max_trace_tokens": 256, "max_answer_tokens": 256}}
+                "gsm8k": {"problems": 200, "max_trace_tokens": 256, "max_answer_tokens": 256},
+                "code": {"problems": 80, "max_trace_tokens": 256, "max_answer_tokens": 384}}
 
 
 # ------------------------------------------------------------------------------------------------ rollout and loss
@@ -283,14 +290,23 @@ def train(settings: TrainSettings) -> Path:
     device = executor.pick_device(settings.device)
     problems = data.read_problems(run / "groups" / "train.jsonl")[:settings.max_problems or None]
     base = executor.base_of(run)
-    planner, tokenizer = executor.load(settings.init or base, device, torch.float32)
+    if settings.lora_rank and settings.init:
+        raise UserError("--init does not go with --lora_rank: the adapter sits on the base model that the executor is")
+    planner, tokenizer = executor.load(settings.init or base, device, None if settings.lora_rank else torch.float32)
     executor.check_head(planner)
-    reference = executor.freeze(copy.deepcopy(planner)) if settings.beta > 0 else None
+    shared = settings.lora_rank > 0                                      # one model, three roles
+    reference = planner if shared or not settings.beta else executor.freeze(copy.deepcopy(planner))
     sampling = torch.Generator(device).manual_seed(settings.seed)
-    frozen = Executor(*executor.load(base, device), max_new_tokens=settings.max_answer_tokens,
-                      temperature=settings.executor_temperature, exec_score=settings.exec_score, generator=sampling)
+    frozen = Executor(*(planner, tokenizer) if shared else executor.load(base, device), generator=sampling,
+                      max_new_tokens=settings.max_answer_tokens, temperature=settings.executor_temperature,
+                      exec_score=settings.exec_score)
+    lora = executor.Lora(planner, settings.lora_rank, settings.lora_alpha, seed=settings.seed) if shared else None
+    bare = lora.off if lora else nullcontext                             # inside it the planner is the base model again
+    if settings.checkpointing:
+        planner.gradient_checkpointing_enable({"use_reentrant": False})
     rm = RubricRewardModel.from_pretrained(run / "rm", device) if settings.mode in RM_MODES else None
-    optimizer = torch.optim.AdamW(planner.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained(planner).values(), lr=settings.learning_rate, betas=(0.9, 0.95),
+                                  weight_decay=0.0)
     state = {"step": 0, "seconds": 0.0, "planner_tokens": 0}
     if (work / "checkpoint.pt").exists():
         state = load_checkpoint(work, planner, optimizer, frozen, sampling)
@@ -306,12 +322,14 @@ def train(settings: TrainSettings) -> Path:
         with clock("rollout"):                                           # 1. N problems, G traces each
             planner.eval()
             batch = rollout(planner, tokenizer, problems_at(problems, step, settings), settings, sampling)
-        with clock("reward"):                                            # 2. execute, verify, score, combine
+        with clock("reward"), bare():                                    # 2. execute, verify, score, combine
             rewards, runs = measure(settings, frozen, rm, batch.problems, batch.traces)
             reward = torch.tensor([r.total for r in rewards], device=device)                   # (B,)
         with clock("update"):                                            # 3. advantages and loss, inside kernels
             old = completion_logp(planner, batch, settings) if settings.inner_epochs > 1 else None
-            ref = completion_logp(reference, batch, settings) if reference else None
+            with bare():
+                ref = completion_logp(reference, batch, settings) if settings.beta > 0 else None
+            planner.train(bool(settings.checkpointing))                  # only in this mode does it recompute
             for _ in range(settings.inner_epochs):
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup))
@@ -333,11 +351,16 @@ def train(settings: TrainSettings) -> Path:
         if (step + 1) % settings.save_every == 0 and step + 1 < settings.steps:
             save_checkpoint(work, planner, optimizer, frozen, sampling, state)
         bar.set_postfix({k: f"{line[k]:.2f}" for k in ("reward", "success", "uplift") if line[k] is not None})
-    planner.save_pretrained(work)
+    lora.save(work, base) if lora else planner.save_pretrained(work)
     tokenizer.save_pretrained(work)
     os.replace(work, out)
     (out / "checkpoint.pt").unlink(missing_ok=True)
     return out
+
+
+def trained(planner) -> dict[str, torch.nn.Parameter]:
+    """The parameters that learn: all, or those of the adapter."""
+    return {name: p for name, p in planner.named_parameters() if p.requires_grad}
 
 
 def problems_at(problems: list[Problem], step: int, settings) -> list[Problem]:
@@ -403,7 +426,8 @@ def save_checkpoint(work: Path, planner, optimizer, frozen: Executor, generator,
     """All that the next step depends on, atomically, with the lengths of the logs at this point."""
     logs = {name: (work / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl")}
     with open(work / "checkpoint.tmp", "wb") as f:
-        torch.save({"planner": planner.state_dict(), "optimizer": optimizer.state_dict(), "state": state, "logs": logs,
+        torch.save({"planner": {name: p.detach() for name, p in trained(planner).items()},
+                    "optimizer": optimizer.state_dict(), "state": state, "logs": logs,
                     "generator": generator.get_state(), "executor": frozen.state()}, f)
         f.flush()
         os.fsync(f.fileno())
@@ -413,7 +437,9 @@ def save_checkpoint(work: Path, planner, optimizer, frozen: Executor, generator,
 def load_checkpoint(work: Path, planner, optimizer, frozen: Executor, generator) -> dict:
     """Restores a checkpoint and cuts the logs back to it. Returns the training state."""
     saved = torch.load(work / "checkpoint.pt", map_location="cpu", weights_only=True)
-    planner.load_state_dict(saved["planner"])
+    with torch.no_grad():
+        for name, parameter in trained(planner).items():
+            parameter.copy_(saved["planner"][name])
     optimizer.load_state_dict(saved["optimizer"])
     generator.set_state(saved["generator"])
     frozen.load_state(saved["executor"])
@@ -624,7 +650,7 @@ def intervene(settings: IntSettings) -> Path:
         return out
     device = executor.pick_device(s.device)
     groups = run / "groups" / "train.jsonl"
-    problems = data.read_problems(groups, need_reference=False)[:s.problems]
+    problems = data.read_problems(groups)[:s.problems]
     base, by_id = executor.base_of(run), {p.problem_id: p for p in problems}
     planner, tokenizer = executor.load(base, device, torch.float32)
     executor.check_head(planner)
@@ -688,6 +714,8 @@ def evaluate(settings: EvalSettings) -> dict:
     frozen = Executor(model, tokenizer, max_new_tokens=settings.max_answer_tokens,
                       temperature=settings.executor_temperature)
     rows = [("no trace", None, ""), ("reference trace", None, ""), ("base planner", base, "")]
+    if any(p.reference_reasoning is None for problems in splits.values() for p in problems):
+        rows.pop(1)                                                      # HumanEval and MBPP come without traces
     rows += [("InT", run / "int", "")] if (run / "int").exists() else []
     rows += [(p.name, p, p / "metrics.jsonl") for p in planners]
     for name, folder, log in tqdm(rows, desc="evaluate"):

@@ -5,6 +5,7 @@
 import dataclasses
 import hashlib
 import http.server
+import io
 import json
 import os
 import random
@@ -864,6 +865,76 @@ def test_fetch_refuses(server, tmp_path, file, sha, words):
     with pytest.raises(UserError, match=words):
         data.fetch(f"http://127.0.0.1:{server.server_port}/{file}", sha, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_on_the_hub(monkeypatch, tmp_path):
+    """hf://datasets/OWNER/NAME/FILE is fetched once; other paths are what they are; without a network the message
+    names what to provide."""
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        return io.BytesIO(BODY)
+    monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
+    name = "hf://datasets/some/set/part/train.jsonl"
+    assert Path(data.local(name, tmp_path)).read_bytes() == BODY and data.local(name, tmp_path) == data.local(name, tmp_path)
+    assert asked == ["https://huggingface.co/datasets/some/set/resolve/main/part/train.jsonl"]
+    assert data.local("a/b.jsonl", tmp_path) == "a/b.jsonl" and data.local("", tmp_path) == ""
+    other = data.local("hf://datasets/other/set/part/train.jsonl", tmp_path)
+    assert other != data.local(name, tmp_path), "two data sets must not share a place in the cache"
+    for bad in ("hf://some/set/train.jsonl", "hf://datasets/set/train.jsonl", "hf://datasets/some/set/"):
+        with pytest.raises(UserError, match="OWNER/NAME/FILE"):
+            data.local(bad, tmp_path)
+
+    def unreachable(url, timeout):
+        raise OSError("no route")
+    monkeypatch.setattr(data.urllib.request, "urlopen", unreachable)
+    with pytest.raises(UserError, match="some/set/resolve/main/b.jsonl: cannot be fetched.*--data FILE"):
+        data.local("hf://datasets/some/set/b.jsonl", tmp_path)
+
+
+MBPP = {"task_id": 7, "text": "Write a function to add one.", "code": "def inc(x):\n    return x + 1",
+        "test_list": ["assert inc(1) == 2", "assert inc(ONE) == 2"], "test_setup_code": "ONE = 1"}
+
+
+def test_mbpp_lines_become_problems_that_their_own_code_solves(tmp_path):
+    """Both spellings of the data set; the set-up comes before every test."""
+    path = tmp_path / "mbpp.jsonl"
+    sane = {"task_id": 8, "prompt": "Count.", "code": "def c(s):\n    return len(s)", "test_imports": ["import math"],
+            "test_list": ["assert c('ab') == math.floor(2.5)"]}
+    path.write_text(json.dumps(MBPP) + "\n" + json.dumps(sane) + "\n")
+    problems = data.read_mbpp(path)
+    assert [p.problem_id for p in problems] == ["mbpp-7", "mbpp-8"] and "assert inc(1) == 2" in problems[0].problem
+    assert "ONE" not in problems[0].problem
+    for p in problems:
+        for test in p.tests:
+            exec(p.reference_solution + "\n" + test["assert"], {})
+    for change, words in (({"test_list": []}, "test_list"), ({"text": None}, "text"), ({"code": 1}, "code")):
+        path.write_text(json.dumps({**MBPP, **change}) + "\n")
+        with pytest.raises(UserError, match=f"mbpp.jsonl:1.*{words}"):
+            data.read_mbpp(path)
+
+
+def test_problems_with_unit_tests_become_groups_without_traces(tmp_path):
+    """HumanEval and MBPP lines by what is in them, TraceLift-Groups as they are; what was written is read again."""
+    human = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "    return 1\n",
+             "test": "def check(f):\n    assert f() == 1\n"}
+    path = tmp_path / "lines.jsonl"
+    for record in (MBPP, human):
+        path.write_text(json.dumps(record) + "\n")
+        [made] = data.read_any_groups(path)
+        data.write_groups(tmp_path / "groups.jsonl", [made])
+        assert data.read_groups(tmp_path / "groups.jsonl") == [made] and made["positive_pool"] == made["negative_bank"] == []
+        [problem] = data.read_problems(tmp_path / "groups.jsonl")
+        assert problem.reference_reasoning is None and problem.tests and problem.task_type == "code"
+    path.write_text(json.dumps(group()) + "\n")
+    assert data.read_any_groups(path) == [group()]
+    for split in ("train", "heldout"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({**MBPP, "task_id": i}) + "\n" for i in range(2)))
+    run = tmp_path / "run"
+    data.main(["--preset", "code", "--run", str(run), "--data", str(tmp_path / "train.jsonl"), "--heldout_data",
+               str(tmp_path / "heldout.jsonl"), "--train", "2", "--heldout", "2"])
+    assert len(data.read_problems(run / "groups" / "train.jsonl")) == 2
 
 
 # ---------------------------------------------------------------- the command

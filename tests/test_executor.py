@@ -3,7 +3,10 @@
     python -m pytest tests/test_executor.py
 """
 import copy
+import dataclasses
 import json
+import os
+import random
 import shutil
 
 import pytest
@@ -143,14 +146,135 @@ def test_a_small_cache_changes_nothing(llama):
         assert small.tokens == whole.tokens and small.finished == whole.finished
 
 
+def forwards(model, monkeypatch):
+    """The shapes of all later forward passes."""
+    shapes, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: (shapes.append(tuple((k.get("input_ids") if a == () else a[0]).shape)),
+                                                          forward(*a, **k))[1])
+    return shapes
+
+
 def test_one_prefill_for_all_samples_and_finished_rows_leave(llama, monkeypatch):
-    """What makes K runs cheap: a prompt is read once however many samples follow, and no row is decoded after EOS."""
-    shapes, forward = [], llama.forward
-    monkeypatch.setattr(llama, "forward", lambda *a, **k: (shapes.append(tuple(k["input_ids"].shape)), forward(*a, **k))[1])
-    out = generate(llama, PROMPTS, num_samples=4, max_new_tokens=10, eos_id=7, pad_id=PAD, generator=seeded())
+    """What makes K runs cheap: a prompt is read once however many samples follow. Finished rows leave as soon as they
+    are a quarter of the batch, and nothing is decoded once all have finished."""
+    shapes = forwards(llama, monkeypatch)
+    whole = greedy(llama, PROMPTS).tokens
+    del shapes[:]
+    out = greedy(llama, PROMPTS, num_samples=4, max_new_tokens=10, eos_id=an_eos(whole))
     assert shapes[0] == (len(PROMPTS), 7) and {width for _, width in shapes[1:]} == {1}
-    assert [rows for rows, _ in shapes[1:]] == [n for n in (sum(len(t) > step for t in out.tokens) for step in range(1, 10)) if n]
-    assert shapes[-1][0] < shapes[1][0]
+    rows, wanted = 20, []
+    for step in range(1, 10):
+        alive = sum(len(t) > step for t in out.tokens)
+        rows = alive if alive <= 0.75 * rows else rows
+        wanted += [rows] if alive else []
+    assert [rows for rows, _ in shapes[1:]] == wanted and len(set(wanted)) > 1
+    del shapes[:]
+    greedy(llama, PROMPTS[:1], num_samples=3, eos_id=whole[0][0])
+    assert shapes == [(1, 7)]                                      # EOS at once
+
+
+# Three problems with several traces each and one without (a prompt that is the beginning of others), one lone prompt,
+# and one that is there twice: everything that sharing a beginning has to keep apart.
+def families():
+    draw = random.Random(5)
+    words = lambda n: [draw.randrange(V) for _ in range(n)]
+    problems = [words(n) for n in (24, 30, 18)]
+    prompts = [p + words(n) for p in problems for n in (0, 9, 14, 5, 11, 7)] + [words(21)]
+    prompts += [prompts[2]]
+    draw.shuffle(prompts)
+    return prompts
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_shared_beginning_is_read_once_and_changes_nothing(model, monkeypatch, copies):
+    """Prompts with a common beginning, equal prompts and lone ones together: each as if it were alone."""
+    prompts = families()
+    wanted = [reference(model, prompt, 6) for prompt in prompts]
+    shapes = forwards(model, monkeypatch)
+    monkeypatch.setattr(executor, "WORTH", (10, 10))
+    out = greedy(model, prompts, max_new_tokens=6, num_samples=copies)
+    assert out.tokens == [row for row in wanted for _ in range(copies)]
+    assert sum(b * t for b, t in shapes[:-5]) < 0.75 * sum(map(len, prompts)), "the beginnings were read again and again"
+    for n in (0, 7):
+        assert out.logprobs[n * copies] == pytest.approx(score(model, prompts[n], out.tokens[n * copies]), abs=1e-4)
+    small = greedy(model, prompts, max_new_tokens=6, num_samples=copies, max_cache_tokens=150 * copies)   # a family is cut
+    assert small.tokens == out.tokens
+
+
+def test_equal_prompts_are_read_once(llama, monkeypatch):
+    """All but the last token, which gives the logits."""
+    shapes = forwards(llama, monkeypatch)
+    monkeypatch.setattr(executor, "WORTH", (10, 10))
+    out = greedy(llama, [list(range(1, 31))] * 4, max_new_tokens=2)
+    assert shapes == [(1, 29), (4, 1), (4, 1)] and len({tuple(t) for t in out.tokens}) == 1
+
+
+def test_static_shapes_change_nothing(model, monkeypatch):
+    """The way of CUDA, here without capture: few shapes, caches that are used again, and the same results as without,
+    also for rows that leave, and after a longer call has left its keys and values behind."""
+    memory, eos = {}, an_eos([reference(model, prompt, 12) for prompt in PROMPTS])
+    shapes = forwards(model, monkeypatch)
+    for prompts in (PROMPTS, families(), PROMPTS[:2], [PROMPTS[0] * 5]):
+        for options in ({"num_samples": 3}, {"num_samples": 3, "eos_id": eos}, {"max_cache_tokens": 70}):
+            static = greedy(model, prompts, memory=memory, **options)
+            del shapes[:]
+            free = greedy(model, prompts, **options)
+            assert static.tokens == free.tokens and static.finished == free.finished
+            assert sum(static.logprobs, []) == pytest.approx(sum(free.logprobs, []), abs=1e-4)
+            assert 1 <= len(memory) <= 2
+    del shapes[:]
+    greedy(model, PROMPTS, memory=memory, num_samples=7, eos_id=eos)
+    assert {rows for rows, width in shapes if width == 1} <= {64, 32, 16, 8} and len(memory) == 2
+    (rows, slots), cache = list(memory.items())[-1]
+    assert rows == 64 and slots == 128 and cache.visible.shape == (64, 128)
+
+
+SMOLLM2 = os.environ.get("TRACELIFT_MODEL", "")
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="TRACELIFT_MODEL names no folder of a pretrained model")
+def test_greedy_equals_transformers_on_a_pretrained_model():
+    """Real weights, chat prompts of a real tokenizer, ragged, with a shared problem; fp32."""
+    model, tokenizer = executor.load(SMOLLM2, "cpu", torch.float32)
+    model.generation_config.eos_token_id = None
+    problems = data.tiny_problems("math", 2, 0, "longer")
+    problems = [dataclasses.replace(p, source="gsm8k") for p in problems]
+    prompts = [data.encode_prompt(tokenizer, data.executor_prompt(p, t)) for p in problems
+               for t in (None, p.reference_reasoning, "count them")]
+    out = greedy(model, prompts, max_new_tokens=16, num_samples=2)
+    assert out.tokens == [row for prompt in prompts for row in [reference(model, prompt, 16)] * 2]
+    sampled = generate(model, prompts[:3], max_new_tokens=8, temperature=0.7, eos_id=-1, generator=seeded())
+    for prompt, tokens, logprobs in zip(prompts, sampled.tokens, sampled.logprobs):
+        assert logprobs == pytest.approx(score(model, prompt, tokens, 0.7), abs=1e-4)
+
+
+def test_logits_that_are_not_finite_are_an_error(llama):
+    """A broken model must not become a reward of 0."""
+    broken = copy.deepcopy(llama)
+    broken.model.norm.weight.data[3] = float("nan")
+    for temperature in (0, 1):
+        with pytest.raises(FloatingPointError, match="prompt [0-4].*not finite"):
+            greedy(broken, PROMPTS, temperature=temperature, top_p=0.9 if temperature else 1.0, eos_id=7, generator=seeded())
+
+
+def test_a_cache_that_does_not_fit_says_how_much_is_missing(llama, monkeypatch):
+    """Before it is allocated, in bytes, with the setting to lower."""
+    need = 5 * 2 * (7 + 12) * 2 * 2 * 2 * 8 * 4                    # rows, slots, K and V, layers, heads, width, float32
+    assert 2**20 < executor.free_bytes(torch.device("cpu"))
+    monkeypatch.setattr(executor, "free_bytes", lambda device: need)
+    assert greedy(llama, PROMPTS, num_samples=2).tokens
+    monkeypatch.setattr(executor, "free_bytes", lambda device: need - 1000)
+    with pytest.raises(UserError, match=rf"{need:,} bytes, 1,000 more.*max_cache_tokens \(now 65536\).*max_new_tokens"):
+        greedy(llama, PROMPTS, num_samples=2)
+
+
+def test_a_window_of_attention_counts_as_context():
+    """Our masks know no window: beyond it they would let a token see what the model never saw."""
+    model = random_model("llama")
+    model.config.sliding_window = 20
+    assert greedy(model, [[1] * 16], max_new_tokens=4).tokens
+    with pytest.raises(UserError, match="17 tokens.*4 new.*20"):
+        greedy(model, [[1] * 17], max_new_tokens=4)
 
 
 def test_max_new_tokens_cuts(llama):
@@ -207,6 +331,21 @@ def test_top_p(top_p, allowed):
     assert set(token.tolist()) == allowed
     assert torch.allclose(logp, LOGITS[0][token]) and torch.equal(logits, LOGITS.repeat(500, 1))
 
+
+@pytest.mark.parametrize("top_p, allowed", [(0.5, 1), (0.9, 7), (0.999, 500)])
+def test_top_p_of_a_wide_vocabulary(top_p, allowed):
+    """Few tokens hold the mass, so that the 64 best are enough, or many do, so that they are not: the same rule."""
+    probs = torch.full((1000,), 0.15 / 994)
+    probs[torch.arange(300, 306)] = torch.tensor([0.6, 0.05, 0.05, 0.05, 0.05, 0.05])
+    if top_p == 0.999:
+        probs[:] = 0.001 / 500
+        probs[100:600] = 0.999 / 500 + 1e-6
+    token, _ = sample((probs / probs.sum()).log().repeat(6000, 1), 1.0, top_p, seeded())
+    ordered = probs.sort(descending=True).values / probs.sum()
+    wanted = int((ordered.cumsum(0) - ordered < top_p).sum())
+    assert len(set(token.tolist())) <= wanted + 1 and set(token.tolist()) <= set(probs.argsort(descending=True)[:wanted + 1].tolist())
+    assert (token == 300).float().mean() > 0.55 or top_p == 0.999
+    assert len(set(token.tolist())) >= 0.9 * min(wanted, allowed)
 
 def test_temperature_shapes_the_samples():
     """0.5 squares the odds: 0.25 : 0.09 : 0.0225 : 0.0025. Temperature 0 is the mode, its log-prob at temperature 1."""
@@ -307,6 +446,131 @@ def test_load_says_what_is_missing(tiny, tmp_path, damage, words):
     with pytest.raises(UserError, match=words) as error:
         executor.load(str(folder), "cpu")
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+class Careless(LlamaForCausalLM):
+    """A model that looks at padding."""
+    def forward(self, attention_mask=None, **given):
+        return super().forward(attention_mask=None if attention_mask is None else torch.ones_like(attention_mask), **given)
+
+
+@pytest.mark.parametrize("damage, words", [(lambda m: m.model.norm.weight.data.fill_(float("nan")), "not finite"),
+                                           (lambda m: setattr(m, "__class__", Careless), "mask padding wrongly")])
+def test_load_tries_decoding(model, damage, words):
+    """Once, on every model: a padded row in our cache against the same tokens alone."""
+    executor.check_decoding(model, "folder")
+    damaged = copy.deepcopy(random_model("llama"))
+    damage(damaged)
+    with pytest.raises(UserError, match=f"folder: .*{words}"):
+        executor.check_decoding(damaged, "folder")
+
+
+def test_a_model_without_keys_and_values_is_refused():
+    """Our cache speaks to attention only; a recurrent model would fail somewhere in the depths."""
+    from transformers import MambaConfig, MambaForCausalLM
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    with pytest.raises(UserError, match="mamba models"):
+        executor.check_decoding(mamba, "folder")
+
+
+# ---------------------------------------------------------------- LoRA
+
+IDS = torch.tensor([[5, 9, 3, 22, 7, 8, 30]])
+
+
+def adapted(model, seed=1, **options):
+    """(model, adapter) of a copy, with an adapter that does something."""
+    model = copy.deepcopy(model)
+    lora = executor.Lora(model, **{"rank": 3, "alpha": 6.0, **options})
+    with torch.no_grad():
+        for layer in lora.layers.values():
+            layer.lora_B.normal_(0, 0.1, generator=seeded(seed))
+    return model, lora
+
+
+@torch.no_grad()
+def test_an_adapter_is_what_the_formula_says(model):
+    """y = W x + alpha / rank * B A x in every linear layer but the head; at first nothing, off exactly nothing."""
+    bare, fresh = model(IDS).logits, copy.deepcopy(model)
+    lora = executor.Lora(fresh, 3, 6.0)
+    assert torch.equal(fresh(IDS).logits, bare)
+    assert lora.targets == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"] and len(lora.layers) == 14
+    changed, lora = adapted(model)
+    merged = copy.deepcopy(model)
+    for name, layer in merged.named_modules():
+        if name in lora.layers:
+            layer.weight += 2.0 * lora.layers[name].lora_B @ lora.layers[name].lora_A
+    assert torch.allclose(changed(IDS).logits, merged(IDS).logits, atol=1e-4)
+    assert not torch.allclose(changed(IDS).logits, bare, atol=0.1)
+    with lora.off():
+        assert torch.equal(changed(IDS).logits, bare)
+    with pytest.raises(RuntimeError), lora.off():
+        raise RuntimeError
+    assert not torch.equal(changed(IDS).logits, bare), "an error inside must not leave it off"
+
+
+def test_only_the_adapter_learns_also_with_checkpointing(model):
+    """The gradients do not depend on recomputation, and nothing but A and B has one."""
+    grads = []
+    for checkpointing in (False, True):
+        changed, lora = adapted(model, targets=("q_proj", "down_proj"))
+        if checkpointing:
+            changed.gradient_checkpointing_enable({"use_reentrant": False})
+            changed.train()
+        F.cross_entropy(token_logits(changed, IDS, torch.ones_like(IDS).bool()), IDS[0]).backward()
+        grads.append({name: p.grad for name, p in changed.named_parameters() if p.grad is not None})
+        assert len(grads[-1]) == 2 * 2 * 2 and all(name.endswith((".lora_A", ".lora_B")) for name in grads[-1])
+    assert all(g.abs().max() > 0 and torch.allclose(g, grads[1][name], atol=1e-6) for name, g in grads[0].items())
+
+
+def test_save_merged_and_for_peft(tiny, model, tmp_path):
+    """A plain folder that anyone loads, tied head or not, and beside it what peft reads: these names, these shapes."""
+    from safetensors.torch import load_file
+    for kind, base in (("tied", tiny[1]), ("own", model)):
+        folder = tmp_path / kind
+        changed, lora = adapted(base)
+        before = {name: x.clone() for name, x in changed.state_dict().items()}
+        lora.save(folder, "some/base")
+        assert all(torch.equal(x, before[name]) for name, x in changed.state_dict().items()), "saving must not merge in place"
+        plain = type(base).from_pretrained(folder).eval()
+        with torch.no_grad():
+            assert torch.allclose(plain(IDS).logits, changed(IDS).logits, atol=1e-4)
+        assert plain.state_dict().keys() == base.state_dict().keys()
+        config, tensors = json.loads((folder / "adapter" / "adapter_config.json").read_text()), load_file(
+            folder / "adapter" / "adapter_model.safetensors")
+        assert (config["peft_type"], config["task_type"], config["r"], config["lora_alpha"]) == ("LORA", "CAUSAL_LM", 3, 6.0)
+        assert config["base_model_name_or_path"] == "some/base" and "q_proj" in config["target_modules"]
+        assert len(tensors) == 2 * 14
+        wide = base.config.intermediate_size
+        name = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
+        assert tensors[name.format("A")].shape == (3, wide) and tensors[name.format("B")].shape == (32, 3)
+        again = copy.deepcopy(base)
+        executor.Lora.load(again, folder / "adapter")
+        with torch.no_grad():
+            assert torch.equal(again(IDS).logits, changed(IDS).logits)
+
+
+def test_an_adapter_that_does_not_match_is_an_error(llama, tmp_path):
+    """It names the folder and the tensor; half an adapter would be a model that nobody trained."""
+    adapted(llama)[1].save(tmp_path, "base")
+    folder = tmp_path / "adapter"
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48))
+    with pytest.raises(UserError, match=r"adapter.*down_proj.lora_B.weight is \(32, 3\), must be \(16, 3\)"):
+        executor.Lora.load(other, folder)
+    deeper = LlamaForCausalLM(LlamaConfig(**{**llama.config.to_dict(), "num_hidden_layers": 3}))
+    with pytest.raises(UserError, match="layers.2.*is None"):
+        executor.Lora.load(deeper, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change, words in (({"target_modules": ["query"]}, "query"), ({"r": None}, "not an adapter"), ({"use_dora": True}, "use_dora"),
+                          ({"bias": "all"}, "bias")):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=words):
+            executor.Lora.load(copy.deepcopy(llama), folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="not an adapter"):
+        executor.Lora.load(copy.deepcopy(llama), folder)
+    with pytest.raises(UserError, match="nothing"):
+        executor.Lora(copy.deepcopy(llama), 3, 6.0, ("q_proj", "nothing"))
 
 
 # ---------------------------------------------------------------- the frozen executor
@@ -616,3 +880,27 @@ def test_the_command_trains_checks_and_is_skipped_when_done(tmp_path, capsys):
     assert "rm.py" in capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(UserError, match="--hidden"):
         executor.main([*arguments, "--hidden", "32"])
+
+
+def test_bench_prints_one_table(tiny, monkeypatch):
+    """Three decoders, the same outputs; and one that decodes something else is found out."""
+    small = executor.BenchSettings(problems=1, traces=2, repeats=2, prompt_tokens=20, new_tokens=3, single=2, rounds=2, device="cpu")
+    lines = executor.bench(small).splitlines()
+    assert "random model" in lines[0] and "all outputs equal" in lines[0] and len(lines) == 7
+    assert [line.split(" | ")[1] for line in lines[4:]] == ["2", "6", "6"] and "| 1.0 x |" in lines[6]
+    assert str(tiny[0]) in executor.bench(dataclasses.replace(small, model=str(tiny[0])))
+    real = executor.generate
+    monkeypatch.setattr(executor, "generate", lambda model, prompts, **k: real(model, [p[:-1] for p in prompts], **k))
+    with pytest.raises(UserError, match="executor.generate: [1-6] of 6 outputs differ"):
+        executor.bench(small)
+
+
+def test_free_and_peak_memory_are_measured():
+    """A block of 64 MiB is seen, and forgotten after a reset."""
+    cpu = torch.device("cpu")
+    before = executor.peak_bytes(cpu, reset=True)
+    block = torch.ones(2**24)
+    assert executor.peak_bytes(cpu) - before > 2**25
+    del block
+    executor.peak_bytes(cpu, reset=True)
+    assert executor.peak_bytes(cpu) - before < 2**25

@@ -463,8 +463,9 @@ def without_seconds(records):
 
 
 @pytest.mark.parametrize("changes, call", [({}, 4), ({"inner_epochs": 2, "beta": 0.1, "save_every": 1}, 5),
-                                           ({"save_every": 20}, 3)],
-                         ids=["after a checkpoint", "with inner epochs and KL", "before the first checkpoint"])
+                                           ({"save_every": 20}, 3),
+                                           ({"lora_rank": 4, "inner_epochs": 2, "beta": 0.1}, 4)],
+                         ids=["after a checkpoint", "with inner epochs and KL", "before the first checkpoint", "with LoRA"])
 def test_an_interrupted_run_ends_like_a_straight_one(prepared, tmp_path, monkeypatch, lottery, changes, call):
     """A checkpoint without optimizer, generator, baselines or costs, or logs with lines twice, would show here."""
     straight, broken = (Path(shutil.copytree(prepared[0], tmp_path / name)) for name in ("straight", "broken"))
@@ -515,6 +516,69 @@ def test_training_changes_the_planner_and_never_the_executor(run, monkeypatch, l
     assert same(before, model.state_dict()) and same(before, weights_of(run / "base"))
     assert not any(p.requires_grad for p in model.parameters())
     assert not same(weights_of(out), before)
+
+
+def test_with_lora_one_backbone_is_planner_executor_and_reference(run, monkeypatch, lottery):
+    """One copy of the weights in memory, which stay as they are; the executor's outputs do not change by a bit while
+    the planner's do, and neither do the reference's; the checkpoint holds the adapter and nothing else."""
+    made, seen, checkpoints = [], [], []
+
+    class Spy(Executor):
+        def __init__(self, model, *args, **kwargs):
+            super().__init__(model, *args, **kwargs)
+            made.append((model, {name: x.clone() for name, x in model.state_dict().items()}))
+    ids, real_measure, real_save, real_pg = torch.arange(20)[None], tracelift.measure, tracelift.save_checkpoint, policy_gradient
+
+    def measured(settings, frozen, *args):
+        with torch.no_grad():
+            seen.append(("executor", frozen.model(ids).logits.clone()))
+        return real_measure(settings, frozen, *args)
+
+    def updated(planner, batch, reward, settings, old, ref):
+        assert planner is made[0][0], "the planner is another copy"
+        with torch.no_grad():
+            seen.append(("planner", planner(ids).logits.clone()))
+        return real_pg(planner, batch, reward, settings, old, ref)
+
+    def saved(work, *args):
+        real_save(work, *args)
+        checkpoints.append(torch.load(work / "checkpoint.pt", weights_only=True))
+    monkeypatch.setattr(tracelift, "Executor", Spy)
+    monkeypatch.setattr(tracelift, "measure", measured)
+    monkeypatch.setattr(tracelift, "policy_gradient", updated)
+    monkeypatch.setattr(tracelift, "save_checkpoint", saved)
+    out = train(settings(run, steps=3, lora_rank=2, beta=0.1, checkpointing=1))
+    (model, before), = made
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items() if name in before)
+    assert same(before, weights_of(run / "base")) and not same(weights_of(out), before)
+    executor_logits, planner_logits = ([x for who, x in seen if who == name] for name in ("executor", "planner"))
+    assert len(executor_logits) == 3 and all(torch.equal(x, executor_logits[0]) for x in executor_logits)
+    assert torch.equal(planner_logits[0], executor_logits[0]) and not torch.equal(planner_logits[2], executor_logits[0])
+    assert all(name.endswith((".lora_A", ".lora_B")) for name in checkpoints[0]["planner"]) and checkpoints[0]["planner"]
+    assert lines(out)[0]["kl"] == 0 and lines(out)[-1]["kl"] > 0
+    assert (out / "adapter" / "adapter_model.safetensors").is_file() and not (out / "adapter_config.json").exists()
+    with pytest.raises(UserError, match="--init.*--lora_rank"):
+        train(settings(run, name="other", lora_rank=2, init=str(run / "base")))
+
+
+def test_programs_without_reference_traces(prepared, tmp_path):
+    """The code preset from MBPP lines to the table, at toy size: no row for reference traces, no reward model needed."""
+    for split in ("train", "heldout"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(
+            {"task_id": i, "text": "write f ( x ) .", "code": "", "test_list": ["assert f(1) == 1"]}) + "\n" for i in range(3)))
+    run = tmp_path / "code"
+    common = ["--preset", "code", "--run", run]
+    command(data, *common, "--data", tmp_path / "train.jsonl", "--heldout_data", tmp_path / "heldout.jsonl", "--train", 3,
+            "--heldout", 3)
+    said = command(executor, *common, *SMALL, "--model", prepared[0] / "base", "--eval_problems", 2)
+    assert "0.00 without a trace, no reference traces" in said
+    out = train(settings(run, preset="code", mode="exec_only", steps=1, lora_rank=2, repeats=1))
+    assert lines(out)[0]["program_runs"] == 8 and lines(out)[0]["faithful"] is None
+    command(tracelift, "evaluate", *common, *SMALL, "--problems", 2, "--max_trace_tokens", 6)
+    results = json.loads((run / "results.json").read_text())
+    assert list(results) == ["no trace", "base planner", out.name] and results[out.name]["heldout T=0"]["success"] == 0
+    with pytest.raises(UserError, match="mbpp-0.*good and a flawed trace"):
+        rm_module.train(rm_module.RMSettings(run=str(run), device="cpu"))
 
 
 def test_a_sandbox_failure_stops_training_and_logs_no_reward(run, monkeypatch, lottery):
@@ -813,8 +877,8 @@ def test_int_uses_no_problem_without_reference(run, lottery, scripted):
     report = json.loads((out / "int.json").read_text())
     assert report["left_out"]["no reference reasoning"] == report["failed_traces"] > 0 == report["interventions"]
     assert report["sequences"] == {"train": 0, "heldout": 0} and same(weights_of(out), weights_of(run / "base"))
-    with pytest.raises(UserError, match="positive_pool"):
-        train(settings(run))
+    trained = train(settings(run, mode="exec_only"))                     # which reads no reference either
+    assert all(line["faithful"] is None for line in lines(trained))
 
 
 # ---------------------------------------------------------------- the commands
@@ -831,7 +895,7 @@ def test_all_commands_in_order(prepared, tmp_path, capsys):
     assert "next: python tracelift.py evaluate" in out
     planner = run / "planner-tracelift-seed0"
     assert [line["step"] for line in lines(planner)] == [0, 1] and (planner / "tokenizer.json").exists()
-    assert command(tracelift, "train", *common, "--mode", "tracelift") == out
+    assert out.endswith(command(tracelift, "train", *common, "--mode", "tracelift"))
     out = command(tracelift, "evaluate", *common, "--problems", 3)
     assert (run / "results.md").read_text().strip() in out and "next: python tracelift.py inspect" in out
     assert "tracelift" in rows_of(out) and set(json.loads((run / "results.json").read_text())) >= {"no trace", planner.name}
