@@ -15,6 +15,7 @@ Read `train` from top to bottom; it follows one step from problems to gradient.
     python tracelift.py train    --preset tiny --run runs/tiny-math --mode tracelift --seed 0
     python tracelift.py evaluate --preset tiny --run runs/tiny-math       # every planner of the run -> results.md
     python tracelift.py inspect  --preset tiny --run runs/tiny-math       # one problem, its traces and their rewards
+    python tracelift.py plot     --run runs/tiny-math                     # curves.png, where there is matplotlib
 
 Letters: N problems, G traces per problem, B = N * G traces of a step, K executor runs, T tokens, M completion tokens,
 V vocabulary. Left out: several GPUs, vLLM, an asynchronous rollout.
@@ -154,7 +155,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Settings of `python tracelift.py evaluate` and `inspect`."""
+    """Settings of `python tracelift.py evaluate` and `inspect`; `plot` takes --run."""
     run: str = knob("runs/tiny-math", "run folder")
     preset: str = knob("tiny", "named defaults")
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
@@ -849,10 +850,35 @@ def inspect(settings: EvalSettings) -> str:
     return "\n".join(lines)
 
 
+def plot(run) -> Path:
+    """Draws the training curves of every planner of a run, finished or not, into curves.png: means of 5 steps.
+    UserError without matplotlib, which nothing else needs, or without a curve."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("tracelift.py plot needs matplotlib: pip install matplotlib") from None
+    logs, path = sorted(Path(run).glob("planner-*/metrics.jsonl")), Path(run) / "curves.png"
+    if not logs:
+        raise UserError(f"{run}: no planner-*/metrics.jsonl to plot; run python tracelift.py train --run {run} first")
+    figure = Figure(figsize=(16, 8), layout="constrained")
+    axes = figure.subplots(2, 4).flat
+    for axis, key in zip(axes, ("reward", "success", "faithful", "leak", "entropy", "groups_without_spread",
+                                "trace_tokens", "grad_norm")):
+        for log in logs:
+            values = [json.loads(line)[key] for line in log.read_text().splitlines()]
+            if None not in values:                                       # what this mode or domain does not measure
+                axis.plot([mean(values[max(0, i - 4):i + 1]) for i in range(len(values))], label=log.parent.name)
+        axis.set(title=key, xlabel="step")
+    axes[0].legend(fontsize="small")
+    figure.savefig(path.with_suffix(".partial"), format="png")
+    os.replace(path.with_suffix(".partial"), path)
+    return path
+
+
 # ------------------------------------------------------------------------------------------------ commands
 
 def main(argv) -> None:
-    """The commands train, int, evaluate and inspect."""
+    """The commands train, int, evaluate, inspect and plot."""
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
     if command == "train":
         settings = data.parse_settings(TrainSettings, TRAIN_PRESETS, rest, "tracelift.py train")
@@ -874,10 +900,12 @@ def main(argv) -> None:
               f"next: python tracelift.py inspect --preset {settings.preset} --run {settings.run}")
     elif command == "inspect":
         print(inspect(data.parse_settings(EvalSettings, EVAL_PRESETS, rest, "tracelift.py inspect")))
+    elif command == "plot":
+        print(f"{plot(data.parse_settings(EvalSettings, EVAL_PRESETS, rest, 'tracelift.py plot').run)}: written")
     elif command in ("-h", "--help"):
         print(__doc__)
     else:
-        raise UserError(f"tracelift.py {command}: choose train, int, evaluate or inspect; each has --help")
+        raise UserError(f"tracelift.py {command}: choose train, int, evaluate, inspect or plot; each has --help")
 
 
 if __name__ == "__main__":

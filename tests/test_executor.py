@@ -550,6 +550,20 @@ def test_save_merged_and_for_peft(tiny, model, tmp_path):
             assert torch.equal(again(IDS).logits, changed(IDS).logits)
 
 
+def test_peft_and_we_read_each_other(model, tmp_path):
+    """The adapter means the same to peft (which nothing else here needs), in both directions."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    changed, lora = adapted(model)
+    lora.save(tmp_path, "base")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter").eval()
+    want = changed(IDS).logits
+    assert torch.allclose(theirs(IDS).logits, want, atol=1e-6)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = copy.deepcopy(model)
+    executor.Lora.load(again, tmp_path / "theirs")
+    assert torch.allclose(again(IDS).logits, want, atol=1e-6)
+
+
 def test_an_adapter_that_does_not_match_is_an_error(llama, tmp_path):
     """It names the folder and the tensor; half an adapter would be a model that nobody trained."""
     adapted(llama)[1].save(tmp_path, "base")

@@ -12,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -736,6 +737,31 @@ def test_inspect_shows_how_the_reward_comes_about(run, lottery):
     order = sorted(found, key=lambda row: row[5])
     assert len({row[5] for row in found}) > 1, "rewards without spread show nothing; choose another seed"
     assert [row[6] for row in order] == sorted(row[6] for row in found)
+
+
+def test_plot(tmp_path, monkeypatch):
+    """Curves of all planners, whatever they do not measure; without matplotlib or curves an error says what to do."""
+    drawn, fake = [], types.ModuleType("matplotlib.figure")
+    axis = types.SimpleNamespace(plot=lambda y, label: drawn.append((label, y)), set=lambda **_: None,
+                                 legend=lambda **_: None)
+    fake.Figure = lambda **_: types.SimpleNamespace(
+        subplots=lambda rows, columns: types.SimpleNamespace(flat=[axis] * rows * columns),
+        savefig=lambda path, format: Path(path).write_bytes(b"png"))
+    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", fake)
+    with pytest.raises(UserError, match="tracelift.py train --run"):
+        tracelift.plot(tmp_path)
+    keys = ("reward", "success", "faithful", "leak", "entropy", "groups_without_spread", "trace_tokens", "grad_norm")
+    for name, steps in (("planner-a-seed0", 7), ("planner-b-seed0.partial", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(
+            json.dumps({**dict.fromkeys(keys, float(i)), "leak": None}) + "\n" for i in range(steps)))
+    assert tracelift.plot(tmp_path).read_bytes() == b"png" and not list(tmp_path.glob("*.partial/*.png"))
+    assert len(drawn) == 2 * (len(keys) - 1)
+    assert drawn[:2] == [("planner-a-seed0", [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]), ("planner-b-seed0.partial", [0.0])]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        tracelift.plot(tmp_path)
 
 
 # ---------------------------------------------------------------- InT
