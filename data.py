@@ -115,7 +115,10 @@ def read_mbpp(path) -> list[Problem]:
         text = row.get("text") or row.get("prompt")
         if not isinstance(text, str) or not row["test_list"]:
             raise UserError(f"{path}:{i + 1}: needs key 'text' (or 'prompt') and at least one test in key 'test_list'")
-        setup = row.get("test_setup_code") or "\n".join(row.get("test_imports", []))
+        imports = row.get("test_imports") or []
+        if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports + row["test_list"]):
+            raise UserError(f"{path}:{i + 1}: keys 'test_list' and 'test_imports' must hold lists of strings")
+        setup = str(row.get("test_setup_code") or "\n".join(imports))
         problems.append(Problem(f"mbpp-{row.get('task_id', i)}", "mbpp", "code",
                                 f"{text}\nYour code should pass this test:\n{row['test_list'][0]}", row["code"],
                                 [{"assert": f"{setup}\n{test}".strip()} for test in row["test_list"]]))
@@ -1005,7 +1008,10 @@ def fetch(url: str, sha256: str, cache) -> Path:
         digest = hashlib.sha256(content).hexdigest()
         if sha256 and digest != sha256:
             raise UserError(f"{url}: sha256 is {digest}, must be {sha256}; pass a file that you trust with --data")
-        write_atomic(path, content.decode("utf-8"))
+        try:
+            write_atomic(path, content.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise UserError(f"{url}: not text; give a file of JSON lines") from None
     return path
 
 

@@ -15,7 +15,6 @@ Left out: paged caches, a pool of rows that new prompts join, several GPUs. Deco
 step through; CUDA graphs only replay one step of it.
 """
 
-import itertools
 import json
 import math
 import os
@@ -43,9 +42,12 @@ from data import Problem, UserError, knob
 def pick_device(device: str = "") -> torch.device:
     """The named device, or CUDA when there is one, else the CPU. UserError for one that is not there."""
     try:
-        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        found = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: cannot be used ({_first_line(error)})") from None
+    if found.type == "cuda":
+        torch.cuda.set_device(found)                               # streams and graphs go to the current device
+    return found
 
 
 def load(path_or_name: str, device=None, dtype=None):
@@ -79,20 +81,24 @@ def load(path_or_name: str, device=None, dtype=None):
 def check_decoding(model, name: str) -> None:
     """UserError for a model that our cache does not fit, or whose answer depends on the padding beside a prompt: a
     padded row in a cache is compared with the same tokens alone."""
-    device, long, short = model.get_input_embeddings().weight.device, [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3]
+    table = model.get_input_embeddings().weight
+    ids, device = [(len(table) // 2 + i) % len(table) for i in range(8)], table.device    # the first are often reserved
     cache = Cache(2, 10, device)
     try:
         with torch.no_grad():
-            alone = model(input_ids=torch.tensor([short + [4]], device=device)).logits[0, 2:].float()        # (2, V)
-            first = cache.prefill(model, [long, short], 0, 1, 8, worth=99, limit=99)[1]
-            cache.token[:], cache.slot[:], cache.position[:, 0], cache.visible[:, 8] = 4, 8, torch.tensor([8, 3]), True
+            alone = model(input_ids=torch.tensor([ids[:4]], device=device)).logits[0, 2:].float()            # (2, V)
+            first = cache.prefill(model, [ids, ids[:3]], 0, 1, 8, worth=99, limit=99)[1]
+            cache.token[:], cache.slot[:], cache.position[:, 0] = ids[3], 8, torch.tensor([8, 3])
+            cache.visible[:, 8] = True
             padded = torch.stack([first, cache.step(model, 2, 9)[1]]).float()
-    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{name}: {model.config.model_type} models cannot be decoded here "
-                        f"({_first_line(error)})") from None
+                        f"({_first_line(error)})") from error
     if not torch.isfinite(alone).all():
         raise UserError(f"{name}: the logits are not finite; the weights are damaged, or too large for {model.dtype}")
-    slack = (1e-3 if model.dtype == torch.float32 else 5e-2) * float(alone.abs().max())
+    slack = (1e-3 if model.dtype == torch.float32 else 0.2) * float(alone.abs().max())
     if not torch.allclose(alone, padded, rtol=0, atol=slack):
         raise UserError(f"{name}: the logits of a padded row differ by {float((alone - padded).abs().max()):.2g} from "
                         f"those of the row alone; {model.config.model_type} models mask padding wrongly")
@@ -152,7 +158,8 @@ class Lora:
                        and layer is not head and (not targets or name.rpartition(".")[2] in targets)}
         self.targets = sorted({name.rpartition(".")[2] for name in self.layers})
         if not self.layers or set(targets) - set(self.targets):
-            raise UserError(f"LoRA: the model has no linear layers named {sorted(set(targets) - set(self.targets))}")
+            raise UserError(f"LoRA: {model.config.model_type} has no torch.nn.Linear layers "
+                            f"{sorted(set(targets) - set(self.targets)) or ''}")
         for layer in self.layers.values():
             wide, device = layer.in_features, layer.weight.device
             A = (2 * torch.rand(rank, wide, generator=draw) - 1) / math.sqrt(wide)
@@ -180,7 +187,8 @@ class Lora:
                 for name, layer in self.layers.items() for x in "AB"}
 
     def save(self, folder, base: str) -> None:
-        """The merged model as a plain Hugging Face folder, and the adapter alone in its subfolder adapter/ for peft."""
+        """The merged model as a plain Hugging Face folder, in the model's dtype (bfloat16 rounds small changes away), and
+        the exact adapter in its subfolder adapter/, for `load` and for peft."""
         merged = {name: x for name, x in self.model.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
         for name, layer in self.layers.items():
             delta = self.alpha / self.rank * layer.lora_B.detach() @ layer.lora_A.detach()
@@ -248,9 +256,8 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float, generator) ->
                 kept, index = weight.sort(dim=-1, descending=True)
             before = kept.cumsum(dim=-1) - kept
             kept = torch.where(before < top_p * total, kept, 0.0)                     # the first token always stays
-        mass = kept.cumsum(dim=-1)
-        point = torch.rand(len(mass), 1, device=mass.device, generator=generator) * mass[:, -1:]
-        point = torch.minimum(point, mass[:, -1:].nextafter(torch.zeros_like(point)))     # below the end, also rounded
+        mass = kept.cumsum(dim=-1, dtype=torch.float64)    # CUDA adds in parallel: float32 sums would rise and fall
+        point = torch.rand(len(mass), 1, device=mass.device, generator=generator) * mass[:, -1:]      # below the end
         token = torch.searchsorted(mass, point, right=True).clamp(max=mass.shape[-1] - 1)
         token = token if index is None else index.gather(-1, token)
     return token.squeeze(-1), (weight.gather(-1, token) / total).log().squeeze(-1)
@@ -260,8 +267,10 @@ class Cache:
     """The memory of one batch: R rows of L preallocated slots. Prompts end side by side, new tokens follow. A forward
     pass stores its keys and values through `update`, which transformers' attention calls."""
 
-    def __init__(self, rows: int, slots: int, device):
+    def __init__(self, rows: int, slots: int, device, store: dict | None = None, room: int = 0):
+        """`store` holds keys and values, `room` slots in all, of caches that are used one after the other."""
         self.layers, self.graphs = [], {}
+        self.store, self.room = {} if store is None else store, max(room, rows * slots)
         self.visible = torch.zeros(rows, slots, dtype=torch.bool, device=device)      # slots that hold a row's tokens
         self.token, self.position = torch.zeros(2, rows, 1, dtype=torch.long, device=device)      # the step's input
         self.slot = torch.zeros(1, dtype=torch.long, device=device)                   # where the step is stored
@@ -269,12 +278,16 @@ class Cache:
     def update(self, keys, values, layer: int, *_, **__):
         """Stores keys and values (B, H, T, D) of one layer; returns all that the pass may look at, (B, H, width, D)."""
         if layer == len(self.layers):                                                 # zeros, since 0 * NaN is NaN
-            R, L = self.visible.shape
-            self.layers.append([x.new_zeros(R, x.shape[1], L, x.shape[3]) for x in (keys, values)])
+            (R, L), (H, D) = self.visible.shape, (keys.shape[1], keys.shape[3])
+            for which in "keys", "values":
+                if (layer, which) not in self.store:
+                    self.store[layer, which] = values.new_zeros(self.room * H * D)
+            self.layers.append([self.store[layer, which][:R * L * H * D].view(R, H, L, D) for which in ("keys", "values")])
         seen = []
         for store, new in zip(self.layers[layer], (keys, values)):
             part = store[self.rows].unflatten(0, (len(new), -1))                      # (B, copies, H, L, D), a view
-            part.index_copy_(3, self.at, new[:, None].expand_as(part[:, :, :, :new.shape[2]]))
+            new = new[:, None].to(part.dtype)                                         # keys can be wider under autocast
+            part.index_copy_(3, self.at, new.expand_as(part[:, :, :, :new.shape[3]]))
             seen.append(part[:, 0, :, :self.width])
         return seen
 
@@ -327,7 +340,8 @@ class Cache:
                 run()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            pool = self.store.setdefault("pool", torch.cuda.graph_pool_handle())      # logits are read before the next
+            with torch.cuda.graph(graph, pool=pool):
                 self.graphs[rows] = graph, run()
         graph, logits = self.graphs[rows]
         graph.replay()
@@ -339,6 +353,7 @@ class Cache:
             x[:len(order)] = x[order]
 
 
+CACHE = 65536                                     # tokens of keys and values in one batch
 LIMIT = 1024, 16384                               # tokens in one pass of the prefill, on the CPU and on CUDA
 WORTH = 128, 4096                                 # tokens that a common beginning must save to deserve its own pass
 
@@ -348,9 +363,9 @@ def shared(*prompts: list[int]) -> int:
     return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
 
 
-def _chunks(prompts, new: int, worth: int, room: int) -> list[list[int]]:
+def _chunks(prompts, worth: int, fits) -> list[list[int]]:
     """Numbers of the prompts in lists, longest first: those whose common beginning saves `worth` tokens, and all the
-    others. A list takes at most `room` slots, with `new` more for each prompt."""
+    others. n prompts of at most `end` tokens make a list where fits(n, end)."""
     common = lambda run: shared(prompts[run[0]], prompts[run[-1]])                    # of all, since they are sorted
     saved = lambda run: common(run) * (len(run) - 1)
     runs, chunks = [], []
@@ -360,10 +375,11 @@ def _chunks(prompts, new: int, worth: int, room: int) -> list[list[int]]:
             runs[-1] = longer
         else:
             runs.append([n])
-    for run in [[n for run in runs if saved(run) < worth for n in run]] + [run for run in runs if saved(run) >= worth]:
+    rest = [n for run in runs if saved(run) < worth for n in run]
+    for run in [rest] + [run for run in runs if saved(run) >= worth]:
         run.sort(key=lambda n: -len(prompts[n]))
         while run:
-            size = max(1, room // (len(prompts[run[0]]) + new))
+            size = next((n for n in range(len(run), 1, -1) if fits(n, len(prompts[run[0]]))), 1)
             chunks.append(run[:size])
             run = run[size:]
     return sorted(chunks, key=lambda chunk: -len(prompts[chunk[0]]))
@@ -372,14 +388,15 @@ def _chunks(prompts, new: int, worth: int, room: int) -> list[list[int]]:
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], *, num_samples: int = 1, max_new_tokens: int = 64,
              temperature: float = 1.0, top_p: float = 1.0, eos_id: int, pad_id: int = 0, generator=None,
-             max_cache_tokens: int = 65536, memory: dict | None = None) -> Completions:
+             max_cache_tokens: int = CACHE, memory: dict | None = None) -> Completions:
     """Samples `num_samples` completions of each prompt (lists of token ids) with a KV cache.
 
-    Prompts are decoded in batches whose cache stays under `max_cache_tokens` positions. With `memory`, a dict that the
-    caller keeps, shapes are padded to a few, so that batches and calls reuse a cache and, on CUDA, its captured graphs;
-    it holds two caches at most, clear it to free them. Reproducible from `generator` (of the model's device). `pad_id`
-    is of no consequence: no mask lets padding be seen. UserError when a prompt and its completion do not fit the
-    context, or the cache the memory; FloatingPointError for logits that are not finite."""
+    Prompts are decoded in batches whose cache stays under `max_cache_tokens` positions, if that is enough for one
+    prompt. With `memory`, a dict that the caller keeps for one model in one precision, shapes are padded to a few, so
+    that batches and calls share keys, values and, on CUDA, captured graphs; clear it to free them. Reproducible from
+    `generator` (of the model's device). `pad_id` is of no consequence: no mask lets padding be seen. UserError when a
+    prompt and its completion do not fit the context, or the cache the memory; FloatingPointError for logits that are
+    not finite."""
     if num_samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"num_samples {num_samples} and max_new_tokens {max_new_tokens} must be >= 1, temperature "
                          f"{temperature} >= 0, top_p {top_p} in (0, 1]")
@@ -396,20 +413,21 @@ def generate(model, prompts: list[list[int]], *, num_samples: int = 1, max_new_t
     static = memory is not None
     shape = lambda n, end: (_rows(n * num_samples), 128 * math.ceil((end + max_new_tokens) / 128)) if static else (
         n * num_samples, end + max_new_tokens)                                        # of the cache for n prompts
-    chunks = _chunks(prompts, max_new_tokens, worth, max_cache_tokens // (2 * num_samples if static else num_samples))
+    fits = lambda n, end: math.prod(shape(n, end)) <= max_cache_tokens
+    chunks = _chunks(prompts, worth, fits)
     while chunks:
-        batch = chunks.pop(0)
-        sizes, end = [len(batch)], len(prompts[batch[0]])
-        while chunks and math.prod(shape(len(batch) + len(chunks[0]), end)) <= max_cache_tokens:
-            sizes.append(len(chunks[0]))
-            batch = batch + chunks.pop(0)
+        parts, end = chunks[:1], len(prompts[chunks[0][0]])
+        while len(parts) < len(chunks) and fits(sum(map(len, chunks[:len(parts) + 1])), end):
+            parts.append(chunks[len(parts)])
+        chunks, batch = chunks[len(parts):], sum(parts, [])
         place = [n * num_samples + s for n in batch for s in range(num_samples)]      # in the result, of each row
+        cache, logits = None, []                                                      # frees the last batch's cache
         cache = _allocate(model, shape(len(batch), end), memory, max_cache_tokens)
-        logits = torch.cat([cache.prefill(model, [prompts[n] for n in batch[at - size:at]], (at - size) * num_samples,
-                                          num_samples, end, worth, limit)
-                            for size, at in zip(sizes, itertools.accumulate(sizes))])
+        for part in parts:
+            logits.append(cache.prefill(model, [prompts[n] for n in part], num_samples * sum(map(len, logits)),
+                                        num_samples, end, worth, limit))
         length = torch.tensor([len(prompts[n]) for n in batch], device=device)
-        tokens, logprobs = _decode(model, cache, logits.repeat_interleave(num_samples, dim=0),
+        tokens, logprobs = _decode(model, cache, torch.cat(logits).repeat_interleave(num_samples, dim=0),
                                    length.repeat_interleave(num_samples), end, max_new_tokens, temperature, top_p,
                                    eos_id, generator, static)
         for i, row, logp in zip(place, tokens.tolist(), logprobs.tolist()):
@@ -427,24 +445,26 @@ def _rows(count: int) -> int:
 
 
 def _allocate(model, shape: tuple[int, int], memory: dict | None, max_cache_tokens: int) -> Cache:
-    """A cache of (rows, slots), or the one of this shape in `memory`. UserError when it would not fit."""
-    if memory is not None and shape in memory:
+    """A cache of (rows, slots), with its keys and values in `memory` if there is one. UserError when it cannot fit."""
+    config, weight, slots = model.config.get_text_config(), model.get_input_embeddings().weight, math.prod(shape)
+    if memory and slots <= memory["room"]:
+        if shape not in memory:
+            memory[shape] = Cache(*shape, weight.device, memory["store"], memory["room"])
         memory[shape].visible.zero_()
         return memory[shape]
-    while memory and len(memory) > 1:                                                 # two shapes at most
-        memory.pop(next(iter(memory)))
-    config, weight = model.config.get_text_config(), model.get_input_embeddings().weight
+    if memory is not None:
+        memory.clear()
+        slots = max(slots, max_cache_tokens)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    need = shape[0] * shape[1] * 2 * config.num_hidden_layers * heads * width * weight.element_size()
-    free = free_bytes(weight.device)
+    need, free = slots * 2 * config.num_hidden_layers * heads * width * weight.element_size(), free_bytes(weight.device)
     if need > free:
-        raise UserError(f"the KV cache of {shape[0]} rows of {shape[1]} tokens needs {need:,} bytes, {need - free:,} "
-                        f"more than are free; lower max_cache_tokens (now {max_cache_tokens}) or, if one prompt alone "
-                        "is too much, the samples per prompt or max_new_tokens")
-    cache = Cache(*shape, weight.device)
+        raise UserError(f"the KV cache of {slots:,} tokens needs {need:,} bytes, {need - free:,} more than are free; lower "
+                        f"--max_cache_tokens (now {max_cache_tokens:,}); one batch has {shape[0]} rows of {shape[1]} "
+                        "tokens: if that is one prompt, lower its samples or its new tokens")
+    cache = Cache(*shape, weight.device, room=slots)
     if memory is not None:
-        memory[shape] = cache
+        memory.update({"room": slots, "store": cache.store, shape: cache})
     return cache
 
 
@@ -468,6 +488,7 @@ def _decode(model, cache, logits, length, end, new, temperature, top_p, eos_id, 
     done = row >= len(length)                                                         # padding of static shapes
     logits = logits[row.clamp(max=len(length) - 1)]
     cache.position.zero_()[:len(length), 0] = length
+    cache.visible[:, end:] = True                                                     # as far as they are written
     tokens, logprobs = torch.zeros(R, new, dtype=torch.long, device=device), torch.zeros(R, new, device=device)
     for step in range(new):
         token, logp = sample(logits, temperature, top_p, generator)
@@ -486,7 +507,6 @@ def _decode(model, cache, logits, length, end, new, temperature, top_p, eos_id, 
                 R, row, done, token = size, row[order], done[order], token[order]
         cache.token[:R, 0] = token
         cache.slot.fill_(end + step)
-        cache.visible[:, end + step] = True
         logits = cache.step(model, R, cache.visible.shape[1] if static else end + step + 1)
         cache.position += 1
     return tokens, logprobs
@@ -510,13 +530,14 @@ class Executor:
     sandbox are raised, never scored."""
 
     def __init__(self, model, tokenizer, *, max_new_tokens: int, temperature: float = 0.7, top_p: float = 1.0,
-                 exec_score: str = "binary", generator=None):
+                 exec_score: str = "binary", generator=None, max_cache_tokens: int = CACHE):
         self.model, self.tokenizer, self.generator = freeze(model), tokenizer, generator
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
-        self.exec_score = exec_score
+        self.exec_score, self.max_cache_tokens = exec_score, max_cache_tokens
         self.spent = {"executor_prompt_tokens": 0, "executor_tokens": 0, "program_runs": 0}
         self._baseline: dict[tuple[str, int], int] = {}
-        self.memory = {} if next(model.parameters()).is_cuda else None     # captured graphs, see generate
+        graphs = next(model.parameters()).is_cuda and getattr(model, "_can_compile_fullgraph", False)
+        self.memory = {} if graphs else None               # for `generate`; under LoRA all runs have the adapter off
 
     def run(self, problems: list[Problem], traces: list[str] | None, repeats: int) -> list[list[Run]]:
         """`repeats` independent runs for every problem with its trace (None: without). [problem][repeat]."""
@@ -528,7 +549,7 @@ class Executor:
         prompts = [data.encode_prompt(self.tokenizer, data.executor_prompt(p, t)) for p, t in zip(problems, traces)]
         completions = generate(self.model, prompts, num_samples=repeats, max_new_tokens=self.max_new_tokens,
                                temperature=self.temperature, top_p=self.top_p, eos_id=self.tokenizer.eos_token_id,
-                               generator=self.generator, memory=self.memory)
+                               generator=self.generator, max_cache_tokens=self.max_cache_tokens, memory=self.memory)
         self.spent["executor_prompt_tokens"] += sum(map(len, prompts))
         self.spent["executor_tokens"] += sum(map(len, completions.tokens))
         outputs = self.tokenizer.batch_decode(completions.tokens, skip_special_tokens=True)
@@ -711,6 +732,7 @@ class BaseSettings:
     eval_problems: int = knob(300, "held-out problems for the check at the end", low=1)
     executor_temperature: float = knob(0.7, "of the executor in the check", low=0)
     max_answer_tokens: int = knob(64, "longest executor output in the check", low=1)
+    max_cache_tokens: int = knob(CACHE, "tokens of keys and values in one decoding batch", low=1)
 
 
 PRESETS = {"tiny": {}, "smoke": {"sequences": 640, "hidden": 64, "layers": 2, "eval_problems": 16},
@@ -849,7 +871,7 @@ def main(argv) -> None:
         device = pick_device(settings.device)
         model, tokenizer = load(settings.model or str(run / "base"), device)
         frozen = Executor(model, tokenizer, max_new_tokens=settings.max_answer_tokens,
-                          temperature=settings.executor_temperature,
+                          temperature=settings.executor_temperature, max_cache_tokens=settings.max_cache_tokens,
                           generator=torch.Generator(device).manual_seed(settings.seed))
         for key, traces in (("no_trace", None), ("reference_trace", [p.reference_reasoning for p in heldout])):
             known = traces is None or None not in traces                   # HumanEval and MBPP come without traces

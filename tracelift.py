@@ -149,6 +149,7 @@ class TrainSettings:
     executor_temperature: float = knob(0.7, "of the executor", low=0)
     max_trace_tokens: int = knob(80, "longest planner completion; a cut one counts as unclosed", low=1)
     max_answer_tokens: int = knob(64, "longest executor output", low=1)
+    max_cache_tokens: int = knob(executor.CACHE, "tokens of keys and values in one decoding batch", low=1)
     max_problems: int = knob(0, "train on this many problems only; 0: all", low=0)
     save_every: int = knob(20, "steps between checkpoints; a stopped run continues from the last one", low=1)
 
@@ -164,6 +165,7 @@ class EvalSettings:
     executor_temperature: float = knob(0.7, "of the executor, as in training", low=0)
     max_trace_tokens: int = knob(80, "longest planner completion", low=1)
     max_answer_tokens: int = knob(64, "longest executor output", low=1)
+    max_cache_tokens: int = knob(executor.CACHE, "tokens of keys and values in one decoding batch", low=1)
     traces: int = knob(3, "inspect: traces to show", low=2)
     planner: str = knob("", "inspect: folder name of the planner in the run; empty: the base model")
 
@@ -202,7 +204,8 @@ def rollout(planner, tokenizer, problems: list[Problem], settings, generator) ->
     with autocast(device):                                               # as in scoring: the sampler is the scorer
         c = executor.generate(planner, prompts, num_samples=settings.group_size,
                               max_new_tokens=settings.max_trace_tokens, temperature=settings.temperature,
-                              eos_id=tokenizer.eos_token_id, pad_id=pad_id, generator=generator)
+                              eos_id=tokenizer.eos_token_id, pad_id=pad_id, generator=generator,
+                              max_cache_tokens=settings.max_cache_tokens)
     prompt_of = [prompt for prompt in prompts for _ in range(settings.group_size)]
     ids = executor.pad([p + t for p, t in zip(prompt_of, c.tokens)], pad_id, device)
     target = ids.roll(-1, dims=1)                                        # position t predicts token t + 1
@@ -300,7 +303,7 @@ def train(settings: TrainSettings) -> Path:
     sampling = torch.Generator(device).manual_seed(settings.seed)
     frozen = Executor(*(planner, tokenizer) if shared else executor.load(base, device), generator=sampling,
                       max_new_tokens=settings.max_answer_tokens, temperature=settings.executor_temperature,
-                      exec_score=settings.exec_score)
+                      exec_score=settings.exec_score, max_cache_tokens=settings.max_cache_tokens)
     lora = executor.Lora(planner, settings.lora_rank, settings.lora_alpha, seed=settings.seed) if shared else None
     bare = lora.off if lora else nullcontext                             # inside it the planner is the base model again
     if settings.checkpointing:
@@ -330,7 +333,8 @@ def train(settings: TrainSettings) -> Path:
             old = completion_logp(planner, batch, settings) if settings.inner_epochs > 1 else None
             with bare():
                 ref = completion_logp(reference, batch, settings) if settings.beta > 0 else None
-            planner.train(bool(settings.checkpointing))                  # only in this mode does it recompute
+            for layer in planner.modules():                              # recompute; not .train(), which has dropout
+                layer.training = getattr(layer, "gradient_checkpointing", False)
             for _ in range(settings.inner_epochs):
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup))
@@ -473,6 +477,7 @@ class IntSettings:
     executor_temperature: float = knob(0.7, "of the executor", low=0)
     max_trace_tokens: int = knob(80, "longest trace, continuation and intervention", low=1)
     max_answer_tokens: int = knob(64, "longest executor output", low=1)
+    max_cache_tokens: int = knob(executor.CACHE, "tokens of keys and values in one decoding batch", low=1)
     epochs: float = knob(4.0, "of fine-tuning, at most; the held-out loss may stop it", above=0)
     batch_size: int = knob(16, "sequences per step of fine-tuning", low=1)
     learning_rate: float = knob(3e-4, "peak of fine-tuning, AdamW; for the tiny model", above=0)
@@ -544,7 +549,8 @@ def sample_texts(model, tokenizer, prompts, num_samples, temperature, settings, 
     with autocast(model.device):
         c = executor.generate(model, prompts, num_samples=num_samples, max_new_tokens=settings.max_trace_tokens,
                               temperature=temperature, eos_id=tokenizer.eos_token_id,
-                              pad_id=executor.pad_id(tokenizer), generator=generator)
+                              pad_id=executor.pad_id(tokenizer), generator=generator,
+                              max_cache_tokens=settings.max_cache_tokens)
     return tokenizer.batch_decode(c.tokens, skip_special_tokens=True)
 
 
@@ -656,7 +662,8 @@ def intervene(settings: IntSettings) -> Path:
     planner, tokenizer = executor.load(base, device, torch.float32)
     executor.check_head(planner)
     frozen = Executor(*executor.load(base, device), max_new_tokens=s.max_answer_tokens,
-                      temperature=s.executor_temperature, generator=torch.Generator(device).manual_seed(s.seed))
+                      temperature=s.executor_temperature, max_cache_tokens=s.max_cache_tokens,
+                      generator=torch.Generator(device).manual_seed(s.seed))
     work.mkdir(exist_ok=True)
     data.record_stage(s.run, "int", s)
     if (work / "int.json").exists():                                    # a stopped stage: only fine-tuning is missing
@@ -695,6 +702,17 @@ def intervene(settings: IntSettings) -> Path:
 
 # ------------------------------------------------------------------------------------------------ evaluation
 
+def load_planner(folder, base: str, device):
+    """(model, tokenizer) of a planner in float32, or of one with an adapter as it was trained, on the base model: merged
+    into bfloat16 weights most of a small adapter would be rounded away."""
+    adapter = Path(folder) / "adapter"
+    if not adapter.is_dir():
+        return executor.load(folder, device, torch.float32)
+    model, tokenizer = executor.load(base, device)
+    executor.Lora.load(model, adapter)
+    return model, tokenizer
+
+
 def evaluate(settings: EvalSettings) -> dict:
     """Measures every planner of a run on held-out problems, greedy and at temperature 1, and writes results.json and
     results.md. Rows that results.json already holds are not measured again."""
@@ -713,7 +731,7 @@ def evaluate(settings: EvalSettings) -> dict:
     results = {}
     model, tokenizer = executor.load(base, device)
     frozen = Executor(model, tokenizer, max_new_tokens=settings.max_answer_tokens,
-                      temperature=settings.executor_temperature)
+                      temperature=settings.executor_temperature, max_cache_tokens=settings.max_cache_tokens)
     rows = [("no trace", None, ""), ("reference trace", None, ""), ("base planner", base, "")]
     if any(p.reference_reasoning is None for problems in splits.values() for p in problems):
         rows.pop(1)                                                      # HumanEval and MBPP come without traces
@@ -726,7 +744,7 @@ def evaluate(settings: EvalSettings) -> dict:
             results[name] = known[name]
             continue
         entry = {"spent": spent} if spent else {}
-        planner, own_tokenizer = executor.load(folder, device, torch.float32) if folder else (None, None)
+        planner, own_tokenizer = load_planner(folder, base, device) if folder else (None, None)
         for split, problems in splits.items():
             group_size = GROUP if split == "hard" and planner else 1
             problems = [p for p in problems for _ in range(group_size)]
@@ -824,10 +842,11 @@ def inspect(settings: EvalSettings) -> str:
     problem, generator = problems[settings.seed % len(problems)], torch.Generator(device).manual_seed(settings.seed)
     base, tokenizer = executor.load(executor.base_of(run), device)
     folder = run / settings.planner if settings.planner else executor.base_of(run)
-    planner, own_tokenizer = executor.load(folder, device, torch.float32)
+    planner, own_tokenizer = load_planner(folder, executor.base_of(run), device)
     rm = RubricRewardModel.from_pretrained(run / "rm", device)
     frozen = Executor(base, tokenizer, max_new_tokens=settings.max_answer_tokens,
-                      temperature=settings.executor_temperature, generator=generator)
+                      temperature=settings.executor_temperature, max_cache_tokens=settings.max_cache_tokens,
+                      generator=generator)
     step = TrainSettings(mode="tracelift", group_size=settings.traces, max_trace_tokens=settings.max_trace_tokens)
     batch = rollout(planner, own_tokenizer, [problem], step, generator)
     rewards, runs = measure(step, frozen, rm, batch.problems, batch.traces)

@@ -882,6 +882,9 @@ def test_a_file_on_the_hub(monkeypatch, tmp_path):
     assert data.local("a/b.jsonl", tmp_path) == "a/b.jsonl" and data.local("", tmp_path) == ""
     other = data.local("hf://datasets/other/set/part/train.jsonl", tmp_path)
     assert other != data.local(name, tmp_path), "two data sets must not share a place in the cache"
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"PAR1\xff"))
+    with pytest.raises(UserError, match="a.parquet: not text.*JSON lines"):
+        data.local("hf://datasets/some/set/a.parquet", tmp_path)
     for bad in ("hf://some/set/train.jsonl", "hf://datasets/set/train.jsonl", "hf://datasets/some/set/"):
         with pytest.raises(UserError, match="OWNER/NAME/FILE"):
             data.local(bad, tmp_path)
@@ -909,7 +912,10 @@ def test_mbpp_lines_become_problems_that_their_own_code_solves(tmp_path):
     for p in problems:
         for test in p.tests:
             exec(p.reference_solution + "\n" + test["assert"], {})
-    for change, words in (({"test_list": []}, "test_list"), ({"text": None}, "text"), ({"code": 1}, "code")):
+    path.write_text(json.dumps({**sane, "test_imports": None}) + "\n")
+    assert data.read_mbpp(path)[0].tests == [{"assert": sane["test_list"][0]}]
+    for change, words in (({"test_list": []}, "test_list"), ({"text": None}, "text"), ({"code": 1}, "code"),
+                          ({"test_list": [1]}, "test_list"), ({"test_imports": "import math"}, "test_imports")):
         path.write_text(json.dumps({**MBPP, **change}) + "\n")
         with pytest.raises(UserError, match=f"mbpp.jsonl:1.*{words}"):
             data.read_mbpp(path)

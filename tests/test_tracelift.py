@@ -562,6 +562,29 @@ def test_with_lora_one_backbone_is_planner_executor_and_reference(run, monkeypat
         train(settings(run, name="other", lora_rank=2, init=str(run / "base")))
 
 
+def test_an_adapter_is_evaluated_as_it_was_trained(run, lottery):
+    """Not the merged weights, from which a low precision rounds small changes away; a broken adapter is an error."""
+    out, ids = train(settings(run, mode="exec_only", steps=2, lora_rank=2, learning_rate=0.1)), torch.arange(20)[None]
+    logits = lambda folder: tracelift.load_planner(folder, str(run / "base"), "cpu")[0](input_ids=ids).logits
+    trained = executor.load(str(out), "cpu", torch.float32)[0](input_ids=ids).logits
+    shutil.copy(run / "base" / "model.safetensors", out)
+    assert torch.allclose(logits(out), trained, atol=1e-4) and not torch.allclose(logits(run / "base"), trained, atol=1e-2)
+    assert torch.equal(logits(run / "base"), executor.load(str(run / "base"), "cpu")[0](input_ids=ids).logits)
+    (out / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="adapter.*not an adapter"):
+        logits(out)
+
+
+def test_checkpointing_changes_no_number(run, lottery):
+    """It recomputes, without turning on the dropout that some models have in training mode."""
+    config = json.loads((run / "base" / "config.json").read_text())
+    (run / "base" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    plain, recomputed = (lines(train(settings(run, steps=2, name=f"c{on}", checkpointing=on))) for on in (0, 1))
+    assert plain[0]["grad_norm"] > 0
+    for key in plain[0]:
+        assert "seconds" in key or plain[1][key] is None or plain[1][key] == pytest.approx(recomputed[1][key], rel=1e-3), key
+
+
 def test_programs_without_reference_traces(prepared, tmp_path):
     """The code preset from MBPP lines to the table, at toy size: no row for reference traces, no reward model needed."""
     for split in ("train", "heldout"):
