@@ -803,7 +803,7 @@ def peak_bytes(device: torch.device, reset: bool = False) -> int:
 @torch.no_grad()
 def bench(settings: BenchSettings) -> str:
     """Tokens per second and peak memory of `generate` beside transformers' own, greedily, on the executor's workload.
-    A Markdown table; UserError when an output differs."""
+    A Markdown table; UserError when an output in float32 differs (in lower precision near ties are decided by chance)."""
     s, rng, device = settings, random.Random(0), pick_device(settings.device)
     torch.manual_seed(0)
     model = load(s.model, device)[0] if s.model else tiny_model(8192, 256, 6).to(device).eval()
@@ -829,6 +829,7 @@ def bench(settings: BenchSettings) -> str:
                f"generate, one batch, num_return_sequences={s.repeats}": (every, lambda: theirs(every)),
                "executor.generate": (every, ours)}
     rates, peaks, wanted = {name: [] for name in methods}, dict.fromkeys(methods, 0), {}
+    equal = dict.fromkeys(methods, 1.0)                    # share of outputs like those of the first method that had them
     if device.type == "cuda":
         ours()                                             # captures its graphs
     for _ in tqdm(range(s.rounds), desc="bench", mininterval=5):
@@ -838,18 +839,18 @@ def bench(settings: BenchSettings) -> str:
             rates[name].append(len(rows) * s.new_tokens / (time.perf_counter() - begin))
             peaks[name] = max(peaks[name], peak_bytes(device) - before)
             differ = sum(wanted.setdefault(tuple(row), out) != out for row, out in zip(rows, outputs))
-            if differ:
-                raise UserError(f"{name}: {differ} of {len(rows)} outputs differ from those before: a fault, or in low "
-                                "precision a near tie; --device cpu decodes in float32")
+            equal[name] = min(equal[name], 1 - differ / len(rows))
+            if differ and model.dtype == torch.float32:
+                raise UserError(f"{name}: {differ} of {len(rows)} outputs differ from those before")
     best, lengths = statistics.median(rates["executor.generate"]), [len(p) for p in prompts]
     lines = [f"{s.model or 'a small random model'}, {str(model.dtype)[6:]} on {device}, {torch.get_num_threads()} "
              f"threads; {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {s.repeats} outputs of "
-             f"{s.new_tokens} tokens each; {s.rounds} rounds; all outputs equal", "",
-             "| decoder | outputs timed | tokens/s, median (range) | ours against it | peak memory, without weights |",
-             "|---" * 5 + "|"]
+             f"{s.new_tokens} tokens each; {s.rounds} rounds", "",
+             "| decoder | outputs timed | equal | tokens/s, median (range) | ours against it | peak memory, without weights |",
+             "|---" * 6 + "|"]
     for name, rate in rates.items():
         middle = statistics.median(rate)
-        lines.append(f"| {name} | {len(methods[name][0])} | {middle:,.0f} ({min(rate):,.0f} to {max(rate):,.0f}) | "
+        lines.append(f"| {name} | {len(methods[name][0])} | {equal[name]:.2f} | {middle:,.0f} ({min(rate):,.0f} to {max(rate):,.0f}) | "
                      f"{best / middle:.1f} x | {peaks[name] / 2**20:,.0f} MiB |")
     return "\n".join(lines)
 
