@@ -187,7 +187,7 @@ class Lora:
                 for name, layer in self.layers.items() for x in "AB"}
 
     def save(self, folder, base: str) -> None:
-        """The merged model as a plain Hugging Face folder, in the model's dtype (bfloat16 rounds small changes away), and
+        """The merged model as a plain Hugging Face folder, in the model's dtype (bfloat16 rounds small changes away);
         the exact adapter in its subfolder adapter/, for `load` and for peft."""
         merged = {name: x for name, x in self.model.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
         for name, layer in self.layers.items():
@@ -282,7 +282,8 @@ class Cache:
             for which in "keys", "values":
                 if (layer, which) not in self.store:
                     self.store[layer, which] = values.new_zeros(self.room * H * D)
-            self.layers.append([self.store[layer, which][:R * L * H * D].view(R, H, L, D) for which in ("keys", "values")])
+            self.layers.append([self.store[layer, which][:R * L * H * D].view(R, H, L, D)
+                                for which in ("keys", "values")])
         seen = []
         for store, new in zip(self.layers[layer], (keys, values)):
             part = store[self.rows].unflatten(0, (len(new), -1))                      # (B, copies, H, L, D), a view
@@ -459,9 +460,9 @@ def _allocate(model, shape: tuple[int, int], memory: dict | None, max_cache_toke
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     need, free = slots * 2 * config.num_hidden_layers * heads * width * weight.element_size(), free_bytes(weight.device)
     if need > free:
-        raise UserError(f"the KV cache of {slots:,} tokens needs {need:,} bytes, {need - free:,} more than are free; lower "
-                        f"--max_cache_tokens (now {max_cache_tokens:,}); one batch has {shape[0]} rows of {shape[1]} "
-                        "tokens: if that is one prompt, lower its samples or its new tokens")
+        raise UserError(f"the KV cache of {slots:,} tokens needs {need:,} bytes, {need - free:,} more than are free; "
+                        f"lower --max_cache_tokens (now {max_cache_tokens:,}); one batch has {shape[0]} rows of "
+                        f"{shape[1]} tokens: if that is one prompt, lower its samples or its new tokens")
     cache = Cache(*shape, weight.device, room=slots)
     if memory is not None:
         memory.update({"room": slots, "store": cache.store, shape: cache})
@@ -803,7 +804,7 @@ def peak_bytes(device: torch.device, reset: bool = False) -> int:
 @torch.no_grad()
 def bench(settings: BenchSettings) -> str:
     """Tokens per second and peak memory of `generate` beside transformers' own, greedily, on the executor's workload.
-    A Markdown table; UserError when an output in float32 differs (in lower precision near ties are decided by chance)."""
+    A Markdown table; UserError when an output in float32 differs (lower precisions decide near ties by chance)."""
     s, rng, device = settings, random.Random(0), pick_device(settings.device)
     torch.manual_seed(0)
     model = load(s.model, device)[0] if s.model else tiny_model(8192, 256, 6).to(device).eval()
@@ -829,7 +830,7 @@ def bench(settings: BenchSettings) -> str:
                f"generate, one batch, num_return_sequences={s.repeats}": (every, lambda: theirs(every)),
                "executor.generate": (every, ours)}
     rates, peaks, wanted = {name: [] for name in methods}, dict.fromkeys(methods, 0), {}
-    equal = dict.fromkeys(methods, 1.0)                    # share of outputs like those of the first method that had them
+    equal = dict.fromkeys(methods, 1.0)                    # share of outputs like those of the methods before
     if device.type == "cuda":
         ours()                                             # captures its graphs
     for _ in tqdm(range(s.rounds), desc="bench", mininterval=5):
@@ -846,12 +847,12 @@ def bench(settings: BenchSettings) -> str:
     lines = [f"{s.model or 'a small random model'}, {str(model.dtype)[6:]} on {device}, {torch.get_num_threads()} "
              f"threads; {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {s.repeats} outputs of "
              f"{s.new_tokens} tokens each; {s.rounds} rounds", "",
-             "| decoder | outputs timed | equal | tokens/s, median (range) | ours against it | peak memory, without weights |",
+             "| decoder | outputs timed | equal | tokens/s, median (range) | ours against it | peak, no weights |",
              "|---" * 6 + "|"]
     for name, rate in rates.items():
         middle = statistics.median(rate)
-        lines.append(f"| {name} | {len(methods[name][0])} | {equal[name]:.2f} | {middle:,.0f} ({min(rate):,.0f} to {max(rate):,.0f}) | "
-                     f"{best / middle:.1f} x | {peaks[name] / 2**20:,.0f} MiB |")
+        lines.append(f"| {name} | {len(methods[name][0])} | {equal[name]:.2f} | {middle:,.0f} ({min(rate):,.0f} to "
+                     f"{max(rate):,.0f}) | {best / middle:.1f} x | {peaks[name] / 2**20:,.0f} MiB |")
     return "\n".join(lines)
 
 

@@ -703,8 +703,8 @@ def intervene(settings: IntSettings) -> Path:
 # ------------------------------------------------------------------------------------------------ evaluation
 
 def load_planner(folder, base: str, device):
-    """(model, tokenizer) of a planner in float32, or of one with an adapter as it was trained, on the base model: merged
-    into bfloat16 weights most of a small adapter would be rounded away."""
+    """(model, tokenizer) of a planner in float32, or of one with an adapter as it was trained, on the base model:
+    merged into bfloat16 weights most of a small adapter would be rounded away."""
     adapter = Path(folder) / "adapter"
     if not adapter.is_dir():
         return executor.load(folder, device, torch.float32)
