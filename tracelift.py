@@ -237,24 +237,30 @@ def autocast(device: torch.device):
 
 def policy_gradient(planner, batch: Rollout, reward: torch.Tensor, settings, old_logp=None, ref_logp=None) -> dict:
     """Adds the gradient of one update to planner's .grad and returns loss, entropy, KL and clip share of all tokens
-    (None where not measured). reward (B,); old_logp and ref_logp (M,) or None (on-policy; no KL)."""
+    (None where not measured). reward (B,); old_logp and ref_logp (M,) or None (on-policy; no KL). Without KL, a
+    micro-batch whose advantages are all 0 has no backward pass; where no group has spread, .grad stays None and the
+    optimizer leaves the planner as it is."""
     token_weight = kernels.token_weights(batch.scored, settings.weights, max_len=settings.max_trace_tokens)   # (B, T)
     totals = {"loss": 0.0, "entropy": 0.0, "kl": None if ref_logp is None else 0.0,
               "clip_share": None if old_logp is None else 0.0}
+    moves = kernels.group_advantage(reward, settings.group_size) != 0                          # (B,)
     M, at = int(batch.scored.sum()), 0
     for rows in torch.arange(len(batch.ids)).split(settings.micro_batch):
         chosen = batch.scored[rows]                                                            # (b, T)
-        with autocast(batch.ids.device):
-            hidden = executor.token_hidden(planner, batch.ids[rows], chosen)                   # (m, H)
-        m = slice(at, at + len(hidden))
-        at += len(hidden)
-        old, ref = (None if x is None else x[m] for x in (old_logp, ref_logp))
-        loss, logp, entropy, advantage = head_loss(
-            planner, hidden, batch.target[rows][chosen], reward,
-            rows.to(reward.device)[:, None].expand_as(chosen)[chosen], token_weight[rows][chosen], settings.group_size,
-            old, ref, temperature=settings.temperature, clip_low=settings.clip_low, clip_high=settings.clip_high,
-            beta=settings.beta, scale=settings.scale == "std")
-        loss.backward()
+        learns = settings.beta > 0 or bool(moves[rows].any())            # else the gradient is 0: only measure
+        with torch.set_grad_enabled(learns):
+            with autocast(batch.ids.device):
+                hidden = executor.token_hidden(planner, batch.ids[rows], chosen)               # (m, H)
+            m = slice(at, at + len(hidden))
+            at += len(hidden)
+            old, ref = (None if x is None else x[m] for x in (old_logp, ref_logp))
+            loss, logp, entropy, advantage = head_loss(
+                planner, hidden, batch.target[rows][chosen], reward,
+                rows.to(reward.device)[:, None].expand_as(chosen)[chosen], token_weight[rows][chosen],
+                settings.group_size, old, ref, temperature=settings.temperature, clip_low=settings.clip_low,
+                clip_high=settings.clip_high, beta=settings.beta, scale=settings.scale == "std")
+        if learns:
+            loss.backward()
         totals["loss"] += loss.item()
         totals["entropy"] += entropy.sum().item() / M
         if ref is not None:

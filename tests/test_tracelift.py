@@ -381,8 +381,25 @@ def test_the_fused_paths_agree_with_the_reference(models, sampled):
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3])
 def test_equal_rewards_give_exactly_no_gradient(models, sampled, value):
     """Rounding noise divided by a tiny spread makes advantages of up to 1."""
-    _, grad = gradient(models[0], lambda m: policy_gradient(m, sampled[0], torch.full((12,), value), settings()))
-    assert not grad.any()
+    planner, batch = copy.deepcopy(models[0]), sampled[0]
+    health = policy_gradient(planner, batch, torch.full((12,), value), settings())
+    assert all(p.grad is None for p in planner.parameters()), "not even a zero, which would move Adam's momentum"
+    assert health["loss"] == 0 and health["entropy"] > 0
+    s, logp = settings(beta=0.1), completion_logp(models[0], batch, settings())
+    policy_gradient(planner, batch, torch.full((12,), value), s, None, logp - 0.5)
+    assert sum(p.grad.norm() for p in planner.parameters()) > 1e-3, "the KL term has one whatever the rewards"
+
+
+def test_groups_without_spread_cost_no_backward_pass(models, sampled, monkeypatch):
+    """One group of three has spread: one backward pass of three, and the numbers of a step that makes all of them."""
+    batch, passes, backward = sampled[0], [], torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: passes.append(1) or backward(loss))
+    reward = torch.tensor([0.5] * 4 + [0.0, 1.0, 0.0, 0.0] + [1.0] * 4)
+    (want, whole), all_at_once = gradient(models[0], lambda m: policy_gradient(m, batch, reward, settings(micro_batch=12))), len(passes)
+    health, skipped = gradient(models[0], lambda m: policy_gradient(m, batch, reward, settings(micro_batch=4)))
+    assert (all_at_once, len(passes)) == (1, 2)
+    assert whole.norm() > 1e-3 and (skipped - whole).norm() < 1e-6 * whole.norm()
+    assert health == pytest.approx(want, abs=1e-6)
 
 
 def test_an_update_moves_probability_towards_the_better_traces(models, sampled):
