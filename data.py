@@ -4,14 +4,14 @@ The paper (arXiv 2605.03862) trains a planner on a reward that needs two kinds o
 verifier can judge, and TraceLift-Groups, one good reasoning trace and several plausible flawed ones per problem,
 each with a rubric, from which the reward model learns what a good trace is. This file makes and reads both:
 
-1. `Problem`, and readers for GSM8K and HumanEval JSON lines
+1. `Problem`, and readers for GSM8K, HumanEval and MBPP JSON lines
 2. the tiny world: generated problems in two domains, whose traces can be checked exactly, step by step
 3. flaws: localized edits of a correct trace, one rubric per kind, for the tiny world and for GSM8K
 4. TraceLift-Groups on disk, in the schema of the public data set
 5. the prompts of planner, executor, reward model and intervention
 6. settings, presets and run folders, shared by the commands of all files
 
-It stands on the ground floor: it imports nothing of ours and no torch.
+It stands on the ground floor: it imports no torch, and of ours only verify.py, to try programs on their own tests.
 
     python data.py --preset tiny --task_type math --run runs/tiny-math      # groups/{train,heldout,longer}.jsonl
     python data.py --preset gsm8k --run runs/gsm8k-math                     # the same from GSM8K (fetched once)
@@ -43,6 +43,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
+
+import verify
 
 
 class UserError(Exception):
@@ -664,6 +666,29 @@ def read_any_groups(path) -> list[dict]:
             for p in problems]
 
 
+def judgeable(path, n: int) -> list[dict]:
+    """The first n groups of a file, without the programs for which no reward could mean anything: the tests expect
+    nothing, or the group's own solution fails them. Those are named on stderr. UserError for tests that verify.py
+    refuses, and when no group is left."""
+    groups = []
+    for group in read_any_groups(path):
+        if group["task_type"] == "code":
+            program, where = verify.extract_code(group["reference_solution"]), f"{path}: {group['problem_id']}"
+            try:
+                verdict, = verify.run_programs([program], [group.get("tests", [])])
+            except ValueError as error:
+                raise UserError(f"{where}: {error}") from None
+            if verdict.outcome == "no_tests" or program.strip() and not verdict.ok:
+                print(f"{where}: left out, its own solution gives {verdict.outcome} ({verdict.detail})", file=sys.stderr)
+                continue
+        groups.append(group)
+        if len(groups) == n:
+            break
+    if not groups:
+        raise UserError(f"{path}: no group is left")
+    return groups
+
+
 def _check_trace_record(trace, where, task_type, negative) -> None:
     if not isinstance(trace, dict) or not isinstance(trace.get("reasoning"), str):
         raise UserError(f"{where}: must be an object with the key 'reasoning'")
@@ -887,7 +912,7 @@ def check_settings(settings) -> None:
     for f in dataclasses.fields(settings):
         value, rule = getattr(settings, f.name), f.metadata
         if rule["choices"] and value not in rule["choices"]:
-            raise UserError(f"--{f.name} {value!r}: must be one of {', '.join(rule['choices'])}")
+            raise UserError(f"--{f.name} {value!r}: must be one of {', '.join(map(str, rule['choices']))}")
         if rule["low"] is not None and not rule["low"] <= value < math.inf:
             raise UserError(f"--{f.name} {value!r}: must be at least {rule['low']}")
         if rule["above"] is not None and not rule["above"] < value < math.inf:
@@ -941,11 +966,16 @@ def write_atomic(path, text: str) -> None:
 
 def begin_stage(run: str, stage: str, settings, output, partial=None) -> bool:
     """True: there is work to do. False: `output` (a file or folder that appears whole, by rename) is there already,
-    made with these settings. UserError: it, or the unfinished work in `partial`, was made with others."""
+    made with these settings. UserError: it, or the unfinished work in `partial`, was made with others, or the run's
+    groups with another preset."""
     path = Path(run) / "config.json"
-    new, old = dataclasses.asdict(settings), _read_config(path)["stages"].get(stage, {}).get("settings", {})
+    new, stages = dataclasses.asdict(settings), _read_config(path)["stages"]
+    old, groups = (stages.get(name, {}).get("settings", {}) for name in (stage, "groups"))
+    if stage != "groups" and groups.get("preset", settings.preset) != settings.preset:
+        raise UserError(f"--run {run}: its groups were made with --preset {groups['preset']}, this is --preset "
+                        f"{settings.preset}; name another of the two")
     there = [str(p) for p in (output, partial) if p is not None and Path(p).exists()]
-    places = ("run", "cache", "device")                           # where, not what
+    places = ("run", "cache", "device", "micro_batch", "checkpointing", "max_cache_tokens", "save_every")   # not what
     differ = [k for k in new if new[k] != old.get(k) and k not in places]
     if there and differ:
         k = differ[0]
@@ -1027,7 +1057,7 @@ class DataSettings:
     data: str = knob("", "training file (gsm8k or groups), or hf://datasets/OWNER/NAME/FILE; empty with gsm8k: fetched "
                          "once from its public repository")
     heldout_data: str = knob("", "held-out file, in the same format")
-    train: int = knob(3000, "training groups", low=1)
+    train: int = knob(3000, "training groups; of a file of groups at most", low=1)
     heldout: int = knob(300, "held-out groups, and as many longer ones in the tiny world", low=1)
     negatives: int = knob(4, "flawed traces per group", low=1)
     seed: int = knob(0, "which problems, which flaws")
@@ -1051,7 +1081,8 @@ def load_groups(settings: DataSettings) -> dict[str, list[dict]]:
         if s.source == "groups":
             if not path:
                 raise UserError("--source groups needs --data FILE and --heldout_data FILE")
-            groups[split] = read_any_groups(path)[:n]
+            groups[split] = judgeable(path, n)
+            n = min(n, len(groups[split]))                        # as they are: n is a limit
         else:                                                     # some problems allow too few flaws: try more
             if s.source == "tiny":
                 problems = tiny_problems(s.task_type, n + n // 4 + 4, s.seed, split)

@@ -9,7 +9,8 @@ Shapes: B rows, T tokens, V vocabulary, N prompts, S samples per prompt, K execu
     python executor.py --preset tiny --run runs/tiny-math                     # trains the tiny base model
     python executor.py --preset gsm8k --run runs/gsm8k-math --model Qwen/Qwen2.5-0.5B-Instruct
 
-    python executor.py bench --model FOLDER                                   # our decoder beside transformers' own
+    python executor.py bench --model FOLDER                                   # our decoder beside transformers' own;
+                                                                              # settings: bench --help
 
 Left out: paged caches, a pool of rows that new prompts join, several GPUs. Decoding is a plain loop that a reader can
 step through; CUDA graphs only replay one step of it.
@@ -113,16 +114,16 @@ def freeze(model):
     return model.eval().requires_grad_(False)
 
 
-def token_hidden(model, ids: torch.Tensor, select: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def token_hidden(model, ids: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
     """Last hidden states (M, H) at the selected positions. ids (B, T), select (B, T) bool. Right padding needs no mask
     under causal attention."""
-    return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[select]
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[select]
 
 
-def token_logits(model, ids: torch.Tensor, select: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def token_logits(model, ids: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
     """Logits (M, V) at the selected positions only: the vocabulary is the widest part of a small model, and most
     positions are prompt. Arguments of `token_hidden`."""
-    return model.get_output_embeddings()(token_hidden(model, ids, select, mask))
+    return model.get_output_embeddings()(token_hidden(model, ids, select))
 
 
 def check_head(model) -> None:
@@ -458,7 +459,9 @@ def _allocate(model, shape: tuple[int, int], memory: dict | None, max_cache_toke
         slots = max(slots, max_cache_tokens)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    need, free = slots * 2 * config.num_hidden_layers * heads * width * weight.element_size(), free_bytes(weight.device)
+    cast = weight.is_cuda and torch.is_autocast_enabled("cuda")
+    size = torch.get_autocast_dtype("cuda").itemsize if cast else weight.element_size()
+    need, free = slots * 2 * config.num_hidden_layers * heads * width * size, free_bytes(weight.device)
     if need > free:
         raise UserError(f"the KV cache of {slots:,} tokens needs {need:,} bytes, {need - free:,} more than are free; "
                         f"lower --max_cache_tokens (now {max_cache_tokens:,}); one batch has {shape[0]} rows of "
@@ -524,20 +527,26 @@ class Run:
     score: float
 
 
+def _can_capture(model) -> bool:
+    """Whether a step may go into a CUDA graph: not where the rotary embedding depends on the length reached."""
+    rope = str(getattr(model.config, "rope_parameters", ""))
+    return getattr(model, "_can_compile_fullgraph", False) and not re.search("'(dynamic|longrope)'", rope)
+
+
 class Executor:
     """A frozen LM that reads problem + trace and writes the artifact; the verifier judges it.
 
     `spent` counts what that cost: prompt tokens, generated tokens, program runs. Errors of the model or of the
     sandbox are raised, never scored."""
 
-    def __init__(self, model, tokenizer, *, max_new_tokens: int, temperature: float = 0.7, top_p: float = 1.0,
-                 exec_score: str = "binary", generator=None, max_cache_tokens: int = CACHE):
+    def __init__(self, model, tokenizer, *, max_new_tokens: int, temperature: float = 0.7, exec_score: str = "binary",
+                 generator=None, max_cache_tokens: int = CACHE):
         self.model, self.tokenizer, self.generator = freeze(model), tokenizer, generator
-        self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.exec_score, self.max_cache_tokens = exec_score, max_cache_tokens
         self.spent = {"executor_prompt_tokens": 0, "executor_tokens": 0, "program_runs": 0}
         self._baseline: dict[tuple[str, int], int] = {}
-        graphs = next(model.parameters()).is_cuda and getattr(model, "_can_compile_fullgraph", False)
+        graphs = next(model.parameters()).is_cuda and _can_capture(model)
         self.memory = {} if graphs else None               # for `generate`; under LoRA all runs have the adapter off
 
     def run(self, problems: list[Problem], traces: list[str] | None, repeats: int) -> list[list[Run]]:
@@ -549,7 +558,7 @@ class Executor:
             return []
         prompts = [data.encode_prompt(self.tokenizer, data.executor_prompt(p, t)) for p, t in zip(problems, traces)]
         completions = generate(self.model, prompts, num_samples=repeats, max_new_tokens=self.max_new_tokens,
-                               temperature=self.temperature, top_p=self.top_p, eos_id=self.tokenizer.eos_token_id,
+                               temperature=self.temperature, eos_id=self.tokenizer.eos_token_id,
                                generator=self.generator, max_cache_tokens=self.max_cache_tokens, memory=self.memory)
         self.spent["executor_prompt_tokens"] += sum(map(len, prompts))
         self.spent["executor_tokens"] += sum(map(len, completions.tokens))
@@ -831,11 +840,15 @@ def bench(settings: BenchSettings) -> str:
                "executor.generate": (every, ours)}
     rates, peaks, wanted = {name: [] for name in methods}, dict.fromkeys(methods, 0), {}
     equal = dict.fromkeys(methods, 1.0)                    # share of outputs like those of the methods before
-    if device.type == "cuda":
-        ours()                                             # captures its graphs
+    loaded = peak_bytes(device)
     for _ in tqdm(range(s.rounds), desc="bench", mininterval=5):
         for name, (rows, run) in methods.items():
-            before, begin = peak_bytes(device, reset=True), time.perf_counter()
+            before = peak_bytes(device, reset=True)
+            if device.type == "cuda":                      # warm up: ours captures its graphs, and nobody holds a cache
+                before = loaded
+                memory.clear()
+                run()
+            begin = time.perf_counter()
             outputs = run()
             rates[name].append(len(rows) * s.new_tokens / (time.perf_counter() - begin))
             peaks[name] = max(peaks[name], peak_bytes(device) - before)
@@ -865,10 +878,11 @@ def main(argv) -> None:
     run = Path(settings.run)
     if data.begin_stage(run, "base", settings, run / "base.json"):
         heldout = data.read_problems(run / "groups" / "heldout.jsonl")[:settings.eval_problems]
-        record = {"model": settings.model or "base", "problems": len(heldout)}
-        if not settings.model:
-            if {p.source for p in heldout} != {"tiny"}:
-                raise UserError(f"{run}/groups are not of the tiny world: give a pretrained model with --model")
+        record, tiny = {"model": settings.model or "base", "problems": len(heldout)}, heldout[0].source == "tiny"
+        if bool(settings.model) == tiny:
+            raise UserError(f"{run}/groups are of the tiny world, whose prompts are bare problems: leave out --model" if tiny
+                            else f"{run}/groups are not of the tiny world: give a pretrained model with --model")
+        if tiny:
             record["train_loss"] = train_base(settings, heldout[0].task_type, run / "base")
         device = pick_device(settings.device)
         model, tokenizer = load(settings.model or str(run / "base"), device)

@@ -113,15 +113,24 @@ def measure(settings, frozen: Executor, rm, problems: list[Problem], traces: lis
 # ------------------------------------------------------------------------------------------------ settings
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """Settings of `python tracelift.py train`."""
+class Settings:
+    """What the commands share."""
     run: str = knob("runs/tiny-math", "run folder; holds groups/, base.json and rm/")
-    preset: str = knob("tiny", "named defaults")
+    preset: str = knob("tiny", "named defaults, those that the run was begun with")
+    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
+    seed: int = knob(0, "of all sampling, and of every order")
+    executor_temperature: float = knob(0.7, "of the executor", low=0)
+    max_trace_tokens: int = knob(80, "longest planner completion; a cut one counts as unclosed", low=1)
+    max_answer_tokens: int = knob(64, "longest executor output", low=1)
+    max_cache_tokens: int = knob(executor.CACHE, "tokens of keys and values in one decoding batch", low=1)
+
+
+@dataclass(frozen=True)
+class TrainSettings(Settings):
+    """Settings of `python tracelift.py train`."""
     mode: str = knob("tracelift", "reward: " + ", ".join(MODES), choices=MODES)
-    seed: int = knob(0, "order of problems and all sampling")
     name: str = knob("", "the planner is saved as planner-NAME-seedSEED; empty: the mode, with -after-InT for --init "
                      "RUN/int")
-    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
     init: str = knob("", "model that the planner starts from; empty: the run's base model")
     steps: int = knob(80, "rollouts, each followed by inner_epochs updates", low=1)
     problems_per_step: int = knob(12, "N", low=1)
@@ -144,28 +153,16 @@ class TrainSettings:
     lora_rank: int = knob(0, "0: train all weights of a copy of the base; else an adapter of this rank on the one base "
                              "model that is executor and reference too", low=0)
     lora_alpha: float = knob(32.0, "the adapter's part is scaled by alpha / rank", above=0)
-    checkpointing: int = knob(0, "1: recompute activations in the backward pass, for memory", low=0)
+    checkpointing: int = knob(0, "1: recompute activations in the backward pass, for memory", choices=(0, 1))
     temperature: float = knob(1.0, "of the planner, in sampling and in scoring", above=0)
-    executor_temperature: float = knob(0.7, "of the executor", low=0)
-    max_trace_tokens: int = knob(80, "longest planner completion; a cut one counts as unclosed", low=1)
-    max_answer_tokens: int = knob(64, "longest executor output", low=1)
-    max_cache_tokens: int = knob(executor.CACHE, "tokens of keys and values in one decoding batch", low=1)
     max_problems: int = knob(0, "train on this many problems only; 0: all", low=0)
     save_every: int = knob(20, "steps between checkpoints; a stopped run continues from the last one", low=1)
 
 
 @dataclass(frozen=True)
-class EvalSettings:
+class EvalSettings(Settings):
     """Settings of `python tracelift.py evaluate` and `inspect`; `plot` takes --run."""
-    run: str = knob("runs/tiny-math", "run folder")
-    preset: str = knob("tiny", "named defaults")
-    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
     problems: int = knob(300, "held-out problems per row", low=1)
-    seed: int = knob(0, "of the sampling")
-    executor_temperature: float = knob(0.7, "of the executor, as in training", low=0)
-    max_trace_tokens: int = knob(80, "longest planner completion", low=1)
-    max_answer_tokens: int = knob(64, "longest executor output", low=1)
-    max_cache_tokens: int = knob(executor.CACHE, "tokens of keys and values in one decoding batch", low=1)
     traces: int = knob(3, "inspect: traces to show", low=2)
     planner: str = knob("", "inspect: folder name of the planner in the run; empty: the base model")
 
@@ -174,12 +171,11 @@ TRAIN_PRESETS = {
     "tiny": {},
     "smoke": {"steps": 2, "problems_per_step": 2, "group_size": 4},
     "gsm8k": {"steps": 100, "problems_per_step": 8, "group_size": 8, "learning_rate": 1e-6, "micro_batch": 8,
-              "max_trace_tokens": 256, "max_answer_tokens": 256, "warmup": 10, "checkpointing": 1},
-    "code": {"steps": 100, "problems_per_step": 8, "group_size": 8, "learning_rate": 1e-6, "micro_batch": 8,
-             "max_trace_tokens": 256, "max_answer_tokens": 384, "warmup": 10, "checkpointing": 1}}
+              "max_trace_tokens": 256, "max_answer_tokens": 256, "warmup": 10, "checkpointing": 1}}
 EVAL_PRESETS = {"tiny": {}, "smoke": {"problems": 16},
-                "gsm8k": {"problems": 200, "max_trace_tokens": 256, "max_answer_tokens": 256},
-                "code": {"problems": 80, "max_trace_tokens": 256, "max_answer_tokens": 384}}
+                "gsm8k": {"problems": 200, "max_trace_tokens": 256, "max_answer_tokens": 256}}
+TRAIN_PRESETS["code"] = {**TRAIN_PRESETS["gsm8k"], "max_answer_tokens": 384}
+EVAL_PRESETS["code"] = {**EVAL_PRESETS["gsm8k"], "problems": 80, "max_answer_tokens": 384}
 
 
 # ------------------------------------------------------------------------------------------------ rollout and loss
@@ -199,24 +195,27 @@ class Rollout:
 def rollout(planner, tokenizer, problems: list[Problem], settings, generator) -> Rollout:
     """Samples group_size traces for each of N problems."""
     prompts = [data.encode_prompt(tokenizer, data.planner_prompt(p)) for p in problems]
-    pad_id = executor.pad_id(tokenizer)
-    device = planner.get_input_embeddings().weight.device
-    with autocast(device):                                               # as in scoring: the sampler is the scorer
-        c = executor.generate(planner, prompts, num_samples=settings.group_size,
-                              max_new_tokens=settings.max_trace_tokens, temperature=settings.temperature,
-                              eos_id=tokenizer.eos_token_id, pad_id=pad_id, generator=generator,
-                              max_cache_tokens=settings.max_cache_tokens)
-    prompt_of = [prompt for prompt in prompts for _ in range(settings.group_size)]
-    ids = executor.pad([p + t for p, t in zip(prompt_of, c.tokens)], pad_id, device)
+    c, texts = complete(planner, tokenizer, prompts, settings.group_size, settings.temperature, settings, generator)
+    prompt_of, device = [prompt for prompt in prompts for _ in range(settings.group_size)], planner.device
+    ids = executor.pad([p + t for p, t in zip(prompt_of, c.tokens)], executor.pad_id(tokenizer), device)
     target = ids.roll(-1, dims=1)                                        # position t predicts token t + 1
     start = torch.tensor([len(p) - 1 for p in prompt_of], device=device)[:, None]
     length = torch.tensor([len(t) for t in c.tokens], device=device)[:, None]
     position = torch.arange(ids.shape[1], device=device)[None]
-    texts = tokenizer.batch_decode(c.tokens, skip_special_tokens=True)
     scored = (position >= start) & (position < start + length)
     return Rollout([p for p in problems for _ in range(settings.group_size)], c,
                    [data.extract_reasoning(t) for t in texts], sum(data.CLOSE not in t for t in texts),
                    ids, scored, target)
+
+
+def complete(model, tokenizer, prompts: list[list[int]], num_samples: int, temperature: float, settings,
+             generator) -> tuple[executor.Completions, list[str]]:
+    """Completions by the planner, also as text, in prompt-major order."""
+    with autocast(model.device):                                         # as in scoring: the sampler is the scorer
+        c = executor.generate(model, prompts, num_samples=num_samples, max_new_tokens=settings.max_trace_tokens,
+                              temperature=temperature, eos_id=tokenizer.eos_token_id, generator=generator,
+                              max_cache_tokens=settings.max_cache_tokens)
+    return c, tokenizer.batch_decode(c.tokens, skip_special_tokens=True)
 
 
 @torch.no_grad()
@@ -291,6 +290,11 @@ def train(settings: TrainSettings) -> Path:
     data.check_settings(settings)
     if "/" in settings.name:
         raise UserError(f"--name {settings.name!r}: must be a plain name")
+    used = {"w_e": settings.mode in ("tracelift", "uplift_only"), "w_r": settings.mode in ("tracelift", "uplift_only"),
+            "lora_alpha": settings.lora_rank > 0}
+    for flag, value in used.items():
+        if not value and getattr(settings, flag) != getattr(TrainSettings, flag):
+            raise UserError(f"--{flag} has no meaning with --mode {settings.mode} --lora_rank {settings.lora_rank}")
     run = Path(settings.run)
     after = "-after-InT" if settings.init and Path(settings.init).resolve() == (run / "int").resolve() else ""
     name = f"planner-{settings.name or settings.mode + after}-seed{settings.seed}"
@@ -300,8 +304,9 @@ def train(settings: TrainSettings) -> Path:
     device = executor.pick_device(settings.device)
     problems = data.read_problems(run / "groups" / "train.jsonl")[:settings.max_problems or None]
     base = executor.base_of(run)
-    if settings.lora_rank and settings.init:
-        raise UserError("--init does not go with --lora_rank: the adapter sits on the base model that the executor is")
+    if settings.init and (settings.lora_rank or (Path(settings.init) / "adapter").exists()):
+        raise UserError("--init does not go with LoRA: a new adapter sits on the base model, which the executor is too, "
+                        "and the merged weights of an old one may be rounded to bfloat16")
     planner, tokenizer = executor.load(settings.init or base, device, None if settings.lora_rank else torch.float32)
     executor.check_head(planner)
     shared = settings.lora_rank > 0                                      # one model, three roles
@@ -312,7 +317,10 @@ def train(settings: TrainSettings) -> Path:
                       exec_score=settings.exec_score, max_cache_tokens=settings.max_cache_tokens)
     lora = executor.Lora(planner, settings.lora_rank, settings.lora_alpha, seed=settings.seed) if shared else None
     bare = lora.off if lora else nullcontext                             # inside it the planner is the base model again
-    if settings.checkpointing:
+    if settings.checkpointing:                                           # works in training mode only
+        drops = {k: v for k, v in planner.config.to_dict().items() if "drop" in k and isinstance(v, float) and v > 0}
+        if drops:
+            raise UserError(f"--checkpointing 1 would train with dropout: set {drops} to 0 in the model's config.json")
         planner.gradient_checkpointing_enable({"use_reentrant": False})
     rm = RubricRewardModel.from_pretrained(run / "rm", device) if settings.mode in RM_MODES else None
     optimizer = torch.optim.AdamW(trained(planner).values(), lr=settings.learning_rate, betas=(0.9, 0.95),
@@ -339,8 +347,7 @@ def train(settings: TrainSettings) -> Path:
             old = completion_logp(planner, batch, settings) if settings.inner_epochs > 1 else None
             with bare():
                 ref = completion_logp(reference, batch, settings) if settings.beta > 0 else None
-            for layer in planner.modules():                              # recompute; not .train(), which has dropout
-                layer.training = getattr(layer, "gradient_checkpointing", False)
+            planner.train(bool(settings.checkpointing))
             for _ in range(settings.inner_epochs):
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup))
@@ -466,12 +473,8 @@ def load_checkpoint(work: Path, planner, optimizer, frozen: Executor, generator)
 # of its failed trace and proposes another step; it learns (its own steps before) + (that step), and nothing after it.
 
 @dataclass(frozen=True)
-class IntSettings:
+class IntSettings(Settings):
     """Settings of `python tracelift.py int`."""
-    run: str = knob("runs/tiny-math", "run folder; holds groups/ and base.json")
-    preset: str = knob("tiny", "named defaults")
-    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
-    seed: int = knob(0, "of all sampling and of the order in fine-tuning")
     problems: int = knob(200, "training problems to sample traces of", low=1)
     group_size: int = knob(8, "traces per problem", low=2)
     proposals: int = knob(16, "interventions sampled for each failed trace; the best one that passes is kept", low=1)
@@ -480,10 +483,6 @@ class IntSettings:
                            choices=("drop", "keep"))
     repeats: int = knob(3, "K, executor runs behind each success rate", low=1)
     temperature: float = knob(1.0, "of the planner's traces and continuations", above=0)
-    executor_temperature: float = knob(0.7, "of the executor", low=0)
-    max_trace_tokens: int = knob(80, "longest trace, continuation and intervention", low=1)
-    max_answer_tokens: int = knob(64, "longest executor output", low=1)
-    max_cache_tokens: int = knob(executor.CACHE, "tokens of keys and values in one decoding batch", low=1)
     epochs: float = knob(4.0, "of fine-tuning, at most; the held-out loss may stop it", above=0)
     batch_size: int = knob(16, "sequences per step of fine-tuning", low=1)
     learning_rate: float = knob(3e-4, "peak of fine-tuning, AdamW; for the tiny model", above=0)
@@ -492,6 +491,7 @@ class IntSettings:
 INT_PRESETS = {"tiny": {}, "smoke": {"problems": 8, "group_size": 2, "proposals": 2, "repeats": 1, "epochs": 1.0},
                "gsm8k": {"problems": 200, "group_size": 4, "proposals": 8, "max_trace_tokens": 256,
                          "max_answer_tokens": 256, "epochs": 2.0, "learning_rate": 1e-5}}
+INT_PRESETS["code"] = {**INT_PRESETS["gsm8k"], "max_answer_tokens": 384}
 
 
 VERDICTS = ("not in the format", "none: no error found", "index out of range", "stop: no step", "repeats the step",
@@ -537,7 +537,7 @@ def success_from(known: dict, problems: list[Problem], beginnings: list[str], pl
     new = {(p.problem_id, b): p for p, b in zip(problems, beginnings) if (p.problem_id, b) not in known}
     prompts = [data.encode_prompt(tokenizer, data.planner_prompt(p)) + begin_trace(tokenizer, b)
                for (_, b), p in new.items()]
-    texts = sample_texts(planner, tokenizer, prompts, K, s.temperature, s, frozen.generator)
+    _, texts = complete(planner, tokenizer, prompts, K, s.temperature, s, frozen.generator)
     traces = [data.extract_reasoning(data.OPEN + b + texts[i * K + k])
               for i, (_, b) in enumerate(new) for k in range(K)]
     ok = frozen.success([p for p in new.values() for _ in range(K)], traces, 1)
@@ -548,16 +548,6 @@ def success_from(known: dict, problems: list[Problem], beginnings: list[str], pl
 def begin_trace(tokenizer, beginning: str) -> list[int]:
     """Token ids of the beginning of a completion."""
     return tokenizer(data.OPEN + beginning, add_special_tokens=False)["input_ids"]
-
-
-def sample_texts(model, tokenizer, prompts, num_samples, temperature, settings, generator) -> list[str]:
-    """Completions as text, in prompt-major order."""
-    with autocast(model.device):
-        c = executor.generate(model, prompts, num_samples=num_samples, max_new_tokens=settings.max_trace_tokens,
-                              temperature=temperature, eos_id=tokenizer.eos_token_id,
-                              pad_id=executor.pad_id(tokenizer), generator=generator,
-                              max_cache_tokens=settings.max_cache_tokens)
-    return tokenizer.batch_decode(c.tokens, skip_special_tokens=True)
 
 
 def int_sequence(tokenizer, problem: Problem, beginning: str) -> tuple[list[int], list[int]]:
@@ -584,8 +574,8 @@ def collect(planner, tokenizer, frozen: Executor, problems: list[Problem], setti
                                 "chosen": None})
     asked = [r for r in records if not r["left_out"]]
     prompts = [data.intervention_prompt(by_id[r["problem_id"]], r["trace"]) for r in asked]
-    texts = sample_texts(planner, tokenizer, [data.encode_prompt(tokenizer, p) for p in prompts], s.proposals,
-                         s.proposal_temperature, s, generator)
+    _, texts = complete(planner, tokenizer, [data.encode_prompt(tokenizer, p) for p in prompts], s.proposals,
+                        s.proposal_temperature, s, generator)
     known, models = {}, (planner, tokenizer, frozen, s)
     for i in tqdm(range(0, len(asked), 50), desc="interventions"):
         tried = []                                                      # (problem, trace, proposal), to try out
@@ -721,9 +711,8 @@ def load_planner(folder, base: str, device):
 
 def evaluate(settings: EvalSettings) -> dict:
     """Measures every planner of a run on held-out problems, greedy and at temperature 1, and writes results.json and
-    results.md. Rows that results.json already holds are not measured again."""
-    if settings.problems < 1:
-        raise UserError("--problems must be at least 1")
+    results.md. Rows that results.json already holds are not measured again, unless a planner or the problems changed."""
+    data.check_settings(settings)
     run, device = Path(settings.run), executor.pick_device(settings.device)
     data.begin_stage(settings.run, "evaluate", settings, run / "results.json")
     base = executor.base_of(run)
@@ -744,12 +733,12 @@ def evaluate(settings: EvalSettings) -> dict:
     rows += [("InT", run / "int", "")] if (run / "int").exists() else []
     rows += [(p.name, p, p / "metrics.jsonl") for p in planners]
     for name, folder, log in tqdm(rows, desc="evaluate"):
-        spent = training_cost(log) if log else None
-        if (name in known and known[name].get("spent") == spent          # measured before, and not trained again since
-                and all(any(key.startswith(split) for key in known[name]) for split in splits)):
+        entry = {"from": {p.name: p.stat().st_mtime_ns for p in map(Path, (*files.values(), base, folder or base))
+                          if p.exists()}, **({"spent": training_cost(log)} if log else {})}
+        if name in known and entry.items() <= known[name].items():       # measured before, and nothing is newer
             results[name] = known[name]
             continue
-        entry = {"spent": spent} if spent else {}
+        planner = None                                                   # free the last one before the next comes
         planner, own_tokenizer = load_planner(folder, base, device) if folder else (None, None)
         for split, problems in splits.items():
             group_size = GROUP if split == "hard" and planner else 1
@@ -780,7 +769,7 @@ def training_cost(log: Path) -> dict:
 def write_traces(planner, tokenizer, problems, temperature, settings, generator) -> tuple[list[str], dict]:
     """One trace for each problem, and {"unclosed": share that was not closed}."""
     prompts = [data.encode_prompt(tokenizer, data.planner_prompt(p)) for p in problems]
-    texts = sample_texts(planner, tokenizer, prompts, 1, temperature, settings, generator)
+    _, texts = complete(planner, tokenizer, prompts, 1, temperature, settings, generator)
     return [data.extract_reasoning(t) for t in texts], {"unclosed": mean(data.CLOSE not in t for t in texts)}
 
 
@@ -811,7 +800,7 @@ def table(results: dict) -> str:
     for row, entry in results.items():
         names.setdefault(row.removeprefix("planner-").rpartition("-seed")[0] or row, []).append(entry)
     lines = []
-    for key in sorted(results["base planner"]):
+    for key in sorted(key for key in results["base planner"] if " T=" in key):
         metrics = [m for m in METRICS if any(m in entry.get(key, {}) for entry in results.values())]
         split, temperature = key.split(" T=")
         count = next(e[key]["problems"] for e in results.values() if key in e)

@@ -1017,6 +1017,8 @@ def bench() -> None:
 
 def main(arguments: list[str]) -> int:
     """The command line -> exit status: 0 passed, 1 not, 2 bad input."""
+    if arguments in (["-h"], ["--help"]):
+        return print(__doc__) or 0
     if arguments not in (["probe"], ["bench"]) and len(arguments) != 2:
         print("usage: python verify.py PROGRAM.py TESTS.json | probe | bench", file=sys.stderr)
         return 2

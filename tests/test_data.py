@@ -776,6 +776,21 @@ def test_begin_stage(tmp_path):
     assert set(json.loads((run / "config.json").read_text())["stages"]) == {"base", "rm"} and not begin(Settings())
 
 
+def test_a_run_keeps_the_preset_that_it_was_begun_with(tmp_path):
+    """A forgotten --preset or --run would mix the settings of two worlds without a word."""
+    @dataclasses.dataclass
+    class Settings:
+        preset: str = "tiny"
+        micro_batch: int = 8
+    data.record_stage(str(tmp_path), "groups", Settings())
+    assert data.begin_stage(str(tmp_path), "base", Settings(), tmp_path / "out")
+    with pytest.raises(UserError, match="--preset tiny.*--preset gsm8k"):
+        data.begin_stage(str(tmp_path), "base", Settings("gsm8k"), tmp_path / "out")
+    data.record_stage(str(tmp_path), "base", Settings())
+    (tmp_path / "out.partial").touch()                              # a stopped stage goes on with less memory
+    assert data.begin_stage(str(tmp_path), "base", Settings(micro_batch=2), tmp_path / "out", tmp_path / "out.partial")
+
+
 def test_begin_stage_does_not_adopt_an_output_of_unknown_origin(tmp_path):
     (tmp_path / "out").write_text("whose?")
     with pytest.raises(UserError, match="out.*config.json.*--run"):
@@ -943,6 +958,25 @@ def test_problems_with_unit_tests_become_groups_without_traces(tmp_path):
     assert len(data.read_problems(run / "groups" / "train.jsonl")) == 2
 
 
+def test_programs_without_a_meaningful_reward_are_left_out_and_named(tmp_path, capsys):
+    """A solution that fails its own tests, and a test that expects nothing; n is a limit, and none left is an error."""
+    row = lambda i, code, test: json.dumps({"task_id": i, "text": "t", "code": code, "test_list": [test]}) + "\n"
+    path = tmp_path / "mbpp.jsonl"
+    path.write_text(row(0, "def f(): return 1", "assert f() == 1") + row(1, "def f(): return 2", "assert f() == 1")
+                    + row(2, "def f(): return 1", "assert 1 == 1") + row(3, "", "assert f() == 1")
+                    + row(4, "def f(): return 1", "assert f() == 1"))
+    assert [g["problem_id"] for g in data.judgeable(path, 9)] == ["mbpp-0", "mbpp-3", "mbpp-4"]
+    said = capsys.readouterr().err
+    assert "mbpp-1: left out" in said and "failed_test" in said and "mbpp-2: left out" in said and said.count("\n") == 2
+    assert len(data.judgeable(path, 1)) == 1
+    path.write_text(row(1, "def f(): return 2", "assert f() == 1"))
+    with pytest.raises(UserError, match="no group is left"):
+        data.judgeable(path, 9)
+    path.write_text(row(5, "def f(g): return 1", "assert f(lambda x: x) == 1"))
+    with pytest.raises(UserError, match="mbpp-5.*cannot be checked"):
+        data.judgeable(path, 9)
+
+
 # ---------------------------------------------------------------- the command
 
 def command(cwd, *arguments):
@@ -953,14 +987,15 @@ def command(cwd, *arguments):
     (("--source", "groups", "--data", "bad.jsonl", "--heldout_data", "bad.jsonl"), "bad.jsonl:2"),
     (("--source", "groups"), "--data"), (("--source", "books"), "books"), (("--task_type", "poetry"), "poetry"),
     (("--preset", "huge"), "huge"), (("--source", "gsm8k", "--data", "none.jsonl"), "none.jsonl"),
-    (("--source", "groups", "--data", "one.jsonl", "--heldout_data", "one.jsonl"), "--train"),
+    (("--source", "groups", "--data", "mbpp.jsonl", "--heldout_data", "mbpp.jsonl"), "mbpp-7"),
     pytest.param(("--negatives", "60", "--train", "20", "--heldout", "5"), "--negatives"),
     pytest.param(("--train", "0", "--heldout", "5"), "--train"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, words):
     """No traceback for a mistake of the user, and no half of an output for the next stage to find."""
     (tmp_path / "bad.jsonl").write_text(json.dumps(group()) + "\nnot json\n")
-    (tmp_path / "one.jsonl").write_text(json.dumps(group()) + "\n")
+    no_assert = {"task_id": 7, "text": "one", "code": "def f(): return 1", "test_list": ["f() == 1"]}
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(no_assert) + "\n")
     done = command(tmp_path, "--run", "run", *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr

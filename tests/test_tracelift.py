@@ -86,7 +86,7 @@ def models(prepared):
 
 
 def settings(run="", **changes):
-    small = dict(device="cpu", steps=5, problems_per_step=2, group_size=4, repeats=2, learning_rate=5e-3, warmup=2,
+    small = dict(preset="smoke", device="cpu", steps=5, problems_per_step=2, group_size=4, repeats=2, learning_rate=5e-3, warmup=2,
                  micro_batch=3, max_trace_tokens=10, max_answer_tokens=6, save_every=2)
     return TrainSettings(**{**small, "run": str(run), **changes})
 
@@ -575,8 +575,9 @@ def test_with_lora_one_backbone_is_planner_executor_and_reference(run, monkeypat
     assert all(name.endswith((".lora_A", ".lora_B")) for name in checkpoints[0]["planner"]) and checkpoints[0]["planner"]
     assert lines(out)[0]["kl"] == 0 and lines(out)[-1]["kl"] > 0
     assert (out / "adapter" / "adapter_model.safetensors").is_file() and not (out / "adapter_config.json").exists()
-    with pytest.raises(UserError, match="--init.*--lora_rank"):
-        train(settings(run, name="other", lora_rank=2, init=str(run / "base")))
+    for options in {"lora_rank": 2, "init": str(run / "base")}, {"init": str(out)}:
+        with pytest.raises(UserError, match="--init does not go with LoRA"):
+            train(settings(run, name="other", **options))
 
 
 def test_an_adapter_is_evaluated_as_it_was_trained(run, lottery):
@@ -593,13 +594,23 @@ def test_an_adapter_is_evaluated_as_it_was_trained(run, lottery):
 
 
 def test_checkpointing_changes_no_number(run, lottery):
-    """It recomputes, without turning on the dropout that some models have in training mode."""
-    config = json.loads((run / "base" / "config.json").read_text())
-    (run / "base" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    """It recomputes. It needs training mode, so a model that has dropout there is refused; without it none is used."""
     plain, recomputed = (lines(train(settings(run, steps=2, name=f"c{on}", checkpointing=on))) for on in (0, 1))
     assert plain[0]["grad_norm"] > 0
     for key in plain[0]:
         assert "seconds" in key or plain[1][key] is None or plain[1][key] == pytest.approx(recomputed[1][key], rel=1e-3), key
+    config = json.loads((run / "base" / "config.json").read_text())
+    (run / "base" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    with pytest.raises(UserError, match="attention_dropout"):
+        train(settings(run, steps=2, name="c2", checkpointing=1))
+    dropped = lines(train(settings(run, steps=2, name="c3")))
+    assert dropped[1]["loss"] == plain[1]["loss"] and dropped[1]["grad_norm"] == plain[1]["grad_norm"]
+
+
+@pytest.mark.parametrize("options", [{"mode": "exec_only", "w_r": 0.3}, {"mode": "rm_only", "w_e": 1.0}, {"lora_alpha": 8.0}])
+def test_settings_without_a_meaning_are_refused(run, options):
+    with pytest.raises(UserError, match=f"--{list(options)[-1]} has no meaning"):
+        train(settings(run, **options))
 
 
 def test_programs_without_reference_traces(prepared, tmp_path):
@@ -731,13 +742,13 @@ def test_judge_by_hand(prepared):
 
 def test_evaluate_measures_each_planner_once(run, monkeypatch, lottery):
     """Rows, seeds and reuse: what results.json holds is not measured again, what is new is."""
-    s = EvalSettings(run=str(run), device="cpu", problems=4, max_trace_tokens=8, max_answer_tokens=6)
+    s = EvalSettings(preset="smoke", run=str(run), device="cpu", problems=4, max_trace_tokens=8, max_answer_tokens=6)
     for seed in (0, 1):
         train(settings(run, steps=1, mode="exec_only", seed=seed))
     (run / "planner-half-seed0.partial").mkdir()                    # an interrupted one is no row
     found = tracelift.evaluate(s)
     assert list(found) == ["no trace", "reference trace", "base planner", "planner-exec_only-seed0", "planner-exec_only-seed1"]
-    splits = {"heldout T=0", "longer T=0"}
+    splits = {"from", "heldout T=0", "longer T=0"}
     assert set(found["no trace"]) == splits and set(found["base planner"]) == splits | {"heldout T=1", "longer T=1"}
     assert found["reference trace"]["heldout T=0"]["faithful"] == 1.0
     assert found["planner-exec_only-seed1"]["spent"]["steps"] == 1
@@ -754,7 +765,7 @@ def test_evaluate_measures_each_planner_once(run, monkeypatch, lottery):
 
 
 def test_evaluation_is_reproducible(run, lottery):
-    s = EvalSettings(run=str(run), device="cpu", problems=4, max_trace_tokens=8, max_answer_tokens=6)
+    s = EvalSettings(preset="smoke", run=str(run), device="cpu", problems=4, max_trace_tokens=8, max_answer_tokens=6)
     first = tracelift.evaluate(s)
     (run / "results.json").unlink()
     assert tracelift.evaluate(s) == first
@@ -762,7 +773,7 @@ def test_evaluation_is_reproducible(run, lottery):
 
 def test_inspect_shows_how_the_reward_comes_about(run, lottery):
     """The printed parts must give the printed total, and the advantages those of the totals."""
-    s = EvalSettings(run=str(run), device="cpu", traces=4, max_trace_tokens=8, max_answer_tokens=6, seed=1)
+    s = EvalSettings(preset="smoke", run=str(run), device="cpu", traces=4, max_trace_tokens=8, max_answer_tokens=6, seed=1)
     text = tracelift.inspect(s)
     problem = data.problem_of(data.read_groups(run / "groups" / "heldout.jsonl")[1])
     assert problem.problem in text and problem.reference_reasoning in text
@@ -885,18 +896,18 @@ def test_count_by_hand():
 @pytest.fixture
 def scripted(monkeypatch):
     """A random planner names no error: here it always proposes to replace the second step, or writes nonsense."""
-    real = tracelift.sample_texts
+    real = tracelift.complete
 
     def texts(model, tokenizer, prompts, num_samples, temperature, s, generator):
         if temperature == getattr(s, "proposal_temperature", None):
-            return ["2 : 22 * 2 = 44" if i % 2 else "nonsense" for i in range(len(prompts) * num_samples)]
+            return None, ["2 : 22 * 2 = 44" if i % 2 else "nonsense" for i in range(len(prompts) * num_samples)]
         return real(model, tokenizer, prompts, num_samples, temperature, s, generator)
-    monkeypatch.setattr(tracelift, "sample_texts", texts)
+    monkeypatch.setattr(tracelift, "complete", texts)
     monkeypatch.setattr(data, "extract_reasoning", lambda text: "17 + 5 = 22 ; " + text[-20:])
 
 
 def int_settings(run, **changes):
-    return tracelift.IntSettings(**{**dict(run=str(run), device="cpu", problems=6, group_size=4, proposals=2, repeats=1, epochs=2.0,
+    return tracelift.IntSettings(**{**dict(preset="smoke", run=str(run), device="cpu", problems=6, group_size=4, proposals=2, repeats=1, epochs=2.0,
                                            max_trace_tokens=6, max_answer_tokens=6, batch_size=4, learning_rate=1e-2), **changes})
 
 
@@ -925,7 +936,7 @@ def test_int_stage(run, monkeypatch, lottery, scripted):
     assert not same(weights_of(out), weights_of(run / "base")) and not (run / "int.partial").exists()
     planner = train(settings(run, steps=1, mode="exec_only", init=str(out), learning_rate=1e-30, warmup=0))
     assert planner.name == "planner-exec_only-after-InT-seed0" and same(weights_of(planner), weights_of(out))
-    evaluation = EvalSettings(run=str(run), device="cpu", problems=2, max_trace_tokens=8, max_answer_tokens=6)
+    evaluation = EvalSettings(preset="smoke", run=str(run), device="cpu", problems=2, max_trace_tokens=8, max_answer_tokens=6)
     found = tracelift.evaluate(evaluation)
     rows = rows_of(table(found))
     assert "InT" in rows and rows["exec_only after InT"][0][0] == "1"
@@ -1035,18 +1046,24 @@ def test_a_planner_is_evaluated_with_its_own_tokenizer(run, monkeypatch, lottery
             prompts.extend(own.batch_decode(given))
         return real(model, given, **options)
     monkeypatch.setattr(executor, "generate", spy)
-    tracelift.evaluate(EvalSettings(run=str(run), device="cpu", problems=3, max_trace_tokens=8, max_answer_tokens=6))
+    tracelift.evaluate(EvalSettings(preset="smoke", run=str(run), device="cpu", problems=3, max_trace_tokens=8, max_answer_tokens=6))
     assert len(own) != len(vocabulary) and prompts and all("how many" in prompt or "write" in prompt for prompt in prompts)
 
 
 def test_a_planner_trained_again_is_measured_again(run, lottery):
     """Deleting the folder is what the error message advises for another setting."""
-    s = EvalSettings(run=str(run), device="cpu", problems=3, max_trace_tokens=8, max_answer_tokens=6)
+    s = EvalSettings(preset="smoke", run=str(run), device="cpu", problems=3, max_trace_tokens=8, max_answer_tokens=6)
     out = train(settings(run, steps=2, mode="exec_only"))
     tracelift.evaluate(s)
     shutil.rmtree(out)
     train(settings(run, steps=1, mode="exec_only"))
-    assert tracelift.evaluate(s)[out.name]["spent"]["steps"] == 1
+    found = tracelift.evaluate(s)
+    assert found[out.name]["spent"]["steps"] == 1
+    found = {name: entry | {"mark": 1} for name, entry in found.items()}
+    (run / "results.json").write_text(json.dumps(found))
+    assert tracelift.evaluate(s) == found
+    os.utime(run / "groups" / "longer.jsonl")                       # other problems: everything is stale
+    assert not any("mark" in entry for entry in tracelift.evaluate(s).values())
 
 
 @pytest.mark.parametrize("key, value", [("beta", -1.0), ("clip_low", -0.1), ("learning_rate", -1.0), ("max_trace_tokens", 0),
@@ -1063,4 +1080,4 @@ def test_an_unknown_device_is_a_mistake_of_the_user():
 
 def test_evaluating_no_problems_is_a_mistake_of_the_user(run):
     with pytest.raises(UserError, match="--problems "):
-        tracelift.evaluate(EvalSettings(run=str(run), device="cpu", problems=0))
+        tracelift.evaluate(EvalSettings(preset="smoke", run=str(run), device="cpu", problems=0))
