@@ -679,7 +679,8 @@ def judgeable(path, n: int) -> list[dict]:
             except ValueError as error:
                 raise UserError(f"{where}: {error}") from None
             if verdict.outcome == "no_tests" or program.strip() and not verdict.ok:
-                print(f"{where}: left out, its own solution gives {verdict.outcome} ({verdict.detail})", file=sys.stderr)
+                print(f"{where}: left out, its own solution gives {verdict.outcome} ({verdict.detail})",
+                      file=sys.stderr)
                 continue
         groups.append(group)
         if len(groups) == n:

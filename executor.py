@@ -880,8 +880,9 @@ def main(argv) -> None:
         heldout = data.read_problems(run / "groups" / "heldout.jsonl")[:settings.eval_problems]
         record, tiny = {"model": settings.model or "base", "problems": len(heldout)}, heldout[0].source == "tiny"
         if bool(settings.model) == tiny:
-            raise UserError(f"{run}/groups are of the tiny world, whose prompts are bare problems: leave out --model" if tiny
-                            else f"{run}/groups are not of the tiny world: give a pretrained model with --model")
+            raise UserError(f"{run}/groups are of the tiny world, whose prompts are bare problems: leave out --model"
+                            if tiny else
+                            f"{run}/groups are not of the tiny world: give a pretrained model with --model")
         if tiny:
             record["train_loss"] = train_base(settings, heldout[0].task_type, run / "base")
         device = pick_device(settings.device)

@@ -305,8 +305,8 @@ def train(settings: TrainSettings) -> Path:
     problems = data.read_problems(run / "groups" / "train.jsonl")[:settings.max_problems or None]
     base = executor.base_of(run)
     if settings.init and (settings.lora_rank or (Path(settings.init) / "adapter").exists()):
-        raise UserError("--init does not go with LoRA: a new adapter sits on the base model, which the executor is too, "
-                        "and the merged weights of an old one may be rounded to bfloat16")
+        raise UserError("--init does not go with LoRA: a new adapter sits on the base model, which the executor is "
+                        "too, and the merged weights of an old one may be rounded to bfloat16")
     planner, tokenizer = executor.load(settings.init or base, device, None if settings.lora_rank else torch.float32)
     executor.check_head(planner)
     shared = settings.lora_rank > 0                                      # one model, three roles
@@ -711,7 +711,7 @@ def load_planner(folder, base: str, device):
 
 def evaluate(settings: EvalSettings) -> dict:
     """Measures every planner of a run on held-out problems, greedy and at temperature 1, and writes results.json and
-    results.md. Rows that results.json already holds are not measured again, unless a planner or the problems changed."""
+    results.md. Rows that results.json already holds are measured again only if a planner or the problems changed."""
     data.check_settings(settings)
     run, device = Path(settings.run), executor.pick_device(settings.device)
     data.begin_stage(settings.run, "evaluate", settings, run / "results.json")
