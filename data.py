@@ -677,7 +677,7 @@ def judgeable(path, n: int) -> list[dict]:
             try:
                 verdict, = verify.run_programs([program], [group.get("tests", [])])
             except ValueError as error:
-                raise UserError(f"{where}: {error}") from None
+                raise UserError(f"{where}: {error}; mend the test or delete this line") from None
             if verdict.outcome == "no_tests" or program.strip() and not verdict.ok:
                 print(f"{where}: left out, its own solution gives {verdict.outcome} ({verdict.detail})",
                       file=sys.stderr)
@@ -686,7 +686,7 @@ def judgeable(path, n: int) -> list[dict]:
         if len(groups) == n:
             break
     if not groups:
-        raise UserError(f"{path}: no group is left")
+        raise UserError(f"{path}: no group is left, see above; their solutions or their tests must be wrong")
     return groups
 
 
@@ -969,12 +969,10 @@ def begin_stage(run: str, stage: str, settings, output, partial=None) -> bool:
     """True: there is work to do. False: `output` (a file or folder that appears whole, by rename) is there already,
     made with these settings. UserError: it, or the unfinished work in `partial`, was made with others, or the run's
     groups with another preset."""
+    if stage != "groups":
+        check_preset(settings)
     path = Path(run) / "config.json"
-    new, stages = dataclasses.asdict(settings), _read_config(path)["stages"]
-    old, groups = (stages.get(name, {}).get("settings", {}) for name in (stage, "groups"))
-    if stage != "groups" and groups.get("preset", settings.preset) != settings.preset:
-        raise UserError(f"--run {run}: its groups were made with --preset {groups['preset']}, this is --preset "
-                        f"{settings.preset}; name another of the two")
+    new, old = dataclasses.asdict(settings), _read_config(path)["stages"].get(stage, {}).get("settings", {})
     there = [str(p) for p in (output, partial) if p is not None and Path(p).exists()]
     places = ("run", "cache", "device", "micro_batch", "checkpointing", "max_cache_tokens", "save_every")   # not what
     differ = [k for k in new if new[k] != old.get(k) and k not in places]
@@ -983,6 +981,14 @@ def begin_stage(run: str, stage: str, settings, output, partial=None) -> bool:
         was = f"made with --{k} {old[k]!r}, now it is {new[k]!r}" if k in old else f"not described in {path}"
         raise UserError(f"{there[0]} was {was}; choose another --run, or delete it and all that was made from it")
     return not Path(output).exists()
+
+
+def check_preset(settings) -> None:
+    """UserError for a --preset that is not the one the run was begun with."""
+    groups = _read_config(Path(settings.run) / "config.json")["stages"].get("groups", {}).get("settings", {})
+    if groups.get("preset", settings.preset) != settings.preset:
+        raise UserError(f"--run {settings.run}: its groups were made with --preset {groups['preset']}, this is "
+                        f"--preset {settings.preset}; name another of the two")
 
 
 def _read_config(path: Path) -> dict:
@@ -1035,7 +1041,8 @@ def fetch(url: str, sha256: str, cache) -> Path:
             with urllib.request.urlopen(url, timeout=30) as response:
                 content = response.read()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise UserError(f"{url}: cannot be fetched ({error}); download it elsewhere and pass --data FILE") from None
+            raise UserError(f"{url}: cannot be fetched ({error}); download it elsewhere and pass --data "
+                            "or --heldout_data FILE (run.sh: DATA, HELDOUT_DATA)") from None
         digest = hashlib.sha256(content).hexdigest()
         if sha256 and digest != sha256:
             raise UserError(f"{url}: sha256 is {digest}, must be {sha256}; pass a file that you trust with --data")

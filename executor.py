@@ -114,6 +114,15 @@ def freeze(model):
     return model.eval().requires_grad_(False)
 
 
+def without_dropout(model) -> None:
+    """Sets every dropout of a model to 0, so that training mode, which checkpointing needs, computes what evaluation
+    does: the policy that is scored has to be the one that was sampled."""
+    for part in (model.config, *model.modules()):
+        for key, value in list(vars(part).items()):
+            if isinstance(value, float) and ("drop" in key or key == "p" and isinstance(part, torch.nn.Dropout)):
+                setattr(part, key, 0.0)
+
+
 def token_hidden(model, ids: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
     """Last hidden states (M, H) at the selected positions. ids (B, T), select (B, T) bool. Right padding needs no mask
     under causal attention."""
@@ -817,7 +826,8 @@ def bench(settings: BenchSettings) -> str:
     s, rng, device = settings, random.Random(0), pick_device(settings.device)
     torch.manual_seed(0)
     model = load(s.model, device)[0] if s.model else tiny_model(8192, 256, 6).to(device).eval()
-    model.generation_config.eos_token_id, memory = None, {} if device.type == "cuda" else None
+    model.generation_config.eos_token_id = None
+    memory = {} if device.type == "cuda" and _can_capture(model) else None
     words = lambda share: [rng.randrange(10, model.config.vocab_size) for _ in range(round(share * s.prompt_tokens))]
     prompts = []
     for problem in (words(0.45) for _ in range(s.problems)):
@@ -840,13 +850,12 @@ def bench(settings: BenchSettings) -> str:
                "executor.generate": (every, ours)}
     rates, peaks, wanted = {name: [] for name in methods}, dict.fromkeys(methods, 0), {}
     equal = dict.fromkeys(methods, 1.0)                    # share of outputs like those of the methods before
-    loaded = peak_bytes(device)
     for _ in tqdm(range(s.rounds), desc="bench", mininterval=5):
         for name, (rows, run) in methods.items():
+            if memory is not None:
+                memory.clear()                             # ours must not count as theirs
             before = peak_bytes(device, reset=True)
-            if device.type == "cuda":                      # warm up: ours captures its graphs, and nobody holds a cache
-                before = loaded
-                memory.clear()
+            if device.type == "cuda":                      # warm up; ours captures its graphs
                 run()
             begin = time.perf_counter()
             outputs = run()
@@ -887,6 +896,7 @@ def main(argv) -> None:
             record["train_loss"] = train_base(settings, heldout[0].task_type, run / "base")
         device = pick_device(settings.device)
         model, tokenizer = load(settings.model or str(run / "base"), device)
+        check_head(model)                                          # training would refuse it, much later
         frozen = Executor(model, tokenizer, max_new_tokens=settings.max_answer_tokens,
                           temperature=settings.executor_temperature, max_cache_tokens=settings.max_cache_tokens,
                           generator=torch.Generator(device).manual_seed(settings.seed))

@@ -160,7 +160,8 @@ def group_rows(group: dict, names: list[str]) -> tuple[list[str], torch.Tensor, 
     problem = data.problem_of(group)
     if not group["positive_pool"] or not group["negative_bank"]:
         raise UserError(f"group {problem.problem_id}: the reward model needs a good and a flawed trace in every group; "
-                        "remove this group from groups/*.jsonl")
+                        "remove this group from groups/*.jsonl, or, if none has traces (HumanEval, MBPP), train only "
+                        "planners without it: --mode exec_only or uplift_only (run.sh: MODES, and no INT)")
     traces = [(t, True) for t in group["positive_pool"]] + [(t, False) for t in group["negative_bank"]]
     if set(names) != set(data.DIMENSIONS[problem.task_type]):
         raise UserError(f"group {problem.problem_id} is about {problem.task_type}, the reward model about "
@@ -251,10 +252,11 @@ def train(settings: RMSettings) -> dict:
     tasks = {group["task_type"] for group in groups + heldout}
     if len(tasks) > 1:
         raise UserError(f"{settings.run}/groups: holds both math and code, whose rubrics differ; use one run for each")
+    names = data.DIMENSIONS[tasks.pop()]
+    rows = [group_rows(group, names) for group in groups + heldout][:len(groups)]       # all are checked before hours
     device = executor.pick_device(settings.device)
     base, tokenizer = executor.load(executor.base_of(settings.run), device, torch.float32)
-    rm = RubricRewardModel(base.base_model, tokenizer, data.DIMENSIONS[tasks.pop()]).to(device)
-    rows = [group_rows(group, rm.dimension_names) for group in groups]
+    rm = RubricRewardModel(base.base_model, tokenizer, names).to(device)
     optimizer = torch.optim.AdamW(rm.parameters(), lr=settings.learning_rate, weight_decay=0.01)
     total = max(1, math.ceil(len(rows) * settings.epochs / settings.groups_per_batch))
     rng, order, losses = random.Random(settings.seed), [], []

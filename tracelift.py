@@ -294,7 +294,8 @@ def train(settings: TrainSettings) -> Path:
             "lora_alpha": settings.lora_rank > 0}
     for flag, value in used.items():
         if not value and getattr(settings, flag) != getattr(TrainSettings, flag):
-            raise UserError(f"--{flag} has no meaning with --mode {settings.mode} --lora_rank {settings.lora_rank}")
+            why = "without --lora_rank" if flag == "lora_alpha" else f"with --mode {settings.mode}"
+            raise UserError(f"--{flag} has no meaning {why}; leave it out")
     run = Path(settings.run)
     after = "-after-InT" if settings.init and Path(settings.init).resolve() == (run / "int").resolve() else ""
     name = f"planner-{settings.name or settings.mode + after}-seed{settings.seed}"
@@ -317,10 +318,8 @@ def train(settings: TrainSettings) -> Path:
                       exec_score=settings.exec_score, max_cache_tokens=settings.max_cache_tokens)
     lora = executor.Lora(planner, settings.lora_rank, settings.lora_alpha, seed=settings.seed) if shared else None
     bare = lora.off if lora else nullcontext                             # inside it the planner is the base model again
-    if settings.checkpointing:                                           # works in training mode only
-        drops = {k: v for k, v in planner.config.to_dict().items() if "drop" in k and isinstance(v, float) and v > 0}
-        if drops:
-            raise UserError(f"--checkpointing 1 would train with dropout: set {drops} to 0 in the model's config.json")
+    if settings.checkpointing:
+        executor.without_dropout(planner)                                # it works in training mode only
         planner.gradient_checkpointing_enable({"use_reentrant": False})
     rm = RubricRewardModel.from_pretrained(run / "rm", device) if settings.mode in RM_MODES else None
     optimizer = torch.optim.AdamW(trained(planner).values(), lr=settings.learning_rate, betas=(0.9, 0.95),
@@ -711,7 +710,7 @@ def load_planner(folder, base: str, device):
 
 def evaluate(settings: EvalSettings) -> dict:
     """Measures every planner of a run on held-out problems, greedy and at temperature 1, and writes results.json and
-    results.md. Rows that results.json already holds are measured again only if a planner or the problems changed."""
+    results.md. Rows that results.json holds are measured again only if planner, base model or problems changed."""
     data.check_settings(settings)
     run, device = Path(settings.run), executor.pick_device(settings.device)
     data.begin_stage(settings.run, "evaluate", settings, run / "results.json")
@@ -733,7 +732,7 @@ def evaluate(settings: EvalSettings) -> dict:
     rows += [("InT", run / "int", "")] if (run / "int").exists() else []
     rows += [(p.name, p, p / "metrics.jsonl") for p in planners]
     for name, folder, log in tqdm(rows, desc="evaluate"):
-        entry = {"from": {p.name: p.stat().st_mtime_ns for p in map(Path, (*files.values(), base, folder or base))
+        entry = {"from": {p.name: p.stat().st_mtime_ns for p in map(Path, (*files.values(), run / "base.json", base, folder or base))
                           if p.exists()}, **({"spent": training_cost(log)} if log else {})}
         if name in known and entry.items() <= known[name].items():       # measured before, and nothing is newer
             results[name] = known[name]
@@ -832,6 +831,7 @@ def spread(values: list) -> str:
 
 def inspect(settings: EvalSettings) -> str:
     """One held-out problem and its traces, from the executor's runs to the advantage, as text for a person to read."""
+    data.check_preset(settings)
     run, device = Path(settings.run), executor.pick_device(settings.device)
     problems = data.read_problems(run / "groups" / "heldout.jsonl")
     problem, generator = problems[settings.seed % len(problems)], torch.Generator(device).manual_seed(settings.seed)

@@ -780,15 +780,21 @@ def test_a_run_keeps_the_preset_that_it_was_begun_with(tmp_path):
     """A forgotten --preset or --run would mix the settings of two worlds without a word."""
     @dataclasses.dataclass
     class Settings:
+        run: str
         preset: str = "tiny"
         micro_batch: int = 8
-    data.record_stage(str(tmp_path), "groups", Settings())
-    assert data.begin_stage(str(tmp_path), "base", Settings(), tmp_path / "out")
+        checkpointing: int = 0
+        max_cache_tokens: int = 100
+        save_every: int = 20
+    run, out, partial = str(tmp_path), tmp_path / "out", tmp_path / "out.partial"
+    data.record_stage(run, "groups", Settings(run))
+    assert data.begin_stage(run, "base", Settings(run), out)
     with pytest.raises(UserError, match="--preset tiny.*--preset gsm8k"):
-        data.begin_stage(str(tmp_path), "base", Settings("gsm8k"), tmp_path / "out")
-    data.record_stage(str(tmp_path), "base", Settings())
-    (tmp_path / "out.partial").touch()                              # a stopped stage goes on with less memory
-    assert data.begin_stage(str(tmp_path), "base", Settings(micro_batch=2), tmp_path / "out", tmp_path / "out.partial")
+        data.begin_stage(run, "base", Settings(run, "gsm8k"), out)
+    data.record_stage(run, "base", Settings(run))
+    partial.touch()                                                 # a stopped stage goes on with less memory
+    for change in {"micro_batch": 2}, {"checkpointing": 1}, {"max_cache_tokens": 9}, {"save_every": 1}:
+        assert data.begin_stage(run, "base", Settings(run, **change), out, partial)
 
 
 def test_begin_stage_does_not_adopt_an_output_of_unknown_origin(tmp_path):

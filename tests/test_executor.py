@@ -460,6 +460,28 @@ def test_pad():
     assert rows == [[1, 2, 3], [4]]
 
 
+def test_what_may_be_captured():
+    """Rotary embeddings that depend on the length reached look at a tensor in each step, which no graph can."""
+    can = lambda kind: executor._can_capture(LlamaForCausalLM(LlamaConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+        rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32,
+                         "short_factor": [1.0] * 4, "long_factor": [1.0] * 4})))
+    assert can("default") and not can("dynamic") and not can("longrope")
+
+
+def test_without_dropout():
+    """Modules, attributes of layers that use the functional form, and the config."""
+    from transformers import OPTConfig, OPTForCausalLM
+    model = OPTForCausalLM(OPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16,
+                                     word_embed_proj_dim=16, dropout=0.5, attention_dropout=0.5, layerdrop=0.5))
+    model.add_module("other", torch.nn.Dropout(0.5))
+    run = lambda: model(torch.arange(9)[None]).logits
+    assert not torch.equal(model.train()(torch.arange(9)[None]).logits, run())
+    executor.without_dropout(model)
+    assert torch.equal(run(), run()) and torch.equal(run(), model.eval()(torch.arange(9)[None]).logits)
+    assert torch.equal(model.train().other(torch.ones(9)), torch.ones(9))
+
+
 def test_token_logits_are_those_of_the_model(model):
     """Right padding without a mask does not reach back under causal attention; selected rows come in row-major order."""
     ids = executor.pad(PROMPTS, PAD, "cpu")

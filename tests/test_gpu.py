@@ -3,6 +3,7 @@ once per process; so each test here is a script in a process of its own. Without
 
     python -m pytest tests/test_gpu.py
 """
+import json
 import os
 import subprocess
 import sys
@@ -141,12 +142,15 @@ assert any(cache.graphs for cache in memory.values() if isinstance(cache, execut
 
 @pytest.mark.parametrize("options", [["--beta", "0.1", "--inner_epochs", "2"], ["--lora_rank", "4", "--checkpointing", "1"]])
 def test_training_runs_on_the_gpu(tmp_path, options):
-    """Every stage at toy size: bfloat16 executor, autocast, the linear loss, graphs. That nothing raises, and that all
-    numbers are finite; the values are checked on the CPU."""
+    """Every stage at toy size: bfloat16 executor, graphs, autocast, the linear loss. That nothing raises, that all
+    numbers are finite and a gradient arrives; the values are checked on the CPU. rm_only, since this base model never
+    succeeds, and without spread there is no backward pass."""
     root = Path(__file__).resolve().parent.parent
-    for command in (["data.py"], ["executor.py"], ["rm.py"], ["tracelift.py", "train", *options], ["tracelift.py", "evaluate"]):
+    for command in (["data.py"], ["executor.py"], ["rm.py"], ["tracelift.py", "train", "--mode", "rm_only", *options],
+                    ["tracelift.py", "evaluate"]):
         done = subprocess.run([sys.executable, *command, "--preset", "smoke", "--run", tmp_path], cwd=root, text=True,
                               capture_output=True, env={**os.environ, "TRITON_INTERPRET": "0"})
         assert done.returncode == 0, done.stdout + done.stderr
-    log = (tmp_path / "planner-tracelift-seed0" / "metrics.jsonl").read_text()
+    log = (tmp_path / "planner-rm_only-seed0" / "metrics.jsonl").read_text()
     assert log.count("\n") == 2 and "NaN" not in log and "Infinity" not in log
+    assert all(json.loads(line)["grad_norm"] > 0 for line in log.splitlines())
