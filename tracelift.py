@@ -732,8 +732,9 @@ def evaluate(settings: EvalSettings) -> dict:
     rows += [("InT", run / "int", "")] if (run / "int").exists() else []
     rows += [(p.name, p, p / "metrics.jsonl") for p in planners]
     for name, folder, log in tqdm(rows, desc="evaluate"):
-        entry = {"from": {p.name: p.stat().st_mtime_ns for p in map(Path, (*files.values(), run / "base.json", base, folder or base))
-                          if p.exists()}, **({"spent": training_cost(log)} if log else {})}
+        made_from = map(Path, (*files.values(), run / "base.json", base, folder or base))
+        entry = {"from": {p.name: p.stat().st_mtime_ns for p in made_from if p.exists()}}
+        entry |= {"spent": training_cost(log)} if log else {}
         if name in known and entry.items() <= known[name].items():       # measured before, and nothing is newer
             results[name] = known[name]
             continue
