@@ -10,21 +10,22 @@
 In RL the verifier is the reward, and what it wrongly accepts is what the planner learns.  So nothing that a program
 says about itself is believed, only values count:
 
-    trainer --- descriptors: program, stdin, stdout ---> helper --- fork ---> program        per stdin test
+    trainer --- descriptors: program, stdin, stdout ---> helper --- fork ---> program        stdin tests: see below
        `------- descriptors: program, asserts, report -> helper --- fork ---> program <-values-> judge    all asserts
 
 The helper is a clean, warm interpreter (no torch, a bare environment) that stays alive between calls; the trainer, with
 its gigabytes, threads and CUDA, never forks.  The helper passes descriptors on and never reads them, so neither it nor
 a program forked from it ever held an expected value: there is nothing to steal.  After a stdin test the trainer
-compares stdout.  Asserts run in the judge, a second sandboxed process that holds no code of the program: it sends
-each call's arguments over and gets plain values back, as JSON, so an __eq__ that always agrees, an int subclass, a
-patched builtin do not arrive there.  A pass needs right values and a normal end; there is no marker to forge.
+compares stdout.  Several of them are played in one process first; unless all pass there, each gets a process of its
+own, and only that counts.  Asserts run in the judge, a second sandboxed process that holds no code of the program: it
+sends each call's arguments over and gets plain values back, as JSON, so an __eq__ that always agrees, an int subclass,
+a patched builtin do not arrive there.  A pass needs right values and a normal end; there is no marker to forge.
 
 Threat model: programs written by a language model under reward pressure.  Stopped, by the LAYERS below: reading or
 changing the user's files, environment and processes, signals, network, new processes, what outlives a run, floods of
 output, memory, CPU and wall time.  A kernel without a layer runs with fewer, and says so on stderr.  NOT stopped: bugs
 of the kernel, timing channels, reading the files of Python and of /usr/lib; a program may say that it failed when it
-did not.  Honest programs that need processes, sockets or more than 16 MB of files are refused these, too.
+did not, and see the inputs of all its stdin tests.  Honest programs that need processes, sockets or more than 16 MB of files are refused these, too.
 
 Not checkable by asserts, because only plain values cross (None, bool, int, float, complex, str, bytes, list, tuple,
 dict, set, frozenset; their subclasses and iterators as such): comparisons of the program's own objects, and changes
@@ -302,8 +303,8 @@ def run_programs(programs: list[str], tests: list[list[dict]], *, timeout: float
                  workers: int | None = None) -> list[Verdict]:
     """Runs programs[i] against tests[i]; one Verdict per program, in the same order.  Safe to call from threads.
 
-    tests      {"input", "output"}: one run with that stdin, whose stdout must have the same whitespace-separated tokens
-               and whose exit status must be 0; {"assert"}: statements with an assert, which see the program's names,
+    tests      {"input", "output"}: a run with that stdin, whose stdout must have the same whitespace-separated tokens
+               and which must end normally; {"assert"}: statements with an assert, which see the program's names,
                a few modules (MODULES) and their own; all of one program share one run.  What expects nothing (a blank
                output, an assert that asks the program nothing) does not count.
     timeout    CPU seconds per run decide; wall time gets 4 * timeout + 2.  Nothing is run after a timeout.
@@ -388,8 +389,9 @@ def _judge(program: str, stdin_tests: tuple, asserts: tuple, timeout: float, mem
     if total == 0:
         return Verdict("no_tests", 0, 0, "no test expects anything")
     limits = {"timeout": timeout, "wall": 4 * timeout + 2, "memory_mb": memory_mb, "output": 16 << 20}
-    results = []  # (outcome, detail) per test; shorter than total after a timeout
-    for given, wanted in stdin_tests:
+    # (outcome, detail) per test; shorter than total after a timeout
+    results = [("passed", "")] * len(stdin_tests) if _pass_together(program, stdin_tests, limits) else []
+    for given, wanted in stdin_tests[len(results):]:
         wanted = wanted.encode("utf-8", "surrogatepass")
         keep = 65536 + 4 * len(wanted)  # all that can come into the trainer's memory
         (outcome, detail), printed = _run([program, given], keep, limits | {"output": limits["output"] + keep})
@@ -415,6 +417,24 @@ def _judge(program: str, stdin_tests: tuple, asserts: tuple, timeout: float, mem
     first = outcomes.index(worst)
     detail = "" if worst == "passed" else f"test {first + 1} of {total}: {results[first][1]}"
     return Verdict(worst, outcomes.count("passed"), total, detail)
+
+
+def _pass_together(program: str, tests: tuple, limits: dict) -> bool:
+    """Whether a program passes several stdin tests one after the other in one process, the cost of a single one.
+
+    All the right values and a normal end are a pass, however they came about.  Anything else is no verdict: what one
+    test leaves behind may spoil the next, so each then gets a process of its own.  Little time, for loops that never
+    end would cost it twice.
+    """
+    if len(tests) < 2:
+        return False
+    wanted = [output.encode("utf-8", "surrogatepass") for _, output in tests]
+    keep = 65536 + 4 * sum(map(len, wanted))
+    limits = limits | {"together": True, "timeout": limits["timeout"] / 8, "wall": limits["timeout"] / 2,
+                       "output": limits["output"] + keep}
+    (outcome, _), printed = _run([program, json.dumps([given for given, _ in tests])], keep, limits)
+    parts = printed.split(_NEXT)
+    return outcome == "passed" and [part.split() for part in parts] == [output.split() for output in wanted] + [[]]
 
 
 def _run(texts: list[str], keep: int, limits: dict) -> tuple[tuple[str, str], bytes]:
@@ -560,6 +580,7 @@ _FILE = os.path.abspath(__file__)
 MODULES = ("math", "cmath", "re", "random", "string", "copy", "itertools", "functools", "collections", "operator")
 _COMPILE, _MEMORY = 201, 202  # exit statuses; a program that takes one only says that it failed
 _MAX_VALUE = 4 << 20          # bytes of JSON of one value
+_NEXT = b"\0next\0"           # after the output of each of several tests; who forges it only cuts his output otherwise
 # What threading and random do after a fork would cost as much as the fork; a single thread needs none of it.
 _START = """import os, sys
 os.register_at_fork = lambda **_: None
@@ -678,15 +699,16 @@ def _child(work, files: tuple[int, ...], channel: socket.socket, job: dict, wall
         signal.setitimer(signal.ITIMER_PROF, job["timeout"])  # the CPU limit; RLIMIT_CPU, in whole seconds, backs it up
         source = os.pread(4, os.fstat(4).st_size, 0).decode("utf-8", "surrogatepass")
         os.close(4)
-        work(source, "asserts" in job)
+        work(source, job)
     except BaseException as error:
         os.write(6, json.dumps({"error": f"the sandbox failed: {error!r}"}).encode())
     finally:
         os._exit(1)
 
 
-def _play(source: str, asserts: bool) -> None:
-    """The program as __main__, then its answers to the judge on descriptor 3, or what a normal end does."""
+def _play(source: str, job: dict) -> None:
+    """The program as __main__, then its answers to the judge on descriptor 3, or what a normal end does; the latter
+    for each of the inputs, a JSON list, when it plays several tests together."""
     leave, write = os._exit, os.write  # bound now: a program may replace them
 
     def fail(status: int, error: BaseException) -> None:
@@ -694,29 +716,51 @@ def _play(source: str, asserts: bool) -> None:
         leave(status)
 
     os.close(5)
-    main = sys.modules["__main__"] = type(sys)("__main__")
+    inputs, ends = [None], ()
+    if "together" in job:
+        inputs, ends = json.loads(os.pread(0, os.fstat(0).st_size, 0)), (os.dup(0), os.dup(1))
     try:
         code = compile(source.lstrip("\ufeff"), "<program>", "exec", dont_inherit=True)
     except BaseException as error:  # SyntaxError, null bytes, surrogates, nesting too deep for the parser
         fail(_COMPILE, error)
     try:
-        try:
-            exec(code, main.__dict__)
-        except SystemExit as stop:
-            if asserts or stop.code not in (None, 0):  # an early exit skips the asserts
-                raise
-        if asserts:
-            _answer(main.__dict__)
-        else:  # what os._exit leaves out: join threads, exit handlers, flush
+        for given in inputs:
+            main = sys.modules["__main__"] = type(sys)("__main__")
+            if given is not None:
+                _rewind(given.encode("utf-8", "surrogatepass"), *ends)
+            try:
+                exec(code, main.__dict__)
+            except SystemExit as stop:
+                if "asserts" in job or stop.code not in (None, 0):  # an early exit skips the asserts
+                    raise
+            if "asserts" in job:
+                _answer(main.__dict__)
+                break
+            # What os._exit leaves out: join threads, exit handlers, flush.
             threading._shutdown()
             atexit._run_exitfuncs()
             main.__dict__.clear()  # closes, and so flushes, files that the program opened on descriptor 1
             for stream in {sys.stdout, sys.__stdout__}:
                 if not getattr(stream, "closed", True):
                     stream.flush()
+            if given is not None:
+                write(ends[1], _NEXT)
         leave(0)
     except BaseException as error:
         fail(_MEMORY if isinstance(error, MemoryError) else 1, error)
+
+
+def _rewind(given: bytes, stdin: int, stdout: int) -> None:
+    """Standard input and output as a new process would find them; OSError where a program has closed their copies."""
+    os.dup2(stdin, 0)
+    os.dup2(stdout, 1)
+    os.ftruncate(0, 0)
+    os.pwrite(0, given, 0)
+    os.lseek(0, 0, os.SEEK_SET)
+    plain = {"encoding": "utf-8", "errors": "surrogateescape", "closefd": False}
+    sys.stdin = sys.__stdin__ = open(0, **plain)
+    sys.stdout = sys.__stdout__ = open(1, "w", **plain)
+    random.seed(0)
 
 
 def _describe(value) -> str:
@@ -970,14 +1014,15 @@ def probe() -> int:
 
 
 def bench() -> None:
-    """Prints programs per second (4 stdin tests each) against one subprocess per test, bare and with a limit set by
-    preexec_fn, without and with 3 GB in this process; what its fork costs; its memory over 10,000 programs."""
+    """Prints programs per second (4 stdin tests each; right ones, and such as fail all) against one subprocess per
+    test, bare and with a limit set by preexec_fn, without and with 3 GB in this process; what its fork costs; its
+    memory over 10,000 programs."""
     from concurrent.futures import ThreadPoolExecutor
     tests, count = [{"input": str(i), "output": str(i + 1)} for i in range(4)], itertools.count()
 
-    def helpers(n: int, each: int = 4) -> None:
-        verdicts = run_programs([f"print(int(input()) + 1)  # {next(count)}" for _ in range(n)], [tests[:each]] * n)
-        assert all(verdict.ok for verdict in verdicts), verdicts
+    def helpers(n: int, each: int = 4, right: bool = True) -> None:
+        programs = [f"print(int(input()) + {1 if right else 2})  # {next(count)}" for _ in range(n)]
+        assert {verdict.ok for verdict in run_programs(programs, [tests[:each]] * n)} == {right}
 
     def subprocesses(n: int, limit=None) -> None:
         def one(_) -> None:
@@ -1002,9 +1047,11 @@ def bench() -> None:
         ballast = b"x" * (gigabytes << 30)
         for _ in range(3):
             warm, cold, forks = rate(helpers, 200), rate(subprocesses, 20), rate(fork, 20)
+            fails = rate(lambda n: helpers(n, right=False), 100)
             slow = rate(lambda n: subprocesses(n, lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0))), 10)
-            print(f"holding {len(ballast) >> 30} GB: {warm:.0f} programs/s; one subprocess per test {cold:.1f} "
-                  f"(x{warm / cold:.0f}), with preexec_fn {slow:.1f} (x{warm / slow:.0f}); "
+            times = lambda rival: f"{rival:.1f} (x{warm / rival:.0f}, x{fails / rival:.0f})"
+            print(f"holding {len(ballast) >> 30} GB: {warm:.0f} programs/s that pass, {fails:.0f} that fail; one "
+                  f"subprocess per test {times(cold)}, with preexec_fn {times(slow)}; "
                   f"a fork of this process {1000 / forks:.1f} ms", flush=True)
         del ballast
     for done in range(0, 10_001, 2_000):

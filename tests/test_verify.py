@@ -200,8 +200,36 @@ SUM = "print(sum(map(int, input().split())))"
     "import time, sys\nprint(sum(map(int, sys.stdin.read().split())), flush=True)\ndef g():\n    yield\nx = g()\nnext(x)",
 ], ids=lambda program: program[:40])
 def test_honest_stdin_programs(program):
-    verdict = run(program, io("1 2 3\n", " 6 \n\n"))
-    assert verdict.ok, verdict
+    verdict, alone = run(program, io("1 2 3\n", " 6 \n\n"), io("4", "4"), io("5 5\n", "10")), run(program, io("5 5", "10"))
+    assert verdict.ok and verdict.total == 3 and alone.ok, verdict
+
+
+def test_several_tests_cost_one_process_when_all_pass(monkeypatch):
+    """Whatever else happens, each test gets a process of its own: also where one test spoils the next."""
+    runs, real = [], verify._run
+    monkeypatch.setattr(verify, "_run", lambda *a: runs.append(1) or real(*a))
+    tests = [io("1 2", "3"), io("\ud800é 1", "1"), io("", "0"), io("7 " * 9, "63")]
+    body = "import sys\nx = sum(int(n) for n in sys.stdin.buffer.read().split() if n.isdigit())\n"
+    assert run(body + "print(x)", *tests).passed == 4 and len(runs) == 1
+    for spoils in ("print(x, flush=True)\nimport os\nos._exit(0)", "print(x, flush=True)\nimport os\nos.closerange(0, 20)",
+                   "print(x)\nif hasattr(sys, 'seen'): print(9)\nsys.seen = 1",
+                   "import threading, time\nthreading.Thread(target=lambda x=x: time.sleep(0.05) or print(x)).start()"):
+        runs.clear()
+        assert run(body + spoils, *tests).passed == 4 and len(runs) == 5, spoils
+
+
+@pytest.mark.parametrize("program, outcome, passed", [
+    ("print(x if x else 1 / 0)", "runtime_error", 3), ("print(x if x else 5)", "failed_test", 3),
+    # Right only where an earlier test has left something, and ends of tests that never were.
+    ("n = getattr(sys, 'n', 0)\nsys.n = n + 1\nprint(x if n else -1)", "failed_test", 0),
+    ("print(3, end='\\0next\\0')\nprint(1, end='\\0next\\0')\nprint(0, end='\\0next\\0')", "failed_test", 0),
+    ("import os\nos.write(1, b'3\\0next\\0001\\0next\\0000\\0next\\0')\nos._exit(1)", "runtime_error", 0),
+    ("print(x)\nwhile not x: pass", "timeout", 2)])
+def test_one_bad_test_of_several(program, outcome, passed):
+    body = "import sys\nx = sum(map(int, sys.stdin.read().split()))\n"
+    tests = [io("1 2", "3"), io("1", "1")] + [io("", "0")] * (program[-4:] == "pass") + [io("4", "4"), io("", "0")]
+    verdict = run(body + program, *tests, timeout=0.3)
+    assert (verdict.outcome, verdict.passed, verdict.total) == (outcome, passed, len(tests))
 
 
 @pytest.mark.parametrize("completion", [
