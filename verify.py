@@ -25,7 +25,8 @@ Threat model: programs written by a language model under reward pressure.  Stopp
 changing the user's files, environment and processes, signals, network, new processes, what outlives a run, floods of
 output, memory, CPU and wall time.  A kernel without a layer runs with fewer, and says so on stderr.  NOT stopped: bugs
 of the kernel, timing channels, reading the files of Python and of /usr/lib; a program may say that it failed when it
-did not, and see the inputs of all its stdin tests.  Honest programs that need processes, sockets or more than 16 MB of files are refused these, too.
+did not, and see the inputs of all its stdin tests.  Honest programs that need processes, sockets or more than 16 MB of
+files are refused these, too.
 
 Not checkable by asserts, because only plain values cross (None, bool, int, float, complex, str, bytes, list, tuple,
 dict, set, frozenset; their subclasses and iterators as such): comparisons of the program's own objects, and changes
