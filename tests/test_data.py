@@ -913,7 +913,7 @@ def test_a_file_on_the_hub(monkeypatch, tmp_path):
     def unreachable(url, timeout):
         raise OSError("no route")
     monkeypatch.setattr(data.urllib.request, "urlopen", unreachable)
-    with pytest.raises(UserError, match="some/set/resolve/main/b.jsonl: cannot be fetched.*--data FILE"):
+    with pytest.raises(UserError, match="some/set/resolve/main/b.jsonl: cannot be fetched.*--heldout_data FILE"):
         data.local("hf://datasets/some/set/b.jsonl", tmp_path)
 
 
