@@ -308,7 +308,7 @@ def run_programs(programs: list[str], tests: list[list[dict]], *, timeout: float
                and which must end normally; {"assert"}: statements with an assert, which see the program's names,
                a few modules (MODULES) and their own; all of one program share one run.  What expects nothing (a blank
                output, an assert that asks the program nothing) does not count.
-    timeout    CPU seconds per run decide; wall time gets 4 * timeout + 2.  Nothing is run after a timeout.
+    timeout    CPU seconds per run decide; wall time gets 4 * timeout + 2.  No test is run after a timeout.
     memory_mb  address space in MiB, about 40 of which are the interpreter's
     workers    helpers at a time; default: one per core.  Equal jobs are run once.
     Raises ValueError naming the argument or test, SandboxError when no helper can be started.
@@ -425,17 +425,18 @@ def _pass_together(program: str, tests: tuple, limits: dict) -> bool:
 
     All the right values and a normal end are a pass, however they came about.  Anything else is no verdict: what one
     test leaves behind may spoil the next, so each then gets a process of its own.  Little time, for loops that never
-    end would cost it twice.
+    end would cost it twice.  (So a program whose later tests need what an earlier one left, a file, say, passes when
+    it is quick enough and fails when not.)
     """
-    if len(tests) < 2:
+    given, wanted = ([text.encode("utf-8", "surrogatepass") for text in texts] for texts in zip(*tests or [("", "")]))
+    if len(tests) < 2 or sum(map(len, given + wanted)) > 1 << 20:
         return False
-    wanted = [output.encode("utf-8", "surrogatepass") for _, output in tests]
     keep = 65536 + 4 * sum(map(len, wanted))
     limits = limits | {"together": True, "timeout": limits["timeout"] / 8, "wall": limits["timeout"] / 2,
                        "output": limits["output"] + keep}
-    (outcome, _), printed = _run([program, json.dumps([given for given, _ in tests])], keep, limits)
-    parts = printed.split(_NEXT)
-    return outcome == "passed" and [part.split() for part in parts] == [output.split() for output in wanted] + [[]]
+    (outcome, _), printed = _run([program, json.dumps([text.decode("latin-1") for text in given])], keep, limits)
+    parts = printed.split(_NEXT, len(tests)) if outcome == "passed" else []
+    return [part.split() for part in parts] == [output.split() for output in wanted] + [[]]
 
 
 def _run(texts: list[str], keep: int, limits: dict) -> tuple[tuple[str, str], bytes]:
@@ -725,10 +726,10 @@ def _play(source: str, job: dict) -> None:
     except BaseException as error:  # SyntaxError, null bytes, surrogates, nesting too deep for the parser
         fail(_COMPILE, error)
     try:
-        for given in inputs:
+        for number, given in enumerate(inputs, 1):
             main = sys.modules["__main__"] = type(sys)("__main__")
             if given is not None:
-                _rewind(given.encode("utf-8", "surrogatepass"), *ends)
+                _rewind(given.encode("latin-1"), *ends)
             try:
                 exec(code, main.__dict__)
             except SystemExit as stop:
@@ -738,7 +739,14 @@ def _play(source: str, job: dict) -> None:
                 _answer(main.__dict__)
                 break
             # What os._exit leaves out: join threads, exit handlers, flush.
-            threading._shutdown()
+            if number == len(inputs):
+                threading._shutdown()  # a second call would not wait
+            else:
+                for thread in threading.enumerate():
+                    if not thread.daemon and thread is not threading.main_thread():
+                        thread.join()
+                if threading.active_count() > 1:
+                    leave(1)  # what goes on would disturb the next test
             atexit._run_exitfuncs()
             main.__dict__.clear()  # closes, and so flushes, files that the program opened on descriptor 1
             for stream in {sys.stdout, sys.__stdout__}:
@@ -752,13 +760,13 @@ def _play(source: str, job: dict) -> None:
 
 
 def _rewind(given: bytes, stdin: int, stdout: int) -> None:
-    """Standard input and output as a new process would find them; OSError where a program has closed their copies."""
+    """Standard input and output as a new process would have them."""
     os.dup2(stdin, 0)
     os.dup2(stdout, 1)
     os.ftruncate(0, 0)
     os.pwrite(0, given, 0)
     os.lseek(0, 0, os.SEEK_SET)
-    plain = {"encoding": "utf-8", "errors": "surrogateescape", "closefd": False}
+    plain = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n", "closefd": False}
     sys.stdin = sys.__stdin__ = open(0, **plain)
     sys.stdout = sys.__stdout__ = open(1, "w", **plain)
     random.seed(0)

@@ -211,11 +211,20 @@ def test_several_tests_cost_one_process_when_all_pass(monkeypatch):
     tests = [io("1 2", "3"), io("\ud800é 1", "1"), io("", "0"), io("7 " * 9, "63")]
     body = "import sys\nx = sum(int(n) for n in sys.stdin.buffer.read().split() if n.isdigit())\n"
     assert run(body + "print(x)", *tests).passed == 4 and len(runs) == 1
+    thread = "import threading, time\nthreading.Thread(target=lambda x=x: time.sleep(0.05) or print(x)"
+    runs.clear()
+    assert run(body + thread + ").start()", *tests).passed == 4 and len(runs) == 1       # waited for after each test
     for spoils in ("print(x, flush=True)\nimport os\nos._exit(0)", "print(x, flush=True)\nimport os\nos.closerange(0, 20)",
                    "print(x)\nif hasattr(sys, 'seen'): print(9)\nsys.seen = 1",
-                   "import threading, time\nthreading.Thread(target=lambda x=x: time.sleep(0.05) or print(x)).start()"):
+                   "print(x)\nimport threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()"):
         runs.clear()
         assert run(body + spoils, *tests).passed == 4 and len(runs) == 5, spoils
+
+
+def test_line_ends_and_surrogates_are_the_same_in_several_tests():
+    """Standard input does not translate line ends, and JSON must not join what encodes to two characters."""
+    assert run("print(len(input()))", io("abc\r\n", "3"), io("ab\r\n", "2")).passed == 0
+    assert run("import sys\nprint(len(sys.stdin.buffer.read()))", io("\ud800\udc00", "4"), io("é", "2")).passed == 1
 
 
 @pytest.mark.parametrize("program, outcome, passed", [
@@ -224,7 +233,10 @@ def test_several_tests_cost_one_process_when_all_pass(monkeypatch):
     ("n = getattr(sys, 'n', 0)\nsys.n = n + 1\nprint(x if n else -1)", "failed_test", 0),
     ("print(3, end='\\0next\\0')\nprint(1, end='\\0next\\0')\nprint(0, end='\\0next\\0')", "failed_test", 0),
     ("import os\nos.write(1, b'3\\0next\\0001\\0next\\0000\\0next\\0')\nos._exit(1)", "runtime_error", 0),
-    ("print(x)\nwhile not x: pass", "timeout", 2)])
+    ("print(x)\nwhile not x: pass", "timeout", 2),
+    # What goes on in a thread counts for its own test, in the last one, too.
+    ("import os, threading, time\nprint(x, flush=True)\nif x == 4: threading.Thread(target=lambda: (time.sleep(0.1), os._exit(1))).start()", "runtime_error", 3),
+    ("import threading, time\nprint(x)\nif not x: threading.Thread(target=lambda: (time.sleep(0.1), print(9))).start()", "failed_test", 3)])
 def test_one_bad_test_of_several(program, outcome, passed):
     body = "import sys\nx = sum(map(int, sys.stdin.read().split()))\n"
     tests = [io("1 2", "3"), io("1", "1")] + [io("", "0")] * (program[-4:] == "pass") + [io("4", "4"), io("", "0")]
