@@ -432,7 +432,7 @@ def _pass_together(program: str, tests: tuple, limits: dict) -> bool:
     if len(tests) < 2 or sum(map(len, given + wanted)) > 1 << 20:
         return False
     keep = 65536 + 4 * sum(map(len, wanted))
-    limits = limits | {"together": True, "timeout": limits["timeout"] / 8, "wall": limits["timeout"] / 2,
+    limits = limits | {"together": True, "timeout": limits["timeout"] / 8, "wall": 2 * limits["timeout"],
                        "output": limits["output"] + keep}
     (outcome, _), printed = _run([program, json.dumps([text.decode("latin-1") for text in given])], keep, limits)
     parts = printed.split(_NEXT, len(tests)) if outcome == "passed" else []
