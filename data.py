@@ -974,8 +974,8 @@ def begin_stage(run: str, stage: str, settings, output, partial=None) -> bool:
     path = Path(run) / "config.json"
     new, old = dataclasses.asdict(settings), _read_config(path)["stages"].get(stage, {}).get("settings", {})
     there = [str(p) for p in (output, partial) if p is not None and Path(p).exists()]
-    places = ("run", "cache", "device", "micro_batch", "checkpointing", "max_cache_tokens", "save_every")   # not what
-    differ = [k for k in new if new[k] != old.get(k) and k not in places]
+    how = ("run", "cache", "device", "micro_batch", "checkpointing", "max_cache_tokens", "save_every")    # not what
+    differ = [k for k in new if new[k] != old.get(k) and k not in how]
     if there and differ:
         k = differ[0]
         was = f"made with --{k} {old[k]!r}, now it is {new[k]!r}" if k in old else f"not described in {path}"

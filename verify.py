@@ -428,8 +428,10 @@ def _pass_together(program: str, tests: tuple, limits: dict) -> bool:
     end would cost it twice.  (So a program whose later tests need what an earlier one left, a file, say, passes when
     it is quick enough and fails when not.)
     """
-    given, wanted = ([text.encode("utf-8", "surrogatepass") for text in texts] for texts in zip(*tests or [("", "")]))
-    if len(tests) < 2 or sum(map(len, given + wanted)) > 1 << 20:
+    if len(tests) < 2:
+        return False
+    given, wanted = ([text.encode("utf-8", "surrogatepass") for text in texts] for texts in zip(*tests))
+    if sum(map(len, given + wanted)) > 1 << 20:  # it would be in memory all at once
         return False
     keep = 65536 + 4 * sum(map(len, wanted))
     limits = limits | {"together": True, "timeout": limits["timeout"] / 8, "wall": 2 * limits["timeout"],
