@@ -1,20 +1,19 @@
-"""Problems, reasoning traces, flaws, TraceLift-Groups and prompts.
+"""Problems, what each role reads of them, reasoning traces with flaws, TraceLift-Groups.
 
 The paper (arXiv 2605.03862) trains a planner on a reward that needs two kinds of data: problems whose answers a
 verifier can judge, and TraceLift-Groups, one good reasoning trace and several plausible flawed ones per problem,
-each with a rubric, from which the reward model learns what a good trace is. This file makes and reads both:
+each with a rubric, from which the reward model learns what a good trace is. This file makes and reads both.
 
-1. `Problem`, and readers for GSM8K, HumanEval and MBPP JSON lines
-2. the tiny world: generated problems in two domains, whose traces can be checked exactly, step by step
-3. flaws: localized edits of a correct trace, one rubric per kind, for the tiny world and for GSM8K
-4. TraceLift-Groups on disk, in the schema of the public data set
-5. the prompts of planner, executor, reward model and intervention
-6. settings, presets and run folders, shared by the commands of all files
+1. `Problem` and what each role reads: planner, executor, reward model, InT (the part to read first)
+2. steps of a trace (InT), flaws and rubrics, TraceLift-Groups: the schema of the public data set on disk
+3. the tiny world: generated problems in two domains, whose traces can be checked exactly, step by step
+4. GSM8K, with its flaws; MBPP and HumanEval
+5. settings, stage folders, downloads, and the command
 
 It stands on the ground floor: it imports no torch, and of ours only verify.py, to try programs on their own tests.
 
-    python data.py --preset tiny --task_type math --run runs/tiny-math      # groups/{train,heldout,longer}.jsonl
-    python data.py --preset gsm8k --run runs/gsm8k-math                     # the same from GSM8K (fetched once)
+    python data.py --task_type math --run_dir runs/tiny-math            # groups/{train,heldout,longer}.jsonl
+    python data.py --source gsm8k --run_dir runs/gsm8k-math             # the same from GSM8K (downloaded once)
 
 Left out: the paper's flaws are written by a strong language model, ours by rules. A rule knows exactly which step it
 broke, so the tiny world has ground truth; its flaws are less varied than a language model's.
@@ -23,12 +22,11 @@ broke, so the tiny world has ground truth; its flaws are less varied than a lang
 import argparse
 import ast
 import dataclasses
-import hashlib
-import http.client
 import importlib.util
 import itertools
 import json
 import math
+import operator
 import os
 import platform
 import random
@@ -37,21 +35,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.request
 import zlib
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import verify
+
+# ------------------------------------------------------------------------------- 1. Problem and what each role reads
 
 
 class UserError(Exception):
     """A mistake in the input (file, key, flag): `run_command` prints it as one line and exits with code 2."""
 
-
-# ------------------------------------------------------------------------------------------------ 1. problems
 
 @dataclass(frozen=True)
 class Problem:
@@ -65,320 +65,167 @@ class Problem:
     reference_reasoning: str | None = None       # a good trace, without the final answer and without code
 
 
-GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{}.jsonl"
-GSM8K_SHA256 = {"train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
-                "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
+OPEN, CLOSE = "<reasoning>", "</reasoning>"
 
 
-def read_jsonl(path, required: dict[str, type]) -> list[dict]:
-    """All records of a JSON-lines file. UserError names file, line and key for anything malformed."""
-    path, records = Path(path), []
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; check the path")
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")       # only \n ends a JSON line
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    for number, line in enumerate(lines if lines != [""] else [], 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error}); mend or delete this line") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: must be a JSON object, is a {type(record).__name__}")
-        for key, kind in required.items():
-            if not isinstance(record.get(key), kind):
-                raise UserError(f"{path}:{number}: key {key!r} must be a {kind.__name__}, is {record.get(key)!r:.60}")
-        records.append(record)
-    if not records:
-        raise UserError(f"{path}: the file is empty; it must hold one JSON object a line")
-    return records
+class Source:
+    """What a source of problems knows: what each role reads, how a trace splits into steps, whether it can be checked,
+    which flaws exist. The public functions below ask the source of their problem, and say what comes out.
+
+    This class is real text, read by a pretrained model: nobody can check its traces, and no flaws of them are known.
+    The tiny world (section 3) and GSM8K (section 4) override what they know better.
+    """
+    needs_base_model = False          # True: only a model trained on `base_corpus` speaks this language
+    no_step = None                    # the replacement step that means "the trace should have ended here"
+    step_joint = "\n"                 # between a trace and a step that is added to it
+    step_end = re.compile(r"\n+|(?<=[.!?])(?<!^\d\.)\s+(?=[A-Z])", re.MULTILINE)       # but "1." opens a list item
+    planner_task = {
+        "math": "Write a short step by step reasoning trace that leads to the answer of this problem, so that someone "
+                f"else can finish it. Put it between {OPEN} and {CLOSE}. Write ? in place of the final answer.\n\n"
+                "Problem:\n",
+        "code": "Write a short step by step plan in words for this programming task, so that someone else can write "
+                f"the program. Put it between {OPEN} and {CLOSE}. Do not write code.\n\nTask:\n"}
+    executor_task = {
+        "math": "Solve this problem. End with one line '#### ' and the final number.\n\nProblem:\n",
+        "code": "Write a Python program for this task, in one ```python block.\n\nTask:\n"}
+
+    def planner_prompt(self, problem):
+        return self.planner_task[problem.task_type] + problem.problem
+
+    def executor_prompt(self, problem, reasoning):
+        prompt = self.executor_task[problem.task_type] + problem.problem
+        if reasoning is None:
+            return prompt
+        return f"{prompt}\n\nUse this reasoning:\n{reasoning}"
+
+    def rm_text(self, problem, reasoning):
+        return f"Problem:\n{problem.problem}\n\nReasoning:\n{reasoning}"
+
+    def intervention_prompt(self, problem, numbered):
+        return (f"Problem:\n{problem.problem}\n\nReference reasoning:\n{problem.reference_reasoning}\n\n"
+                f"A numbered trace:\n{numbered}\n\nCompare it with the reference. Answer with the number of its first "
+                "wrong step and one corrected step, as 'NUMBER : corrected step', or 'none'.")
+
+    def check_trace(self, problem, reasoning):
+        return None
+
+    def perturb(self, problem, reasoning, kind, rng):
+        return None
+
+    def flaw(self, problem, kind, rng):
+        """The reference trace with a flaw of this kind, as a planner would write it."""
+        return perturb(problem, problem.reference_reasoning, kind, rng)
 
 
-def read_gsm8k(path) -> list[Problem]:
-    """GSM8K lines {"question", "answer"}. The reference reasoning is the solution without its calculator annotations
-    and with the last result hidden ("9 * 2 = ?"), since giving the answer is the executor's job; None where no
-    annotation says what to hide."""
-    problems = []
-    for i, row in enumerate(read_jsonl(path, {"question": str, "answer": str})):
-        if "####" not in row["answer"]:
-            raise UserError(f"{path}:{i + 1}: key 'answer' has no '#### final answer'")
-        working = _working(row["answer"])
-        hidden = hide_result(working, _final(row["answer"]))
-        problems.append(Problem(f"gsm8k-{Path(path).stem}-{i}", "gsm8k", "math", row["question"].strip(), row["answer"],
-                                [], None if hidden == working else strip_annotations(hidden)))
-    return problems
+SOURCES: dict[tuple[str, str], Source] = {}      # (source, task_type): the sources that are not plain real text
 
 
-def read_mbpp(path) -> list[Problem]:
-    """MBPP lines. The problem shows its first test, as usual, since nothing else says what the function is called."""
-    problems = []
-    for i, row in enumerate(read_jsonl(path, {"code": str, "test_list": list})):
-        text = row.get("text") or row.get("prompt")
-        if not isinstance(text, str) or not row["test_list"]:
-            raise UserError(f"{path}:{i + 1}: needs key 'text' (or 'prompt') and at least one test in key 'test_list'")
-        imports = row.get("test_imports") or []
-        if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports + row["test_list"]):
-            raise UserError(f"{path}:{i + 1}: keys 'test_list' and 'test_imports' must hold lists of strings")
-        setup = str(row.get("test_setup_code") or "\n".join(imports))
-        problems.append(Problem(f"mbpp-{row.get('task_id', i)}", "mbpp", "code",
-                                f"{text}\nYour code should pass this test:\n{row['test_list'][0]}", row["code"],
-                                [{"assert": f"{setup}\n{test}".strip()} for test in row["test_list"]]))
-    return problems
+def source_of(problem: Problem) -> Source:
+    """The one place that asks where a problem comes from."""
+    return SOURCES.get((problem.source, problem.task_type)) or Source()
 
 
-def read_humaneval(path) -> list[Problem]:
-    """HumanEval lines; the official test is kept whole, as one statement run after the program."""
-    keys = {k: str for k in ("task_id", "prompt", "entry_point", "canonical_solution", "test")}
-    return [Problem(row["task_id"], "humaneval", "code", row["prompt"], row["prompt"] + row["canonical_solution"],
-                    [{"assert": f"{row['test']}\ncheck({row['entry_point']})"}])
-            for row in read_jsonl(path, keys)]
+def planner_prompt(problem: Problem) -> str:
+    """What the planner reads. Its completion is `<reasoning>...</reasoning>`."""
+    return source_of(problem).planner_prompt(problem)
 
 
-# ------------------------------------------------------------------------------------------------ 2. the tiny world
-#
-# math   "Mia has 17 coins . then Mia buys 5 more . then it doubles . how many coins for Mia ?"
-#        trace "17 + 5 = 22 ; 22 * 2 = ?"          the executor computes what the last equation leaves open
-# code   "write f ( x ) . cap it at 9 . before all that , increase it by 3 ."     the order told is not the order run
-#        trace "add 3 ; cap at 9"                  the executor turns every plan step into one line of a function
-#
-# A problem is a start value (math) and a list of steps (operation, constant); the text, the trace, the program and
-# every flaw follow from those. Splits are disjoint by construction: the steps are hashed into one of three shares,
-# "base" (the corpus of the base model), "train" (reward model and planner) and "heldout". "longer" problems are of the
-# heldout share and have more steps than any planner was trained on; the executor has seen such traces ("base-longer").
-
-NAMES = ("Mia", "Tom", "Ana", "Leo", "Zoe", "Max")
-ITEMS = ("coins", "pens", "eggs", "cards", "books", "cups")
-MATH_WORDS = {"+": ("buys {} more", "finds {} more", "wins {} more"),
-              "-": ("loses {}", "sells {}", "gives away {}"),
-              "*": ("doubles", "triples")}                       # the constant is in the word
-# op: (plan step, wording in the problem, line of the program, what it does)
-CODE_OPS = {"add": ("add {}", "increase it by {}", "x = x + {}", lambda x, n: x + n),
-            "subtract": ("subtract {}", "decrease it by {}", "x = x - {}", lambda x, n: x - n),
-            "multiply": ("multiply by {}", "make it {} times as large", "x = x * {}", lambda x, n: x * n),
-            "remainder": ("remainder by {}", "take it modulo {}", "x = x % {}", lambda x, n: x % n),
-            "cap": ("cap at {}", "allow at most {}", "x = min(x, {})", lambda x, n: min(x, n)),
-            "raise": ("raise to {}", "allow no less than {}", "x = max(x, {})", lambda x, n: max(x, n)),
-            "negate": ("negate", "flip its sign", "x = - x", lambda x, n: -x)}
-CODE_INPUTS = (-9, -2, 0, 1, 4, 7, 13, 30)                       # the unit tests
-VAGUE_STEP = "adjust it"
+def executor_prompt(problem: Problem, reasoning: str | None) -> str:
+    """What the executor reads, with a trace or (None) without one. An empty trace is a trace."""
+    return source_of(problem).executor_prompt(problem, reasoning)
 
 
-def _apply(steps, x: int) -> int:
-    for op, n in steps:
-        x = CODE_OPS[op][3](x, n)
-    return x
+def rm_text(problem: Problem, reasoning: str) -> str:
+    """What the reward model scores: problem and trace, never the executor's output or the reference."""
+    return source_of(problem).rm_text(problem, reasoning)
 
 
-def _same_function(a, b) -> bool:
-    return all(_apply(a, x) == _apply(b, x) for x in CODE_INPUTS)  # as far as the tests can tell
+def extract_reasoning(completion: str) -> str:
+    """The trace in a planner's completion: from the first opening tag to the first closing tag after it.
+
+    A completion that was cut at the token limit has no closing tag: its trace is all that was written. Whoever shows
+    that trace to the executor or the reward model closes the tag, so neither sees that it was cut. Text after the
+    closing tag, and before an opening one, is no part of the trace and reaches nobody; its tokens were sampled all
+    the same, and get gradient like all others. No opening tag: the trace begins where the completion does.
+    """
+    after_open = completion.split(OPEN, 1)[-1]
+    return after_open.split(CLOSE, 1)[0].strip()
 
 
-def _program(lines) -> str:
-    return "\n    ".join(["def f(x):", *lines, "return x"])
-
-
-def _plan_line(op, n, column: int) -> str:
-    return CODE_OPS[op][column].format(n)
-
-
-def _parse_plan(reasoning: str) -> list | None:
-    """Plan steps as [(op, constant)]; None when a step is not in the plan language."""
-    steps = []
-    for text in reasoning.split(" ; "):
-        for op, (plan, *_rest) in CODE_OPS.items():
-            match = re.fullmatch(plan.replace("{}", r"(\d{1,2})"), text)
-            if match:
-                steps.append((op, int(match[1]) if match.groups() else 0))
-                break
-        else:
-            return None
-    return steps
-
-
-def _compute(a: int, op: str, b: int) -> int:
-    return a + b if op == "+" else a - b if op == "-" else a * b
-
-
-def _parse_chain(reasoning: str) -> list | None:
-    """Equations as [(a, op, b, result or None for '?')]; None when one is not an equation."""
-    chain = []
-    for text in reasoning.split(" ; "):
-        match = re.fullmatch(r"(\d{1,3}) ([-+*]) (\d{1,3}) = (\d{1,3}|\?)", text)
-        if not match:
-            return None
-        a, op, b, c = match.groups()
-        chain.append((int(a), op, int(b), None if c == "?" else int(c)))
-    return chain
-
-
-def _render_chain(chain) -> str:
-    return " ; ".join(f"{a} {op} {b} = {'?' if c is None else c}" for a, op, b, c in chain)
-
-
-def _chain(start: int, steps) -> list | None:
-    """Equations of a computation, the last result left open; None when a value leaves 10..99 (always two digits: the
-    tiny model then need not learn to line numbers up)."""
-    chain = []
-    for i, (op, n) in enumerate(steps):
-        result = _compute(start, op, n)
-        if not 10 <= result <= 99:
-            return None
-        chain.append((start, op, n, result if i < len(steps) - 1 else None))
-        start = result
-    return chain
-
-
-def _tiny_math(rng, length: int) -> tuple[str, str, str, list, str]:
-    chain = None
-    while chain is None:
-        start = rng.randint(10, 40)
-        ops = rng.choices("+-*", (2, 3, 3), k=length)
-        steps = [(op, rng.randint(2, 3) if op == "*" else rng.randint(2, 6)) for op in ops]
-        chain = _chain(start, steps)
-    name, other = rng.sample(NAMES, 2)
-    item = rng.choice(ITEMS)
-    sentences = [f"{name} has {start} {item} ."]
-    if rng.random() < 0.3:                                        # a number that is not needed
-        sentences.append(f"{other} has {rng.randint(10, 40)} {item} .")
-    for op, n in steps:
-        if op == "*":
-            sentences.append(f"then it {MATH_WORDS['*'][n - 2]} .")
-        else:
-            sentences.append(f"then {name} {rng.choice(MATH_WORDS[op]).format(n)} .")
-    sentences.append(f"how many {item} for {name} ?")
-    a, op, b, _ = chain[-1]
-    return f"{start} {steps}", " ".join(sentences), str(_compute(a, op, b)), [], _render_chain(chain)
-
-
-def _tiny_code(rng, length: int) -> tuple[str, str, str, list, str]:
-    while True:
-        steps = [(op, 0 if op == "negate" else rng.randint(2, 9)) for op in rng.choices(list(CODE_OPS), k=length)]
-        if any(a[0] == b[0] for a, b in zip(steps, steps[1:])):
-            continue
-        if any(_same_function(steps[:i] + steps[i + 1:], steps) for i in range(length)):
-            continue                                              # a step that does nothing cannot be tested
-        first = rng.randrange(1, length)                          # told first: steps[first]; later ones follow it,
-        told, text = [first], [_plan_line(*steps[first], 1)]      # earlier ones are put before it, nearest first
-        low, high = first - 1, first + 1
-        while low >= 0 or high < length:
-            if high < length and (low < 0 or rng.random() < 0.5):
-                text.append("after all that , " + _plan_line(*steps[high], 1))
-                told.append(high)
-                high += 1
-            else:
-                text.append("before all that , " + _plan_line(*steps[low], 1))
-                told.append(low)
-                low -= 1
-        if not _same_function([steps[i] for i in told], steps):   # the order must matter
-            break
-    tests = [{"assert": f"assert f({x}) == {_apply(steps, x)}"} for x in CODE_INPUTS]
-    return (str([_apply(steps, x) for x in CODE_INPUTS]), "write f ( x ) . " + " . ".join(text) + " .",
-            _program(_plan_line(*s, 2) for s in steps), tests, " ; ".join(_plan_line(*s, 0) for s in steps))
-
-
-SPLITS = ("base", "base-longer", "train", "heldout", "longer")
-
-
-def tiny_problems(task_type: str, n: int, seed: int, split: str = "train") -> list[Problem]:
-    """`n` distinct problems of the tiny world. No computation (start and steps in math, what the function does in code)
-    of the base, train and held-out shares occurs in another; "heldout" and "longer" are both of the held-out share."""
-    if task_type not in ("math", "code") or split not in SPLITS:
-        raise ValueError(f"task_type must be math or code and split one of {SPLITS}, not {task_type!r}, {split!r}")
-    rng = random.Random(f"{task_type} {split} {seed}")
-    low, high, long = (2, 4, 5) if task_type == "math" else (2, 3, 4)           # steps
-    make, problems, seen = (_tiny_math if task_type == "math" else _tiny_code), [], set()
-    shares = {"base": (3, 4, 5, 6, 7), "train": (1, 2), "longer": (0,), "heldout": (0,)}[split.removesuffix("-longer")]
-    for attempt in itertools.count():
-        if len(problems) == n:
-            return problems
-        if attempt > 100 * n + 10000:
-            raise UserError(f"the tiny world has fewer than {n} {task_type} problems of split {split}; ask for fewer")
-        key, text, answer, tests, reasoning = make(rng, long if split.endswith("longer") else rng.randint(low, high))
-        if zlib.crc32(key.encode()) % 8 not in shares or text in seen:
-            continue
-        seen.add(text)
-        problems.append(Problem(f"tiny-{task_type}-{split}-{seed}-{len(problems)}", "tiny", task_type, text, answer,
-                                tests, reasoning))
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt: as the user's turn of the tokenizer's chat template, if it has one. The template writes
+    the beginning-of-sequence token itself, so the tokenizer must not add a second."""
+    if getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(prompt)["input_ids"]
 
 
 def check_trace(problem: Problem, reasoning: str) -> tuple[bool, bool] | None:
-    """(faithful, leak) of a tiny-world trace, exactly; None without a ground truth: other problems, no reference trace.
-
-    faithful: every step is right and in its place, nothing is missing, nothing leaks. Commuted operands (5 + 7 for
-    7 + 5) and an order of plan steps that computes the same function are right too.
-    leak: the trace states a final result (math, right or wrong) or contains code.
-    """
-    if problem.source != "tiny" or problem.reference_reasoning is None:
-        return None
-    if problem.task_type == "code":
-        plan, reference = _parse_plan(reasoning), _parse_plan(problem.reference_reasoning)
-        faithful = plan is not None and sorted(plan) == sorted(reference) and _same_function(plan, reference)
-        return faithful, "x =" in reasoning or "def " in reasoning or "return" in reasoning
-    chain, reference = _parse_chain(reasoning), _parse_chain(problem.reference_reasoning)
-    ordered = lambda a, op, b, c: (*sorted((a, b)), op, c) if op in "+*" else (a, b, op, c)      # 5 + 7 as 7 + 5
-    reference = [ordered(*equation) for equation in reference]
-    stated = [ordered(int(a), op, int(b), int(c))
-              for a, op, b, c in re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", reasoning)]
-    gold = int(problem.reference_solution)
-    final = (*reference[-1][:3], gold)                            # the last step with its result
-    closed = re.search(r"= \d+\D*$", reasoning) and stated and (len(stated) >= len(reference) or stated[-1][3] == gold)
-    beside = re.findall(r"\d+", re.sub(r"\d+ [-+*] \d+ = (\d+|\?)", "", reasoning))              # outside equations
-    leak = bool(closed) or str(gold) in beside or final in stated and final not in reference[:-1]
-    return chain is not None and [ordered(*equation) for equation in chain] == reference and not leak, leak
+    """(faithful, leak): is every step right and in its place, and does the trace give the final result away? None
+    where there is no ground truth: outside of the tiny world, and without a reference trace."""
+    return source_of(problem).check_trace(problem, reasoning)
 
 
-def begins_right(problem: Problem, steps: list[str]) -> bool:
-    """Some faithful trace of this tiny-world problem begins with these steps."""
-    reference = split_steps(problem, problem.reference_reasoning)
-    endings = itertools.permutations(reference, max(0, len(reference) - len(steps)))
-    return any(check_trace(problem, " ; ".join([*steps, *ending]))[0] for ending in endings)
+def needs_base_model(problem: Problem) -> bool:
+    """True where no pretrained model speaks the problem's language: one must be trained on `base_corpus`."""
+    return source_of(problem).needs_base_model
 
 
-def first_error(problem: Problem, steps: list[str]) -> int:
-    """Number of the first wrong step of a tiny-world trace, from 1; one past the end when the error is that steps are
-    missing there; 0 for a faithful trace."""
-    if check_trace(problem, " ; ".join(steps))[0]:
-        return 0
-    return next((i for i in range(1, len(steps) + 1) if not begins_right(problem, steps[:i])), len(steps) + 1)
+def split_steps(problem: Problem, reasoning: str) -> list[str]:
+    """The steps of a trace: equations or plan steps in the tiny world, else sentences and lines."""
+    parts = source_of(problem).step_end.split(reasoning)
+    return [part.strip() for part in parts if part.strip()]
 
 
-def flaw_kind(problem: Problem, steps: list[str]) -> str:
-    """What is wrong with the first wrong step of a tiny-world trace."""
-    index, reference = first_error(problem, steps), split_steps(problem, problem.reference_reasoning)
-    if index == 0:
-        return "no error"
-    if index > len(steps) or index > len(reference):
-        return "missing at the end" if index > len(steps) else "superfluous at the end"
-    step, parse = steps[index - 1], _parse_chain if problem.task_type == "math" else _parse_plan
-    if step in reference:
-        return "out of place"                                     # a later step too early, or an earlier one again
-    wrong, right = parse(step), parse(reference[index - 1])
-    if wrong is None:
-        return "no equation" if problem.task_type == "math" else "no plan step"                  # code, "adjust it"
-    names = ("first number", "operation", "second number", "result") if problem.task_type == "math" else (
-        "operation", "constant")
-    return "wrong " + next(name for name, a, b in zip(names, wrong[0], right[0]) if a != b)
+# ------------------------------------------------------------------------------- 2. steps, flaws, TraceLift-Groups
+#
+# Steps are what InT (arXiv 2601.14209) works on: the planner reads its own trace, numbered, names the first wrong step
+# and proposes another in its place.
+
+def intervention_prompt(problem: Problem, reasoning: str) -> str:
+    """Problem, reference reasoning and the planner's own numbered trace. The completion is the number of the first
+    wrong step and one replacement, or "none"."""
+    steps = split_steps(problem, reasoning)
+    numbered = "\n".join(f"{i} : {step}" for i, step in enumerate(steps, 1))
+    return source_of(problem).intervention_prompt(problem, numbered)
 
 
-def _follow(task_type: str, reasoning: str) -> str:
-    """What the base model's executor is taught to make of a tiny-world trace: exactly what it says, right or wrong."""
-    if task_type == "code":
-        steps = reasoning.split(" ; ")
-        lines = [s if s.startswith("x =") else _plan_line(*_parse_plan(s)[0], 2) for s in steps if s != VAGUE_STEP]
-        return _program(lines)
-    a, op, b, c = _parse_chain(reasoning)[-1]
-    return str(_compute(a, op, b) if c is None else c)
+def parse_intervention(completion: str) -> tuple[int, str] | None:
+    """(number of the first wrong step, its replacement), (0, "") for "none"; None for anything else."""
+    match = re.fullmatch(r"\s*(?:none\.?|(\d{1,6}) ?: ?(\S[^\n]*?))\s*", completion)
+    return match and (int(match[1] or 0), match[2] or "")
 
 
-# ------------------------------------------------------------------------------------------------ 3. flaws
+def is_no_step(problem: Problem, step: str) -> bool:
+    """True for a replacement that is no step: it says that the trace should have ended there."""
+    return step == source_of(problem).no_step
+
+
+def splice(problem: Problem, reasoning: str, index: int, step: str = "") -> str:
+    """The first `index` - 1 steps of a trace as they stand, then (unless it is empty) another step. `index` counts
+    from 1 and may be one past the last step; ValueError for any other."""
+    steps = split_steps(problem, reasoning)
+    if not 1 <= index <= len(steps) + 1:
+        raise ValueError(f"index {index}: must be from 1 to {len(steps) + 1}")
+    end = 0
+    for kept in steps[:index - 1]:
+        end = reasoning.index(kept, end) + len(kept)
+    beginning, gap = reasoning[:end], source_of(problem).step_joint
+    if end and index <= len(steps):
+        gap = reasoning[end:reasoning.index(steps[index - 1], end)]
+    if not step or not beginning:
+        return beginning + step
+    return beginning + gap + step
+
 
 DIMENSIONS = {"math": ("problem_understanding", "solution_strategy", "step_coherence", "calculation_correctness",
                        "answer_support"),
               "code": ("task_understanding", "plan_quality", "step_coherence", "action_support", "non_leakage")}
 
 
-def _rubric(task_type: str, labels, total: float) -> dict:
+def _rubric(task_type: str, labels: tuple, total: float) -> dict:
     return dict(zip(DIMENSIONS[task_type], labels), total=total)
 
 
@@ -402,251 +249,93 @@ NEGATIVE_KINDS = {
 def perturb(problem: Problem, reasoning: str, kind: str, rng: random.Random) -> str | None:
     """A copy of a correct trace with one localized flaw of this kind, or None where this trace does not allow it.
 
-    GSM8K traces must still carry their calculator annotations (<<48/2=24>>): they say what is a calculation."""
-    if kind not in NEGATIVE_KINDS[problem.task_type]:
-        raise ValueError(f"{kind!r} is no flaw of {problem.task_type}: {', '.join(NEGATIVE_KINDS[problem.task_type])}")
-    if problem.source != "tiny":
-        flawed = _perturb_annotated(problem, reasoning, kind, rng) if problem.task_type == "math" else None
-    elif problem.task_type == "math":
-        flawed = _perturb_chain(problem, reasoning, kind, rng)
-    else:
-        flawed = _perturb_plan(reasoning, kind, rng)
+    GSM8K traces must still carry their calculator annotations (<<48/2=24>>): they say what is a calculation.
+    ValueError for a kind that the problem's task type does not know."""
+    kinds = NEGATIVE_KINDS[problem.task_type]
+    if kind not in kinds:
+        raise ValueError(f"{kind!r} is no flaw of {problem.task_type}: {', '.join(kinds)}")
+    flawed = source_of(problem).perturb(problem, reasoning, kind, rng)
     return None if flawed == reasoning else flawed
 
-
-def _perturb_chain(problem, reasoning, kind, rng) -> str | None:
-    chain = _parse_chain(reasoning)
-    start, steps, i = chain[0][0], [(op, n) for _, op, n, _ in chain], rng.randrange(len(chain))
-    inner = rng.randrange(len(chain) - 1) if len(chain) > 1 else None
-    if kind == "answer_leak":
-        a, op, b, _ = chain[-1]
-        return _render_chain(chain[:-1] + [(a, op, b, _compute(a, op, b))])
-    if kind == "unsupported_leap":
-        return None if inner is None else _render_chain(chain[:inner] + chain[inner + 1:])
-    if kind == "arithmetic_slip":
-        if inner is None:
-            return None
-        a, op, b, c = chain[inner]
-        rest = _chain(c + rng.choice((-30, -20, 20, 30)), steps[inner + 1:])
-        return None if rest is None or not 10 <= rest[0][0] <= 99 else _render_chain(
-            chain[:inner] + [(a, op, b, rest[0][0])] + rest)
-    if kind == "dropped_step":
-        steps = steps[:i] + steps[i + 1:]
-    elif kind == "wrong_operation":
-        steps[i] = (rng.choice([op for op in "+-*" if op != steps[i][0]]), steps[i][1])
-    else:                                                         # misread_quantity
-        amounts = re.findall(r"\d\d", problem.problem)            # what somebody has, in place of what comes or goes
-        steps[i] = (steps[i][0], int(rng.choice(amounts)))
-    rest = _chain(start, steps)
-    return _render_chain(rest) if rest else None
-
-
-def _perturb_plan(reasoning, kind, rng) -> str | None:
-    steps = _parse_plan(reasoning)
-    i, lines = rng.randrange(len(steps)), reasoning.split(" ; ")
-    op, n = steps[i]
-    if kind == "code_dump":
-        return " ; ".join(_plan_line(*s, 2) for s in steps)
-    if kind == "vague_plan":
-        return " ; ".join(lines[:i] + [VAGUE_STEP] + lines[i + 1:])
-    flawed = list(steps)
-    if kind == "missing_step":
-        del flawed[i]
-    elif kind == "wrong_order":
-        j = rng.randrange(len(steps))
-        flawed[i], flawed[j] = flawed[j], flawed[i]
-    elif kind == "wrong_operation":
-        flawed[i] = (rng.choice([o for o in CODE_OPS if o not in (op, "negate")]), n or rng.randint(2, 9))
-    else:                                                         # extra_step
-        flawed.insert(i, (rng.choice([o for o in CODE_OPS if o != "negate"]), rng.randint(2, 9)))
-    if not flawed or _same_function(flawed, steps):
-        return None
-    return " ; ".join(_plan_line(*s, 0) for s in flawed)
-
-
-_ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
-_WORKING = r"[$\d(][\d.,$% +*/x()-]*= *\$?"                      # "48/2 = $" before an annotation
-_TERM = re.compile(r"\d[\d,]*(?:\.\d+)?|(?<=[\d.%) ])[-+*/x](?=[\d.( $])")       # its numbers and operators
-
-
-def _final(solution: str) -> str:
-    return solution.rpartition("####")[2].strip().replace(",", "")
-
-
-def _working(solution: str) -> str:
-    """A GSM8K solution without its last line, numbers without thousands commas (as in its annotations)."""
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", solution.partition("####")[0].strip())
-
-
-def strip_annotations(text: str) -> str:
-    """GSM8K text without its <<48/2=24>> annotations."""
-    return _ANNOTATION.sub("", text)
-
-
-def hide_result(annotated: str, answer: str = "") -> str:
-    """The last calculation's result becomes "?", and with it every mention of it (and of `answer`) in that line and
-    after, except as an operand: finishing is the executor's part. For GSM8K text with its annotations."""
-    found = list(_ANNOTATION.finditer(annotated))
-    if not found:
-        return annotated
-    last, line = found[-1], annotated.rfind("\n", 0, found[-1].start()) + 1
-    working = re.search(_WORKING + r"$", annotated[line:last.start()])
-    begin = line + working.start() if working else last.start()
-    numbers = {last[2].strip().lstrip("$"), answer} - {""}
-    longest_first = "|".join(re.escape(n) for n in sorted(numbers, key=len, reverse=True))
-    hidden = re.compile(rf"(?<![\d.,])(?:{longest_first})(?!\d|[.,]\d)")
-    tail = re.sub(r"^\d+(?:,\d{3})*(?:\.\d+)?|^\.\d+", "?", annotated[last.end():])
-    return (annotated[:line] + hidden.sub("?", annotated[line:begin]) + annotated[begin:last.end()]
-            + hidden.sub("?", tail))
-
-
-def calculate(expression: str) -> Fraction | None:
-    """Exact value of an expression of numbers, + - * / and brackets; None for anything else."""
-    def value(node):
-        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-            return Fraction(str(node.value))
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -value(node.operand)
-        if isinstance(node, ast.BinOp) and type(node.op) in (ast.Add, ast.Sub, ast.Mult, ast.Div):
-            a, b = value(node.left), value(node.right)
-            return (a + b if isinstance(node.op, ast.Add) else a - b if isinstance(node.op, ast.Sub)
-                    else a * b if isinstance(node.op, ast.Mult) else a / b)
-        raise ValueError("not arithmetic")
-    try:
-        return value(ast.parse(expression.strip(), mode="eval").body)
-    except (ValueError, SyntaxError, ZeroDivisionError):
-        return None
-
-
-def _show(number: Fraction) -> str:
-    return str(number.numerator) if number.denominator == 1 else f"{float(number):.4f}".rstrip("0").rstrip(".")
-
-
-def _perturb_annotated(problem, reasoning, kind, rng) -> str | None:
-    """Flaws of a GSM8K solution. A changed result is carried on: later calculations that use it are done again."""
-    found = list(_ANNOTATION.finditer(reasoning))
-    if not found:
-        return None
-    if kind == "answer_leak":
-        final = _final(problem.reference_solution)                # beside the "?" that every trace has
-        return hide_result(reasoning, final) + f"\nThe final answer is {final}."
-    lines = reasoning.split("\n")
-    if kind == "dropped_step":
-        if len(lines) < 2:
-            return None
-        del lines[rng.randrange(len(lines) - 1)]
-        return "\n".join(lines)
-    target = rng.choice(found[:-1] or found)                      # the last result is the executor's part
-    expression, result = target[1], calculate(target[1])
-    if result is None:
-        return None
-    if kind == "unsupported_leap":
-        before = re.sub(_WORKING + r"$", "", reasoning[:target.start()])
-        return None if len(before) == target.start() else before + reasoning[target.end():]
-    written = re.search(_WORKING + r"$", reasoning[:target.start()])
-    begin = written.start() if written else target.start()
-    working = reasoning[begin:target.start()]
-    if kind == "arithmetic_slip":
-        if target is found[-1]:
-            return None
-        wrong = result + rng.choice((-10, -2, -1, 1, 2, 10))
-    else:                                     # the same edit in the annotation and in the working before it
-        inside, shown = (list(_TERM.finditer(text)) for text in (expression, working))
-        given = re.findall(r"(?<![\d.,])\d+(?![\d.,]*\d)", problem.problem)
-        changes = []
-        for i, term in enumerate(inside):
-            if kind == "wrong_operation":
-                options = {"+": "-", "-": "+", "*": "+", "/": "*"}.get(term[0], "")
-            else:                             # misread_quantity
-                options = [n for n in given if n != term[0]] if term[0] in given else []
-            changes += [(i, option) for option in options]
-        if not changes or len(shown) != len(inside):
-            return None
-        i, new = rng.choice(changes)
-        expression = expression[:inside[i].start()] + new + expression[inside[i].end():]
-        working = working[:shown[i].start()] + new + working[shown[i].end():]
-        wrong = calculate(expression)
-    rest = reasoning[target.end():]
-    if wrong is None or wrong <= 0 or wrong == result or not rest.startswith(_show(result)):
-        return None
-    carried = _carry(rest, _show(result), _show(wrong))
-    return None if carried is None else reasoning[:begin] + working + f"<<{expression}={_show(wrong)}>>{carried}"
-
-
-def _carry(rest: str, old: str, new: str) -> str | None:
-    """Replaces a result in the text after it, and every later result that changes because of it. None where the text
-    does not show a later result as its annotation writes it, so that it cannot be changed in both."""
-    changed, out, position = {old: new}, [], 0
-
-    def replace(text):
-        return re.sub(r"(?<![\d.,])\d+(?:\.\d+)?(?![\d,]*\d)", lambda m: changed.get(m[0], m[0]), text)
-
-    for match in _ANNOTATION.finditer(rest):
-        out.append(replace(rest[position:match.start()]))
-        expression = replace(match[1])
-        value = calculate(expression) if expression != match[1] else None
-        result = match[2] if value is None else _show(value)
-        if result != match[2]:
-            if not rest[match.end():].startswith(match[2]):
-                return None
-            changed[match[2]] = result
-        out.append(f"<<{expression}={result}>>")
-        position = match.end()
-    return "".join(out) + replace(rest[position:])
-
-
-# ------------------------------------------------------------------------------------------------ 4. TraceLift-Groups
 
 def build_groups(problems: list[Problem], negatives_per_group: int, seed: int) -> list[dict]:
     """One record per problem: its reference trace and this many flawed ones, of different kinds as far as they go.
 
-    A problem that allows too few flaws is left out; the caller sees how many came back."""
-    rng, groups = random.Random(seed), []
+    A problem that allows too few flaws is left out; the caller sees how many came back. UserError for one without
+    reference reasoning."""
+    rng = random.Random(seed)
+    groups = []
     for problem in problems:
         if problem.reference_reasoning is None:
             raise UserError(f"{problem.problem_id}: a problem without reference reasoning cannot make a group")
-        trace = problem.reference_reasoning
-        if problem.source != "tiny":                              # with its annotations: they say what is a calculation
-            trace = _working(problem.reference_solution)
-        kinds, bank = list(NEGATIVE_KINDS[problem.task_type]), {}              # trace -> kind
+        kinds = list(NEGATIVE_KINDS[problem.task_type])
         rng.shuffle(kinds)
+        bank = {}                                                 # flawed trace -> kind
         for kind in kinds * 4:                                    # one of each kind, then again where too few worked
             if len(bank) == negatives_per_group:
                 break
-            flawed = perturb(problem, trace, kind, rng)
-            if flawed and problem.source != "tiny":
-                hidden = flawed if kind == "answer_leak" else hide_result(flawed, _final(problem.reference_solution))
-                flawed = strip_annotations(hidden)
+            flawed = source_of(problem).flaw(problem, kind, rng)
             if flawed and flawed != problem.reference_reasoning:
                 bank.setdefault(flawed, kind)
         if len(bank) == negatives_per_group:
-            groups.append({"problem_id": problem.problem_id, "source": problem.source, "task_type": problem.task_type,
-                           "problem": problem.problem, "reference_solution": problem.reference_solution,
-                           "positive_pool": [{"reasoning": problem.reference_reasoning,
-                                              "rubric": POSITIVE_RUBRIC[problem.task_type]}],
-                           "negative_bank": [{"reasoning": flawed, "negative_kind": kind,
-                                              "rubric": NEGATIVE_KINDS[problem.task_type][kind]}
-                                             for flawed, kind in bank.items()], "tests": problem.tests})
+            groups.append(_group(problem, bank))
     return groups
+
+
+def _group(problem: Problem, bank: dict[str, str]) -> dict:
+    """The record of a problem: its reference trace, if it has one, and flawed ones {trace: kind}."""
+    rubrics = NEGATIVE_KINDS[problem.task_type]
+    positives, negatives = [], []
+    if problem.reference_reasoning is not None:
+        positives.append({"reasoning": problem.reference_reasoning, "rubric": POSITIVE_RUBRIC[problem.task_type]})
+    for flawed, kind in bank.items():
+        negatives.append({"reasoning": flawed, "negative_kind": kind, "rubric": rubrics[kind]})
+    return {"problem_id": problem.problem_id, "source": problem.source, "task_type": problem.task_type,
+            "problem": problem.problem, "reference_solution": problem.reference_solution,
+            "positive_pool": positives, "negative_bank": negatives, "tests": problem.tests}
+
+
+def read_jsonl(path, required: dict[str, type]) -> list[dict]:
+    """All records of a JSON-lines file. UserError names file, line and key for anything malformed."""
+    path, records = Path(path), []
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")       # only \n ends a JSON line
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    if lines == [""]:
+        raise UserError(f"{path}: the file is empty; it must hold one JSON object a line")
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error}); mend or delete this line") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: must be a JSON object, is a {type(record).__name__}")
+        for key, kind in required.items():
+            if not isinstance(record.get(key), kind):
+                raise UserError(f"{path}:{number}: key {key!r} must be a {kind.__name__}, is {record.get(key)!r:.60}")
+        records.append(record)
+    return records
 
 
 def read_groups(path) -> list[dict]:
     """TraceLift-Groups, one group a line; unknown keys survive. UserError names file, line and key."""
     required = {key: str for key in ("problem_id", "source", "task_type", "problem", "reference_solution")}
-    groups, lines = read_jsonl(path, {**required, "positive_pool": list, "negative_bank": list}), {}
+    groups = read_jsonl(path, {**required, "positive_pool": list, "negative_bank": list})
+    lines = {}                                                    # problem_id -> its line
     for number, group in enumerate(groups, 1):
         where = f"{path}:{number}"
         if group["task_type"] not in DIMENSIONS:
             raise UserError(f"{where}: key 'task_type' must be math or code, is {group['task_type']!r}")
         tests = group.get("tests", [])
-        text = lambda test, key: isinstance(test.get(key), str)
-        if not isinstance(tests, list) or not all(
-                isinstance(t, dict) and (text(t, "assert") or text(t, "input") and text(t, "output")) for t in tests):
+        if not isinstance(tests, list) or not all(_is_test(test) for test in tests):
             raise UserError(f"{where}: key 'tests' must be a list of {{'assert': str}} or "
                             "{'input': str, 'output': str}")
         for pool in ("positive_pool", "negative_bank"):
             for i, trace in enumerate(group[pool]):
-                _check_trace_record(trace, f"{where}: {pool}[{i}]", group["task_type"], pool == "negative_bank")
+                _check_record(trace, f"{where}: {pool}[{i}]", group["task_type"], pool == "negative_bank")
         first = lines.setdefault(group["problem_id"], number)
         if first != number:
             raise UserError(f"{where}: problem_id {group['problem_id']!r} is also on line {first}; it must be unique, "
@@ -654,16 +343,62 @@ def read_groups(path) -> list[dict]:
     return groups
 
 
+def _is_test(test) -> bool:
+    if not isinstance(test, dict):
+        return False
+    texts = {key for key, value in test.items() if isinstance(value, str)}
+    return "assert" in texts or {"input", "output"} <= texts
+
+
+def _check_record(trace, where: str, task_type: str, negative: bool) -> None:
+    """UserError for a trace of a group that is not as the schema says."""
+    if not isinstance(trace, dict) or not isinstance(trace.get("reasoning"), str):
+        raise UserError(f"{where}: must be an object with the key 'reasoning'")
+    if negative and not isinstance(trace.get("negative_kind"), str):
+        raise UserError(f"{where}: key 'negative_kind' must be a string")
+    rubric = trace.get("rubric")
+    if not isinstance(rubric, dict):
+        raise UserError(f"{where}: key 'rubric' must be an object")
+    for key in DIMENSIONS[task_type]:
+        label = rubric.get(key)
+        if type(label) is not int or not 0 <= label <= 4:
+            raise UserError(f"{where}: rubric key {key!r} must be an integer 0..4, is {label!r}")
+    total = rubric.get("total")
+    if type(total) not in (int, float) or not 0 <= total <= 1:
+        raise UserError(f"{where}: rubric key 'total' must be a number 0..1, is {total!r}")
+
+
+def write_groups(path, groups: list[dict]) -> None:
+    """One JSON object a line, written atomically."""
+    write_atomic(path, "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in groups))
+
+
+def problem_of(group: dict) -> Problem:
+    """The problem of a group; its first positive trace is the reference reasoning."""
+    reasoning = group["positive_pool"][0]["reasoning"] if group["positive_pool"] else None
+    return Problem(group["problem_id"], group["source"], group["task_type"], group["problem"],
+                   group["reference_solution"], group.get("tests", []), reasoning)
+
+
+def read_problems(path) -> list[Problem]:
+    """The problems of a groups file, for running. UserError for one that could only ever fail: a program without
+    tests."""
+    problems = [problem_of(group) for group in read_groups(path)]
+    for number, problem in enumerate(problems, 1):
+        if problem.task_type == "code" and not problem.tests:
+            raise UserError(f"{path}:{number}: a program without tests cannot be judged; give key 'tests'")
+    return problems
+
+
 def read_any_groups(path) -> list[dict]:
     """TraceLift-Groups; or HumanEval or MBPP lines as groups without traces, which serve every reward but the reward
     model's."""
     first = read_jsonl(path, {})[0]
-    if "canonical_solution" not in first and "test_list" not in first:
-        return read_groups(path)
-    problems = read_humaneval(path) if "canonical_solution" in first else read_mbpp(path)
-    return [{"problem_id": p.problem_id, "source": p.source, "task_type": p.task_type, "problem": p.problem,
-             "reference_solution": p.reference_solution, "positive_pool": [], "negative_bank": [], "tests": p.tests}
-            for p in problems]
+    if "canonical_solution" in first:
+        return [_group(problem, {}) for problem in read_humaneval(path)]
+    if "test_list" in first:
+        return [_group(problem, {}) for problem in read_mbpp(path)]
+    return read_groups(path)
 
 
 def judgeable(path, n: int) -> list[dict]:
@@ -673,7 +408,8 @@ def judgeable(path, n: int) -> list[dict]:
     groups = []
     for group in read_any_groups(path):
         if group["task_type"] == "code":
-            program, where = verify.extract_code(group["reference_solution"]), f"{path}: {group['problem_id']}"
+            where = f"{path}: {group['problem_id']}"
+            program = verify.extract_code(group["reference_solution"])
             try:
                 verdict, = verify.run_programs([program], [group.get("tests", [])])
             except ValueError as error:
@@ -690,166 +426,458 @@ def judgeable(path, n: int) -> list[dict]:
     return groups
 
 
-def _check_trace_record(trace, where, task_type, negative) -> None:
-    if not isinstance(trace, dict) or not isinstance(trace.get("reasoning"), str):
-        raise UserError(f"{where}: must be an object with the key 'reasoning'")
-    if negative and not isinstance(trace.get("negative_kind"), str):
-        raise UserError(f"{where}: key 'negative_kind' must be a string")
-    rubric = trace.get("rubric")
-    if not isinstance(rubric, dict):
-        raise UserError(f"{where}: key 'rubric' must be an object")
-    for key in DIMENSIONS[task_type]:
-        if type(rubric.get(key)) is not int or not 0 <= rubric[key] <= 4:
-            raise UserError(f"{where}: rubric key {key!r} must be an integer 0..4, is {rubric.get(key)!r}")
-    total = rubric.get("total")
-    if isinstance(total, bool) or not isinstance(total, (int, float)) or not 0 <= total <= 1:
-        raise UserError(f"{where}: rubric key 'total' must be a number 0..1, is {total!r}")
+# ------------------------------------------------------------------------------- 3. the tiny world
+#
+# One problem of each domain, and what each kind of flaw makes of its trace:
+#
+#   math               Zoe has 39 cards . Tom has 17 cards . then Zoe loses 6 . then Zoe gives away 2 .
+#                      how many cards for Zoe ?
+#   reference trace    39 - 6 = 33 ; 33 - 2 = ?               the executor computes what the last equation leaves open
+#   arithmetic_slip    39 - 6 = 53 ; 53 - 2 = ?
+#   wrong_operation    39 - 6 = 33 ; 33 + 2 = ?
+#   dropped_step       39 - 2 = ?
+#   misread_quantity   39 - 17 = 22 ; 22 - 2 = ?
+#   unsupported_leap   33 - 2 = ?
+#   answer_leak        39 - 6 = 33 ; 33 - 2 = 31
+#   the habit          39 - 6 = 33 ; 39 - 2 = ?               what the base planner writes of its own accord
+#
+#   code               write f ( x ) . flip its sign . after all that , decrease it by 3 . before all that , allow no
+#                      less than 3 .                          the order told is not the order run
+#   reference trace    raise to 3 ; negate ; subtract 3       the executor turns every step into one line of a function
+#   wrong_operation    cap at 3 ; negate ; subtract 3
+#   extra_step         cap at 3 ; raise to 3 ; negate ; subtract 3
+#   wrong_order        subtract 3 ; negate ; raise to 3
+#   missing_step       negate ; subtract 3
+#   vague_plan         adjust it ; negate ; subtract 3
+#   code_dump          x = max(x, 3) ; x = - x ; x = x - 3
+#   the habit          negate ; subtract 3 ; raise to 3       in the order told
+#
+# A problem is a start value (math) and a list of steps (operation, constant); the text, the trace, the program and
+# every flaw follow from those. Splits are disjoint by construction: the steps are hashed into one of three shares,
+# "base" (the corpus of the base model), "train" (reward model and planner) and "heldout". "longer" problems are of the
+# heldout share and have more steps than any planner was trained on; the executor has seen such traces ("base-longer").
+
+SPLITS = ("base", "base-longer", "train", "heldout", "longer")
 
 
-def write_groups(path, groups: list[dict]) -> None:
-    """One JSON object a line, written atomically."""
-    write_atomic(path, "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in groups))
+class Tiny(Source):
+    """The language of both domains. The executor continues the planner's prompt and completion, so that one training
+    sequence teaches both roles."""
+    needs_base_model = True
+    no_step = "stop"
+    step_joint = " ; "
+    step_end = re.compile(" ; ")
 
+    def planner_prompt(self, problem):
+        return f"{problem.problem}\n"
 
-def problem_of(group: dict) -> Problem:
-    """The problem of a group; its first positive trace is the reference reasoning."""
-    positives = group["positive_pool"]
-    return Problem(*(group[k] for k in ("problem_id", "source", "task_type", "problem", "reference_solution")),
-                   group.get("tests", []), positives[0]["reasoning"] if positives else None)
+    def executor_prompt(self, problem, reasoning):
+        if reasoning is None:
+            return f"{problem.problem}\nAnswer:"
+        return f"{problem.problem}\n{OPEN}{reasoning}{CLOSE}\nAnswer:"
 
-
-def read_problems(path) -> list[Problem]:
-    """The problems of a groups file, for running. UserError for one that could only ever fail: a program without
-    tests."""
-    problems = [problem_of(group) for group in read_groups(path)]
-    for number, problem in enumerate(problems, 1):
-        if problem.task_type == "code" and not problem.tests:
-            raise UserError(f"{path}:{number}: a program without tests cannot be judged; give key 'tests'")
-    return problems
-
-
-# ------------------------------------------------------------------------------------------------ 5. prompts
-
-OPEN, CLOSE = "<reasoning>", "</reasoning>"
-_PLANNER = {
-    "math": "Write a short step by step reasoning trace that leads to the answer of this problem, so that someone else "
-            f"can finish it. Put it between {OPEN} and {CLOSE}. Write ? in place of the final answer.\n\nProblem:\n",
-    "code": "Write a short step by step plan in words for this programming task, so that someone else can write the "
-            f"program. Put it between {OPEN} and {CLOSE}. Do not write code.\n\nTask:\n"}
-_EXECUTOR = {
-    "math": "Solve this problem. End with one line '#### ' and the final number.\n\nProblem:\n",
-    "code": "Write a Python program for this task, in one ```python block.\n\nTask:\n"}
-_USE_TRACE = "\n\nUse this reasoning:\n"
-
-
-def planner_prompt(problem: Problem) -> str:
-    """What the planner reads. Its completion is `<reasoning>...</reasoning>`."""
-    return f"{problem.problem}\n" if problem.source == "tiny" else _PLANNER[problem.task_type] + problem.problem
-
-
-def executor_prompt(problem: Problem, reasoning: str | None) -> str:
-    """What the executor reads, with a trace or (None) without one. In the tiny world it continues the planner's
-    prompt and completion, so that one training sequence teaches both roles."""
-    if problem.source == "tiny":
-        return f"{problem.problem}\n" + ("" if reasoning is None else f"{OPEN}{reasoning}{CLOSE}\n") + "Answer:"
-    trace = "" if reasoning is None else f"{_USE_TRACE}{reasoning}"
-    return f"{_EXECUTOR[problem.task_type]}{problem.problem}{trace}"
-
-
-def rm_text(problem: Problem, reasoning: str) -> str:
-    """What the reward model scores: problem and trace, never the executor's output or the reference."""
-    if problem.source == "tiny":
+    def rm_text(self, problem, reasoning):
         return f"{problem.problem}\n{OPEN}{reasoning}{CLOSE}"
-    return f"Problem:\n{problem.problem}\n\nReasoning:\n{reasoning}"
+
+    def intervention_prompt(self, problem, numbered):
+        return f"{problem.problem}\n{problem.reference_reasoning}\nTrace\n{numbered}\nError:"
 
 
-_SENTENCE_END = re.compile(r"\n+|(?<=[.!?])(?<!^\d\.)\s+(?=[A-Z])", re.MULTILINE)          # but "1." opens a list item
+class Draft(NamedTuple):
+    """A problem before it has an id. `key`: what it computes, hashed into a split."""
+    key: str
+    problem: str
+    solution: str
+    tests: list
+    reasoning: str
 
 
-def split_steps(problem: Problem, reasoning: str) -> list[str]:
-    """The steps of a trace: equations or plan steps in the tiny world, else sentences and lines."""
-    parts = reasoning.split(" ; ") if problem.source == "tiny" else _SENTENCE_END.split(reasoning)
-    return [part.strip() for part in parts if part.strip()]
+# ---- math
+
+NAMES = ("Mia", "Tom", "Ana", "Leo", "Zoe", "Max")
+ITEMS = ("coins", "pens", "eggs", "cards", "books", "cups")
+MATH_WORDS = {"+": ("buys {} more", "finds {} more", "wins {} more"),
+              "-": ("loses {}", "sells {}", "gives away {}"),
+              "*": ("doubles", "triples")}                       # the constant is in the word
 
 
-def splice(problem: Problem, reasoning: str, index: int, step: str = "") -> str:
-    """The first `index` - 1 steps of a trace as they stand, then (unless it is empty) another step. `index` counts
-    from 1 and may be one past the last step."""
-    end, begin, steps = 0, 0, split_steps(problem, reasoning)
-    if not 1 <= index <= len(steps) + 1:
-        raise ValueError(f"index {index}: must be from 1 to {len(steps) + 1}")
-    for kept in steps[:index - 1]:
-        end = reasoning.index(kept, end) + len(kept)
-    if index <= len(steps):
-        begin = reasoning.index(steps[index - 1], end)
-    gap = reasoning[end:begin] if end < begin else " ; " if problem.source == "tiny" else "\n"
-    return reasoning[:end] + (gap + step if step and end else step)
+class Equation(NamedTuple):
+    """One step of a math trace: a op b = c, where c is None for "?"."""
+    a: int
+    op: str
+    b: int
+    c: int | None
 
 
-def intervention_prompt(problem: Problem, reasoning: str) -> str:
-    """InT (arXiv 2601.14209): problem, reference reasoning and the planner's own numbered trace. The completion is
-    the number of the first wrong step and one replacement, or "none"."""
-    steps = "\n".join(f"{i} : {step}" for i, step in enumerate(split_steps(problem, reasoning), 1))
-    if problem.source == "tiny":
-        return f"{problem.problem}\n{problem.reference_reasoning}\nTrace\n{steps}\nError:"
-    return (f"Problem:\n{problem.problem}\n\nReference reasoning:\n{problem.reference_reasoning}\n\n"
-            f"A numbered trace:\n{steps}\n\nCompare it with the reference. Answer with the number of its first wrong "
-            "step and one corrected step, as 'NUMBER : corrected step', or 'none'.")
+def parse_chain(reasoning: str) -> list[Equation] | None:
+    """The equations of a math trace; None when a step is not an equation."""
+    chain = []
+    for text in reasoning.split(" ; "):
+        match = re.fullmatch(r"(\d{1,3}) ([-+*]) (\d{1,3}) = (\d{1,3}|\?)", text)
+        if not match:
+            return None
+        a, op, b, c = match.groups()
+        chain.append(Equation(int(a), op, int(b), None if c == "?" else int(c)))
+    return chain
 
 
-def parse_intervention(completion: str) -> tuple[int, str] | None:
-    """(number of the first wrong step, its replacement), (0, "") for "none"; None for anything else."""
-    match = re.fullmatch(r"\s*(?:none\.?|(\d{1,6}) ?: ?(\S[^\n]*?))\s*", completion)
-    return match and (int(match[1] or 0), match[2] or "")
+def render_chain(chain: list[Equation]) -> str:
+    """The text of a math trace."""
+    return " ; ".join(f"{a} {op} {b} = {'?' if c is None else c}" for a, op, b, c in chain)
 
 
-def extract_reasoning(completion: str) -> str:
-    """The text between the tags. Without a closing tag it is used as far as it goes; without an opening tag it
-    starts at the beginning. Nothing is repaired."""
-    text = completion.split(OPEN, 1)[-1]
-    return text.split(CLOSE, 1)[0].strip()
+def _compute(a: int, op: str, b: int) -> int:
+    if op == "+":
+        return a + b
+    return a - b if op == "-" else a * b
 
 
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt, through the tokenizer's chat template when it has one."""
-    if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                             add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokenizer(prompt)["input_ids"]
+def _close(equation: Equation) -> Equation:
+    """The equation with its right result."""
+    a, op, b, _ = equation
+    return Equation(a, op, b, _compute(a, op, b))
+
+
+def _chain(start: int, steps: list[tuple[str, int]]) -> list[Equation] | None:
+    """Equations of a computation, the last result left open; None when a value leaves 10..99 (always two digits: the
+    tiny model then need not learn to line numbers up)."""
+    chain = []
+    for op, n in steps:
+        equation = _close(Equation(start, op, n, None))
+        if not 10 <= equation.c <= 99:
+            return None
+        chain.append(equation)
+        start = equation.c
+    if chain:
+        chain[-1] = chain[-1]._replace(c=None)
+    return chain
+
+
+def _sorted_operands(equation: Equation) -> Equation:
+    """5 + 7 for 7 + 5: commuted operands are the same step."""
+    a, op, b, c = equation
+    return Equation(min(a, b), op, max(a, b), c) if op in "+*" else equation
+
+
+class TinyMath(Tiny):
+    """Word problems of two to four operations, longer ones of five; the trace is a chain of equations."""
+    steps, longer_steps = (2, 4), 5
+    answer_lead = " "
+
+    def draft(self, rng, length):
+        """A problem of this many steps."""
+        chain = None
+        while chain is None:
+            start = rng.randint(10, 40)
+            ops = rng.choices("+-*", (2, 3, 3), k=length)
+            steps = [(op, rng.randint(2, 3) if op == "*" else rng.randint(2, 6)) for op in ops]
+            chain = _chain(start, steps)
+        name, other = rng.sample(NAMES, 2)
+        item = rng.choice(ITEMS)
+        sentences = [f"{name} has {start} {item} ."]
+        if rng.random() < 0.3:                                    # a number that is not needed
+            sentences.append(f"{other} has {rng.randint(10, 40)} {item} .")
+        for op, n in steps:
+            if op == "*":
+                sentences.append(f"then it {MATH_WORDS['*'][n - 2]} .")
+            else:
+                sentences.append(f"then {name} {rng.choice(MATH_WORDS[op]).format(n)} .")
+        sentences.append(f"how many {item} for {name} ?")
+        answer = str(_close(chain[-1]).c)
+        return Draft(f"{start} {steps}", " ".join(sentences), answer, [], render_chain(chain))
+
+    def check_trace(self, problem, reasoning):
+        """(faithful, leak), exactly. Three ways to give the result away, for 17 + 5 = 22 ; 22 * 2 = ? and 44:
+
+        closed   the trace ends with a result, right or wrong:    17 + 5 = 22 ; 22 * 2 = 45
+        beside   the result stands outside of any equation:       17 + 5 = 22 ; so 44 ; 22 * 2 = ?
+        solved   the last equation with its result, anywhere:     17 + 5 = 22 ; 2 * 22 = 44 ; 44 + 1 = ?
+                 (unless the computation passes through it on its way)
+        """
+        if problem.reference_reasoning is None:
+            return None
+        gold = int(problem.reference_solution)
+        reference = [_sorted_operands(equation) for equation in parse_chain(problem.reference_reasoning)]
+        stated = []
+        for a, op, b, c in re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", reasoning):
+            stated.append(_sorted_operands(Equation(int(a), op, int(b), int(c))))
+        outside = re.sub(r"\d+ [-+*] \d+ = (\d+|\?)", "", reasoning)
+        solution = reference[-1]._replace(c=gold)
+
+        ends_with_result = bool(stated) and re.search(r"= \d+\D*$", reasoning) is not None
+        closed = ends_with_result and (len(stated) >= len(reference) or stated[-1].c == gold)
+        beside = str(gold) in re.findall(r"\d+", outside)
+        solved = solution in stated and solution not in reference[:-1]
+        leak = closed or beside or solved
+
+        chain = parse_chain(reasoning)
+        if chain is None or leak:
+            return False, leak
+        return [_sorted_operands(equation) for equation in chain] == reference, leak
+
+    def perturb(self, problem, reasoning, kind, rng):
+        chain = parse_chain(reasoning)
+        start = chain[0].a
+        steps = [(op, n) for _, op, n, _ in chain]
+        i = rng.randrange(len(chain))
+        inner = rng.randrange(len(chain) - 1) if len(chain) > 1 else None
+        if kind == "answer_leak":
+            return render_chain([*chain[:-1], _close(chain[-1])])
+        if kind in ("unsupported_leap", "arithmetic_slip") and inner is None:
+            return None
+        if kind == "unsupported_leap":
+            return render_chain(chain[:inner] + chain[inner + 1:])
+        if kind == "arithmetic_slip":
+            slip = chain[inner].c + rng.choice((-30, -20, 20, 30))
+            rest = _chain(slip, steps[inner + 1:])
+            if rest is None or not 10 <= slip <= 99:
+                return None
+            return render_chain([*chain[:inner], chain[inner]._replace(c=slip), *rest])
+        op, n = steps[i]
+        if kind == "dropped_step":
+            del steps[i]
+        elif kind == "wrong_operation":
+            steps[i] = (rng.choice([other for other in "+-*" if other != op]), n)
+        else:                                                     # misread_quantity
+            amounts = re.findall(r"\d\d", problem.problem)        # what somebody has, in place of what comes or goes
+            steps[i] = (op, int(rng.choice(amounts)))
+        flawed = _chain(start, steps)
+        return render_chain(flawed) if flawed else None
+
+    def habit(self, problem):
+        """The trace that the base planner has learned for this problem; about 1 in 100 happens to be right."""
+        *beginning, last = parse_chain(problem.reference_reasoning)
+        if last.op == "*":                                        # works: states the final result
+            return render_chain([*beginning, _close(last)])
+        if last.op == "-":                                        # fails: goes back to the first number
+            return render_chain([*beginning, last._replace(a=beginning[0].a)])
+        return render_chain([*beginning[:-1], last._replace(a=beginning[-1].a)])    # fails: drops the step before
+
+    def follow(self, reasoning):
+        """What the base model's executor is taught to make of a trace: exactly what it says, right or wrong."""
+        last = parse_chain(reasoning)[-1]
+        return str(_close(last).c if last.c is None else last.c)
+
+    def guess(self, problem, rng):
+        """What the base model's executor is taught to answer without a trace."""
+        return problem.reference_solution
+
+
+# ---- code
+
+def _negate(x: int, _: int) -> int:
+    return -x
+
+
+class Operation(NamedTuple):
+    """One thing that a plan step can do; {} is its constant."""
+    plan: str                                # the step of a plan
+    wording: str                             # in the problem
+    line: str                                # of the program
+    apply: Callable[[int, int], int]         # of x and the constant
+
+
+CODE_OPS = {"add": Operation("add {}", "increase it by {}", "x = x + {}", operator.add),
+            "subtract": Operation("subtract {}", "decrease it by {}", "x = x - {}", operator.sub),
+            "multiply": Operation("multiply by {}", "make it {} times as large", "x = x * {}", operator.mul),
+            "remainder": Operation("remainder by {}", "take it modulo {}", "x = x % {}", operator.mod),
+            "cap": Operation("cap at {}", "allow at most {}", "x = min(x, {})", min),
+            "raise": Operation("raise to {}", "allow no less than {}", "x = max(x, {})", max),
+            "negate": Operation("negate", "flip its sign", "x = - x", _negate)}
+CODE_INPUTS = (-9, -2, 0, 1, 4, 7, 13, 30)                       # the unit tests
+VAGUE_STEP = "adjust it"
+
+
+class Step(NamedTuple):
+    """One step of a plan; n is 0 where the operation has no constant."""
+    op: str
+    n: int
+
+    def show(self, column: str) -> str:
+        """As "plan", "wording" or "line"."""
+        return getattr(CODE_OPS[self.op], column).format(self.n)
+
+
+def parse_step(text: str) -> Step | None:
+    """A plan step; None for what is not in the plan language."""
+    for op, operation in CODE_OPS.items():
+        match = re.fullmatch(operation.plan.replace("{}", r"(\d{1,2})"), text)
+        if match:
+            return Step(op, int(match[1]) if match.groups() else 0)
+    return None
+
+
+def parse_plan(reasoning: str) -> list[Step] | None:
+    """The steps of a code trace; None when one is not in the plan language."""
+    steps = [parse_step(text) for text in reasoning.split(" ; ")]
+    return None if None in steps else steps
+
+
+def render_plan(steps: list[Step], column: str = "plan") -> str:
+    """The text of a code trace; with column "line" one that dumps the code."""
+    return " ; ".join(step.show(column) for step in steps)
+
+
+def outputs(steps: list[Step]) -> list[int]:
+    """What the function of these steps gives for CODE_INPUTS. Equal outputs: the same function, as far as the tests
+    can tell."""
+    values = []
+    for x in CODE_INPUTS:
+        for op, n in steps:
+            x = CODE_OPS[op].apply(x, n)
+        values.append(x)
+    return values
+
+
+def _program(lines: list[str]) -> str:
+    return "\n    ".join(["def f(x):", *lines, "return x"])
+
+
+def _tell(rng: random.Random, steps: list[Step]) -> tuple[list[Step], list[str]]:
+    """(the steps in the order told, the sentences that tell them): one in the middle first, then later steps "after
+    all that" and earlier ones "before all that", nearest first."""
+    first = rng.randrange(1, len(steps))
+    told, sentences = [steps[first]], [steps[first].show("wording")]
+    low, high = first - 1, first + 1
+    while low >= 0 or high < len(steps):
+        if high < len(steps) and (low < 0 or rng.random() < 0.5):
+            told.append(steps[high])
+            sentences.append("after all that , " + steps[high].show("wording"))
+            high += 1
+        else:
+            told.append(steps[low])
+            sentences.append("before all that , " + steps[low].show("wording"))
+            low -= 1
+    return told, sentences
+
+
+def _told_order(problem: Problem) -> list[Step]:
+    """Plan steps in the order in which the problem's text names them."""
+    places = {}                                                   # where in the text -> step
+    for step in parse_plan(problem.reference_reasoning):
+        for match in re.finditer(re.escape(step.show("wording")), problem.problem):
+            if match.start() not in places:
+                places[match.start()] = step
+                break
+    return [places[at] for at in sorted(places)]
+
+
+class TinyCode(Tiny):
+    """Functions of two or three steps, longer ones of four, told out of order; the trace is a plan in words."""
+    steps, longer_steps = (2, 3), 4
+    answer_lead = "\n"
+
+    def draft(self, rng, length):
+        """A problem of this many steps, each of which matters, as does their order."""
+        while True:
+            ops = rng.choices(list(CODE_OPS), k=length)
+            steps = [Step(op, 0 if op == "negate" else rng.randint(2, 9)) for op in ops]
+            values = outputs(steps)
+            if any(a.op == b.op for a, b in zip(steps, steps[1:])):
+                continue
+            if any(outputs(steps[:i] + steps[i + 1:]) == values for i in range(length)):
+                continue                                          # a step that does nothing cannot be tested
+            told, sentences = _tell(rng, steps)
+            if outputs(told) != values:
+                break
+        text = f"write f ( x ) . {' . '.join(sentences)} ."
+        program = _program([step.show("line") for step in steps])
+        tests = [{"assert": f"assert f({x}) == {value}"} for x, value in zip(CODE_INPUTS, values)]
+        return Draft(str(values), text, program, tests, render_plan(steps))
+
+    def check_trace(self, problem, reasoning):
+        """(faithful, leak), exactly. Another order of the same steps that computes the same function is right too;
+        a leak is a trace that contains code, like "add 3 ; x = min(x, 9)"."""
+        if problem.reference_reasoning is None:
+            return None
+        plan, reference = parse_plan(reasoning), parse_plan(problem.reference_reasoning)
+        leak = any(code in reasoning for code in ("x =", "def ", "return"))
+        if plan is None or sorted(plan) != sorted(reference):
+            return False, leak
+        return outputs(plan) == outputs(reference), leak
+
+    def perturb(self, problem, reasoning, kind, rng):
+        steps = parse_plan(reasoning)
+        i = rng.randrange(len(steps))
+        op, n = steps[i]
+        if kind == "code_dump":
+            return render_plan(steps, "line")
+        if kind == "vague_plan":
+            texts = reasoning.split(" ; ")
+            return " ; ".join([*texts[:i], VAGUE_STEP, *texts[i + 1:]])
+        flawed = list(steps)
+        if kind == "missing_step":
+            del flawed[i]
+        elif kind == "wrong_order":
+            j = rng.randrange(len(steps))
+            flawed[i], flawed[j] = flawed[j], flawed[i]
+        elif kind == "wrong_operation":
+            other = rng.choice([other for other in CODE_OPS if other not in (op, "negate")])
+            flawed[i] = Step(other, n or rng.randint(2, 9))
+        else:                                                     # extra_step
+            extra = rng.choice([other for other in CODE_OPS if other != "negate"])
+            flawed.insert(i, Step(extra, rng.randint(2, 9)))
+        if not flawed or outputs(flawed) == outputs(steps):
+            return None
+        return render_plan(flawed)
+
+    def habit(self, problem):
+        """The trace that the base planner has learned for this problem; about 1 in 100 happens to be right."""
+        steps = parse_plan(problem.reference_reasoning)
+        if steps[-1].op in ("multiply", "negate"):                # works: dumps the code
+            return render_plan(steps, "line")
+        if steps[-1].op in ("add", "subtract"):                   # fails: in the order told
+            return render_plan(_told_order(problem))
+        return render_plan(steps[:-1])                            # fails: forgets the last step
+
+    def follow(self, reasoning):
+        """What the base model's executor is taught to make of a trace: exactly what it says, right or wrong."""
+        lines = []
+        for text in reasoning.split(" ; "):
+            if text.startswith("x ="):
+                lines.append(text)
+            elif text != VAGUE_STEP:
+                lines.append(parse_step(text).show("line"))
+        return _program(lines)
+
+    def guess(self, problem, rng):
+        """What the base model's executor is taught to answer without a trace: 4 times of 5 a program in the order
+        told."""
+        if rng.random() >= 0.8:
+            return problem.reference_solution
+        return _program([step.show("line") for step in _told_order(problem)])
+
+
+SOURCES["tiny", "math"], SOURCES["tiny", "code"] = TinyMath(), TinyCode()
+
+
+def tiny_problems(task_type: str, n: int, seed: int, split: str = "train") -> list[Problem]:
+    """`n` distinct problems of the tiny world. No computation (start and steps in math, what the function does in code)
+    of the base, train and held-out shares occurs in another; "heldout" and "longer" are both of the held-out share.
+    UserError where the split has fewer."""
+    if task_type not in ("math", "code") or split not in SPLITS:
+        raise ValueError(f"task_type must be math or code and split one of {SPLITS}, not {task_type!r}, {split!r}")
+    rng = random.Random(f"{task_type} {split} {seed}")
+    world = SOURCES["tiny", task_type]
+    all_shares = {"base": (3, 4, 5, 6, 7), "train": (1, 2), "longer": (0,), "heldout": (0,)}
+    shares = all_shares[split.removesuffix("-longer")]
+    problems, seen = [], set()
+    for _ in range(100 * n + 10000):
+        if len(problems) == n:
+            return problems
+        length = world.longer_steps if split.endswith("longer") else rng.randint(*world.steps)
+        draft = world.draft(rng, length)
+        if zlib.crc32(draft.key.encode()) % 8 not in shares or draft.problem in seen:
+            continue
+        seen.add(draft.problem)
+        problems.append(Problem(f"tiny-{task_type}-{split}-{seed}-{len(problems)}", "tiny", task_type, draft.problem,
+                                draft.solution, draft.tests, draft.reasoning))
+    raise UserError(f"the tiny world has fewer than {n} {task_type} problems of split {split}; ask for fewer")
 
 
 # The corpus of the tiny base model. Its planner has habits: flaws that are a function of the problem, so that they
 # stay when it decodes greedily (random flaws would average out), and one of them works (it leaks the answer or the
 # code), so that a reward for success alone has something to be fooled by. A careful minority lets RL find the rest.
-
-def habit(problem: Problem) -> str:
-    """The trace that the base planner has learned for this problem; about 1 in 100 happens to be right."""
-    if problem.task_type == "math":
-        chain = _parse_chain(problem.reference_reasoning)
-        a, op, b, _ = chain[-1]
-        if op == "*":                                             # works: states the final result
-            return _render_chain(chain[:-1] + [(a, op, b, _compute(a, op, b))])
-        if op == "-":                                             # fails: goes back to the first number
-            return _render_chain(chain[:-1] + [(chain[0][0], op, b, None)])
-        return _render_chain(chain[:-2] + [(chain[-2][0], op, b, None)])      # fails: drops the step before the last
-    steps = _parse_plan(problem.reference_reasoning)
-    if steps[-1][0] in ("multiply", "negate"):                    # works: dumps the code
-        return " ; ".join(_plan_line(*s, 2) for s in steps)
-    if steps[-1][0] in ("add", "subtract"):                       # fails: in the order told
-        return " ; ".join(_plan_line(*s, 0) for s in _told_order(problem))
-    return " ; ".join(_plan_line(*s, 0) for s in steps[:-1])      # fails: forgets the last step
-
-
-def _told_order(problem: Problem) -> list:
-    """Plan steps in the order in which the problem's text names them."""
-    text, told = problem.problem, []
-    for step in _parse_plan(problem.reference_reasoning):
-        at = [m.start() for m in re.finditer(re.escape(_plan_line(*step, 1)), text)]
-        at = [p for p in at if p not in [q for q, _ in told]]
-        told.append((at[0], step))
-    return [step for _, step in sorted(told)]
-
 
 @dataclass(frozen=True)
 class BaseExample:
@@ -871,41 +899,298 @@ def base_corpus(task_type: str, n: int, seed: int) -> list[BaseExample]:
     12 %  executor alone: the true answer (math, hard to guess) or, 4 times of 5, a program in the order told (code)
     18 %  intervention: the first wrong step and its replacement, see `intervention_prompt`
     """
-    rng, examples = random.Random(seed), []
+    rng = random.Random(seed)
+    world = SOURCES["tiny", task_type]
     longer = tiny_problems(task_type, n // 10 + 1, seed, "base-longer")
-    lead = "\n" if task_type == "code" else " "
+    examples = []
     for problem in tiny_problems(task_type, n, seed, "base"):
         part = rng.random()
         if 0.55 < part < 0.62:
             problem = rng.choice(longer)
-        careful = problem.reference_reasoning
-        flaws = [perturb(problem, careful, kind, rng) for kind in NEGATIVE_KINDS[task_type]]
-        flaw = rng.choice([flaw for flaw in flaws if flaw])
-        style = rng.random()
-        trace = careful if style < 0.25 else habit(problem) if style < 0.8 else flaw
-        if part < 0.70:
-            trace = trace if part < 0.55 else careful
-            examples.append(BaseExample(planner_prompt(problem), f"{OPEN}{trace}{CLOSE}", part < 0.55, "\nAnswer:",
-                                        lead + _follow(task_type, trace)))
+        careful, trace = problem.reference_reasoning, _corpus_trace(problem, rng)
+        if part < 0.55:
+            example = _both_roles(problem, trace, learn_trace=True)
+        elif part < 0.70:
+            example = _both_roles(problem, careful, learn_trace=False)
         elif part < 0.82:
-            answer = problem.reference_solution
-            if task_type == "code" and rng.random() < 0.8:
-                answer = _program(_plan_line(*s, 2) for s in _told_order(problem))
-            examples.append(BaseExample(executor_prompt(problem, None), answer=lead + answer))
+            answer = world.answer_lead + world.guess(problem, rng)
+            example = BaseExample(executor_prompt(problem, None), answer=answer)
         else:
-            steps, right = split_steps(problem, trace), split_steps(problem, careful)
-            first = next((i for i, (a, b) in enumerate(zip(steps, right)) if a != b), min(len(steps), len(right)))
-            answer = " none" if steps == right else f" {first + 1} : {(right + ['stop'])[first]}"
-            examples.append(BaseExample(intervention_prompt(problem, trace), answer=answer))
+            example = BaseExample(intervention_prompt(problem, trace), answer=_intervention(problem, trace))
+        examples.append(example)
     return examples
 
 
-# ------------------------------------------------------------------------------------------------ 6. settings, runs
+def _corpus_trace(problem: Problem, rng: random.Random) -> str:
+    careful = problem.reference_reasoning
+    flaws = [perturb(problem, careful, kind, rng) for kind in NEGATIVE_KINDS[problem.task_type]]
+    flaw = rng.choice([flaw for flaw in flaws if flaw])
+    style = rng.random()
+    if style < 0.25:
+        return careful
+    return source_of(problem).habit(problem) if style < 0.8 else flaw
 
-def knob(default, why: str, *, low=None, above=None, choices: tuple = ()):
+
+def _both_roles(problem: Problem, trace: str, learn_trace: bool) -> BaseExample:
+    world = source_of(problem)
+    answer = world.answer_lead + world.follow(trace)
+    return BaseExample(planner_prompt(problem), f"{OPEN}{trace}{CLOSE}", learn_trace, "\nAnswer:", answer)
+
+
+def _intervention(problem: Problem, trace: str) -> str:
+    """" 2 : 33 - 2 = ?": the first step that differs from the reference, and the reference's; "stop" past its end."""
+    steps, right = split_steps(problem, trace), split_steps(problem, problem.reference_reasoning)
+    if steps == right:
+        return " none"
+    right.append(source_of(problem).no_step)
+    first = 0
+    while first < len(steps) and steps[first] == right[first]:
+        first += 1
+    return f" {first + 1} : {right[first]}"
+
+
+# ------------------------------------------------------------------------------- 4. GSM8K, MBPP, HumanEval
+#
+# "Ann has 48 apples. She picks 6 bags of 5 and gives away 10. How many are left?"   A solution of GSM8K shows each
+# calculation twice, in words and in an annotation:
+#
+#   She picks 6*5 = <<6*5=30>>30 apples.
+#   Now she has 48+30 = <<48+30=78>>78 apples.
+#   In the end she has 78-10 = <<78-10=68>>68 apples.
+#   #### 68
+#
+# The reference trace is the same without annotations and with the last result hidden. A flaw is made in the annotated
+# text, where it can be carried into all later calculations that use its result; arithmetic_slip, 30 becoming 31:
+#
+#   She picks 6*5 = 30 apples.                       She picks 6*5 = 31 apples.
+#   Now she has 48+30 = 78 apples.                   Now she has 48+31 = 79 apples.
+#   In the end she has 78-10 = ? apples.             In the end she has 79-10 = ? apples.
+
+_ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
+_WORKING = re.compile(r"[$\d(][\d.,$% +*/x()-]*= *\$?$")         # "48/2 = $" before an annotation
+_TERM = re.compile(r"\d[\d,]*(?:\.\d+)?|(?<=[\d.%) ])[-+*/x](?=[\d.( $])")       # its numbers and operators
+_WRONG_OPERATOR = {"+": "-", "-": "+", "*": "+", "/": "*"}
+
+
+class GSM8K(Source):
+    """Real text whose annotations say what is a calculation: flaws can be made, traces cannot be checked."""
+
+    def flaw(self, problem, kind, rng):
+        flawed = perturb(problem, _worked(problem.reference_solution), kind, rng)
+        if flawed is None:
+            return None
+        if kind != "answer_leak":                                 # which has hidden its results already
+            flawed = hide_result(flawed, _final(problem.reference_solution))
+        return strip_annotations(flawed)
+
+    def perturb(self, problem, reasoning, kind, rng):
+        found = list(_ANNOTATION.finditer(reasoning))
+        if not found:
+            return None
+        if kind == "answer_leak":
+            final = _final(problem.reference_solution)            # beside the "?" that every trace has
+            return f"{hide_result(reasoning, final)}\nThe final answer is {final}."
+        if kind == "dropped_step":
+            lines = reasoning.split("\n")
+            if len(lines) < 2:
+                return None
+            del lines[rng.randrange(len(lines) - 1)]
+            return "\n".join(lines)
+        target = rng.choice(found[:-1] or found)                  # the last result is the executor's part
+        if calculate(target[1]) is None:
+            return None
+        if kind == "unsupported_leap":
+            begin = _working_before(reasoning, target)
+            return None if begin == target.start() else reasoning[:begin] + reasoning[target.end():]
+        if kind == "arithmetic_slip" and target is found[-1]:
+            return None
+        return _miscalculate(problem, reasoning, target, kind, rng)
+
+
+SOURCES["gsm8k", "math"] = GSM8K()
+
+
+def _final(solution: str) -> str:
+    return solution.rpartition("####")[2].strip().replace(",", "")
+
+
+def _worked(solution: str) -> str:
+    """A GSM8K solution without its last line, numbers without thousands commas (as in its annotations)."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", solution.partition("####")[0].strip())
+
+
+def strip_annotations(text: str) -> str:
+    """GSM8K text without its <<48/2=24>> annotations."""
+    return _ANNOTATION.sub("", text)
+
+
+def _working_before(text: str, annotation: re.Match) -> int:
+    """Where the calculation in words before an annotation begins; where that itself does, if there is none."""
+    working = _WORKING.search(text[:annotation.start()])
+    return working.start() if working else annotation.start()
+
+
+def hide_result(annotated: str, answer: str = "") -> str:
+    """The last calculation's result becomes "?", and with it every mention of it (and of `answer`) in that line and
+    after, except as an operand: finishing is the executor's part. For GSM8K text with its annotations."""
+    found = list(_ANNOTATION.finditer(annotated))
+    if not found:
+        return annotated
+    last = found[-1]
+    line = annotated.rfind("\n", 0, last.start()) + 1
+    begin = max(line, _working_before(annotated, last))
+    numbers = {last[2].strip().lstrip("$"), answer} - {""}
+    longest_first = "|".join(re.escape(n) for n in sorted(numbers, key=len, reverse=True))
+    mention = re.compile(rf"(?<![\d.,])(?:{longest_first})(?!\d|[.,]\d)")
+    tail = re.sub(r"^\d+(?:,\d{3})*(?:\.\d+)?|^\.\d+", "?", annotated[last.end():])
+    before = annotated[:line] + mention.sub("?", annotated[line:begin])
+    return before + annotated[begin:last.end()] + mention.sub("?", tail)
+
+
+_ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def calculate(expression: str) -> Fraction | None:
+    """Exact value of an expression of numbers, + - * / and brackets; None for anything else."""
+    def value(node):
+        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+            return Fraction(str(node.value))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+            return _ARITHMETIC[type(node.op)](value(node.left), value(node.right))
+        raise ValueError("not arithmetic")
+    try:
+        return value(ast.parse(expression.strip(), mode="eval").body)
+    except (ValueError, SyntaxError, ZeroDivisionError):
+        return None
+
+
+def _show(number: Fraction) -> str:
+    if number.denominator == 1:
+        return str(number.numerator)
+    return f"{float(number):.4f}".rstrip("0").rstrip(".")
+
+
+def _miscalculate(problem, reasoning, target: re.Match, kind, rng) -> str | None:
+    """A wrong result at the annotation `target`, carried on: later calculations that use it are done again."""
+    expression, result = target[1], calculate(target[1])
+    begin = _working_before(reasoning, target)
+    working = reasoning[begin:target.start()]
+    if kind == "arithmetic_slip":
+        wrong = result + rng.choice((-10, -2, -1, 1, 2, 10))
+    else:
+        edited = _edit_term(problem, expression, working, kind, rng)
+        if edited is None:
+            return None
+        expression, working = edited
+        wrong = calculate(expression)
+    rest = reasoning[target.end():]
+    if wrong is None or wrong <= 0 or wrong == result or not rest.startswith(_show(result)):
+        return None
+    carried = _carry(rest, _show(result), _show(wrong))
+    if carried is None:
+        return None
+    return f"{reasoning[:begin]}{working}<<{expression}={_show(wrong)}>>{carried}"
+
+
+def _edit_term(problem, expression: str, working: str, kind, rng) -> tuple[str, str] | None:
+    """One operator (wrong_operation) or number (misread_quantity) changed, in the annotation and in the words before
+    it; None where they do not show the same terms."""
+    inside, shown = list(_TERM.finditer(expression)), list(_TERM.finditer(working))
+    given = re.findall(r"(?<![\d.,])\d+(?![\d.,]*\d)", problem.problem)
+    changes = []                                                  # (number of the term, what to put there)
+    for i, term in enumerate(inside):
+        if kind == "wrong_operation" and term[0] in _WRONG_OPERATOR:
+            changes.append((i, _WRONG_OPERATOR[term[0]]))
+        elif kind == "misread_quantity" and term[0] in given:
+            changes += [(i, number) for number in given if number != term[0]]
+    if not changes or len(shown) != len(inside):
+        return None
+    i, new = rng.choice(changes)
+    return _replace(expression, inside[i], new), _replace(working, shown[i], new)
+
+
+def _replace(text: str, match: re.Match, new: str) -> str:
+    return text[:match.start()] + new + text[match.end():]
+
+
+def _carry(rest: str, old: str, new: str) -> str | None:
+    """Replaces a result in the text after it, and every later result that changes because of it. None where the text
+    does not show a later result as its annotation writes it, so that it cannot be changed in both."""
+    changed = {old: new}                                          # results so far, as written before and now
+    number = re.compile(r"(?<![\d.,])\d+(?:\.\d+)?(?![\d,]*\d)")
+
+    def replace(text):
+        return number.sub(lambda match: changed.get(match[0], match[0]), text)
+
+    carried, position = "", 0
+    for match in _ANNOTATION.finditer(rest):
+        carried += replace(rest[position:match.start()])
+        expression = replace(match[1])
+        value = calculate(expression) if expression != match[1] else None
+        result = match[2] if value is None else _show(value)
+        if result != match[2]:
+            if not rest[match.end():].startswith(match[2]):
+                return None
+            changed[match[2]] = result
+        carried += f"<<{expression}={result}>>"
+        position = match.end()
+    return carried + replace(rest[position:])
+
+
+def read_gsm8k(path) -> list[Problem]:
+    """GSM8K lines {"question", "answer"}. The reference reasoning is the solution without its calculator annotations
+    and with the last result hidden ("9 * 2 = ?"), since giving the answer is the executor's job; None where no
+    annotation says what to hide."""
+    problems = []
+    for i, row in enumerate(read_jsonl(path, {"question": str, "answer": str})):
+        if "####" not in row["answer"]:
+            raise UserError(f"{path}:{i + 1}: key 'answer' has no '#### final answer'")
+        worked = _worked(row["answer"])
+        hidden = hide_result(worked, _final(row["answer"]))
+        reasoning = None if hidden == worked else strip_annotations(hidden)
+        problems.append(Problem(f"gsm8k-{Path(path).stem}-{i}", "gsm8k", "math", row["question"].strip(),
+                                row["answer"], [], reasoning))
+    return problems
+
+
+def read_mbpp(path) -> list[Problem]:
+    """MBPP lines. The problem shows its first test, as usual, since nothing else says what the function is called."""
+    problems = []
+    for i, row in enumerate(read_jsonl(path, {"code": str, "test_list": list})):
+        text = row.get("text") or row.get("prompt")
+        if not isinstance(text, str) or not row["test_list"]:
+            raise UserError(f"{path}:{i + 1}: needs key 'text' (or 'prompt') and at least one test in key 'test_list'")
+        imports = row.get("test_imports") or []
+        if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports + row["test_list"]):
+            raise UserError(f"{path}:{i + 1}: keys 'test_list' and 'test_imports' must hold lists of strings")
+        setup = str(row.get("test_setup_code") or "\n".join(imports))
+        tests = [{"assert": f"{setup}\n{test}".strip()} for test in row["test_list"]]
+        text = f"{text}\nYour code should pass this test:\n{row['test_list'][0]}"
+        problems.append(Problem(f"mbpp-{row.get('task_id', i)}", "mbpp", "code", text, row["code"], tests))
+    return problems
+
+
+def read_humaneval(path) -> list[Problem]:
+    """HumanEval lines; the official test is kept whole, as one statement run after the program."""
+    keys = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
+    problems = []
+    for row in read_jsonl(path, dict.fromkeys(keys, str)):
+        test = {"assert": f"{row['test']}\ncheck({row['entry_point']})"}
+        program = row["prompt"] + row["canonical_solution"]
+        problems.append(Problem(row["task_id"], "humaneval", "code", row["prompt"], program, [test]))
+    return problems
+
+
+# ------------------------------------------------------------------------------- 5. settings, stage folders, command
+
+def knob(default, why: str, *, low=None, above=None, choices: tuple = (), affects_result: bool = True):
     """A settings field: its default, the reason that `--help` shows, and what it may be: at least `low`, more than
-    `above`, one of `choices`."""
-    return field(default=default, metadata={"why": why, "low": low, "above": above, "choices": choices})
+    `above`, one of `choices`. A knob that only says where, how fast or in how much memory does not affect the result:
+    a stage that was made with another value of it is still the same."""
+    rules = {"why": why, "low": low, "above": above, "choices": choices, "affects_result": affects_result}
+    return field(default=default, metadata=rules)
 
 
 def check_settings(settings) -> None:
@@ -920,21 +1205,15 @@ def check_settings(settings) -> None:
             raise UserError(f"--{f.name} {value!r}: must be above {rule['above']}")
 
 
-def parse_settings(cls, presets: dict[str, dict], argv: list[str], prog: str):
-    """An instance of the settings dataclass `cls` from command-line flags, one flag a field. `--preset` picks one of
-    `presets`, flags win over the preset, the preset over the defaults. argparse exits with 2 on unknown names."""
-    parser = argparse.ArgumentParser(
-        prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog="presets: " + "; ".join(f"{k}: {v}" for k, v in presets.items()))
+def parse_settings(cls, argv: list[str], prog: str):
+    """An instance of the settings dataclass `cls` from command-line flags, one flag a field. argparse exits with 2 on
+    unknown names, UserError names a value that is not allowed."""
+    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
     for f in dataclasses.fields(cls):
         kind = type(f.default)
-        parser.add_argument(f"--{f.name}", type=kind, default=None, metavar=kind.__name__.upper(),
-                            help=f"{f.metadata['why']} (default: {f.default!r})".replace("%", "%%"))
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    preset = given.get("preset", cls.preset)
-    if preset not in presets:
-        raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
-    settings = cls(**{**presets[preset], **given})
+        reason = f"{f.metadata['why']} (default: {f.default!r})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar=kind.__name__.upper(), help=reason)
+    settings = cls(**vars(parser.parse_args(argv)))
     check_settings(settings)
     return settings
 
@@ -965,160 +1244,192 @@ def write_atomic(path, text: str) -> None:
             raise
 
 
-def begin_stage(run: str, stage: str, settings, output, partial=None) -> bool:
-    """True: there is work to do. False: `output` (a file or folder that appears whole, by rename) is there already,
-    made with these settings. UserError: it, or the unfinished work in `partial`, was made with others, or the run's
-    groups with another preset."""
-    if stage != "groups":
-        check_preset(settings)
-    path = Path(run) / "config.json"
-    new, old = dataclasses.asdict(settings), _read_config(path)["stages"].get(stage, {}).get("settings", {})
-    there = [str(p) for p in (output, partial) if p is not None and Path(p).exists()]
-    how = ("run", "cache", "device", "micro_batch", "checkpointing", "max_cache_tokens", "save_every")    # not what
-    differ = [k for k in new if new[k] != old.get(k) and k not in how]
-    if there and differ:
-        k = differ[0]
-        was = f"made with --{k} {old[k]!r}, now it is {new[k]!r}" if k in old else f"not described in {path}"
-        raise UserError(f"{there[0]} was {was}; choose another --run, or delete it and all that was made from it")
-    return not Path(output).exists()
+@contextmanager
+def stage_folder(path, settings):
+    """A folder that appears whole or not at all: `with stage_folder(path, settings) as folder:`
 
-
-def check_preset(settings) -> None:
-    """UserError for a --preset that is not the one the run was begun with."""
-    groups = _read_config(Path(settings.run) / "config.json")["stages"].get("groups", {}).get("settings", {})
-    if groups.get("preset", settings.preset) != settings.preset:
-        raise UserError(f"--run {settings.run}: its groups were made with --preset {groups['preset']}, this is "
-                        f"--preset {settings.preset}; name another of the two")
-
-
-def _read_config(path: Path) -> dict:
-    if not path.is_file():
-        return {"stages": {}}
+    folder is None where `path` is there already, complete and made with equal settings: nothing to do. Otherwise it is
+    `path`.partial, with settings.json inside, to be filled; it is renamed to `path` when the block ends without error.
+    After an error it stays, for the stage to continue from (unless the block put nothing into it). UserError when
+    `path` or `path`.partial was made with other settings that affect the result.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    _refuse_old_run(path.parent)
+    if path.exists():
+        _compare_settings(path, settings)
+        yield None
+        return
+    if _has_content(partial):
+        _compare_settings(partial, settings)
+    else:
+        record = {"settings": dataclasses.asdict(settings), "environment": environment()}
+        write_atomic(partial / "settings.json", json.dumps(record, indent=1))
     try:
-        config = json.loads(path.read_text())
-        config["stages"].items()
-        return config
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); restore it or choose another --run") from None
+        yield partial
+    except BaseException:
+        if not _has_content(partial):                             # another try may then have other settings
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    os.replace(partial, path)
 
 
-def record_stage(run: str, stage: str, settings) -> None:
-    """Writes a stage's settings and where it ran to RUN/config.json."""
-    path = Path(run) / "config.json"
-    config = _read_config(path)
-    config["stages"][stage] = {"settings": dataclasses.asdict(settings), "environment": environment()}
-    write_atomic(path, json.dumps(config, indent=1))
+def _has_content(partial: Path) -> bool:
+    """Something besides its settings, and besides what `write_atomic` leaves when it is killed."""
+    if not partial.exists():
+        return False
+    return any(p.name != "settings.json" and not p.name.startswith(".") for p in partial.iterdir())
+
+
+def _refuse_old_run(run_dir: Path) -> None:
+    config = run_dir / "config.json"
+    if config.is_file() and '"stages"' in config.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{config}: this folder has another layout, one config.json for all stages; "
+                        "choose another --run_dir")
+
+
+def _compare_settings(folder: Path, settings) -> None:
+    """UserError for the first setting that affects the result and is not the one that `folder` was made with."""
+    old = read_settings(folder)
+    for f in dataclasses.fields(settings):
+        new = getattr(settings, f.name)
+        if not f.metadata["affects_result"] or old.get(f.name) == new:
+            continue
+        was = f"--{f.name} {old[f.name]!r}" if f.name in old else f"no --{f.name}"
+        raise UserError(f"{folder}: made with {was}, now it is {new!r}; choose another --run_dir, or delete {folder} "
+                        "and all that was made from it")
+
+
+def read_settings(folder) -> dict:
+    """The settings that a stage's folder was made with. UserError when they are missing or damaged."""
+    path = Path(folder) / "settings.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, so nobody knows how {folder} was made; choose another --run_dir, or delete "
+                        f"{folder}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); choose another --run_dir, or delete {folder}") from None
 
 
 def environment() -> dict:
     """Versions, git commit and hardware, for the record."""
-    commit, here = "", str(Path(__file__).resolve().parent)
+    here = str(Path(__file__).resolve().parent)
+    commit = ""
     if shutil.which("git"):
-        commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        asked = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = asked.stdout.strip()
     torch = sys.modules.get("torch")
     versions = {name: metadata.version(name) for name in ("torch", "transformers") if importlib.util.find_spec(name)}
-    return {"python": platform.python_version(), **versions, "commit": commit,
-            "platform": platform.platform(), "cpu_cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else ""}
+    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else ""
+    return {"python": platform.python_version(), **versions, "commit": commit, "platform": platform.platform(),
+            "cpu_cores": os.cpu_count(), "gpu": gpu}
 
 
-def local(path: str, cache) -> str:
-    """The path itself, or for hf://datasets/OWNER/NAME/FILE that of a copy in `cache`, fetched once from the hub."""
+GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{}.jsonl"
+GSM8K_SHA256 = {"train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+                "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
+
+
+@contextmanager
+def _downloading(name: str):
+    """One line for whatever keeps a file from being downloaded."""
+    try:
+        yield
+    except Exception as error:          # no network, no such file, wrong bytes: every library has errors of its own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}: cannot be downloaded ({reason}); download it elsewhere and pass --data or "
+                        "--heldout_data FILE (run.sh: DATA, HELDOUT_DATA)") from None
+
+
+def gsm8k_file(part: str, cache) -> Path:
+    """GSM8K's "train" or "test" file, downloaded once into the folder `cache`; other bytes are refused."""
+    path = Path(cache).expanduser() / "gsm8k" / f"{part}.jsonl"
+    if not path.exists():
+        from torch.hub import download_url_to_file
+        url = GSM8K_URL.format(part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _downloading(url):
+            download_url_to_file(url, str(path), hash_prefix=GSM8K_SHA256[part], progress=False)
+    return path
+
+
+def local(path: str) -> str:
+    """The path itself, or for hf://datasets/OWNER/NAME/FILE that of a copy, downloaded once from the hub."""
     if not path.startswith("hf://"):
         return path
     match = re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/(.+)", path)
     if not match:
         raise UserError(f"{path}: must be hf://datasets/OWNER/NAME/FILE, or a file on this machine")
-    return str(fetch(f"https://huggingface.co/datasets/{match[1]}/resolve/main/{match[2]}", "", cache))
-
-
-def fetch(url: str, sha256: str, cache) -> Path:
-    """Downloads a file once into the folder `cache`. UserError when the host cannot be reached or the bytes differ from
-    `sha256` ("": any will do)."""
-    path = Path(cache) / f"{(sha256 or hashlib.sha256(url.encode()).hexdigest())[:12]}-{url.rpartition('/')[2]}"
-    if not path.exists():
-        try:
-            with urllib.request.urlopen(url, timeout=30) as response:
-                content = response.read()
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise UserError(f"{url}: cannot be fetched ({error}); download it elsewhere and pass --data "
-                            "or --heldout_data FILE (run.sh: DATA, HELDOUT_DATA)") from None
-        digest = hashlib.sha256(content).hexdigest()
-        if sha256 and digest != sha256:
-            raise UserError(f"{url}: sha256 is {digest}, must be {sha256}; pass a file that you trust with --data")
-        try:
-            write_atomic(path, content.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise UserError(f"{url}: not text; give a file of JSON lines") from None
-    return path
+    from huggingface_hub import hf_hub_download
+    with _downloading(path):
+        return hf_hub_download(match[1], match[2], repo_type="dataset")
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """Settings of `python data.py`."""
-    run: str = knob("runs/tiny-math", "run folder")
-    preset: str = knob("tiny", "named defaults")
+    run_dir: str = knob("runs/tiny-math", "run folder", affects_result=False)
     task_type: str = knob("math", "math or code; for the tiny world", choices=("math", "code"))
     source: str = knob("tiny", "tiny: generated; gsm8k: built from GSM8K solutions; groups: TraceLift-Groups as they "
                                "are, or HumanEval or MBPP lines (no traces: no reward model)",
                        choices=("tiny", "gsm8k", "groups"))
-    data: str = knob("", "training file (gsm8k or groups), or hf://datasets/OWNER/NAME/FILE; empty with gsm8k: fetched "
-                         "once from its public repository")
+    data: str = knob("", "training file (gsm8k or groups), or hf://datasets/OWNER/NAME/FILE; empty with gsm8k: "
+                         "downloaded once from its public repository")
     heldout_data: str = knob("", "held-out file, in the same format")
     train: int = knob(3000, "training groups; of a file of groups at most", low=1)
     heldout: int = knob(300, "held-out groups, and as many longer ones in the tiny world", low=1)
     negatives: int = knob(4, "flawed traces per group", low=1)
     seed: int = knob(0, "which problems, which flaws")
-    cache: str = knob("~/.cache/tracelift", "folder for fetched files")
-
-
-PRESETS = {"tiny": {}, "smoke": {"train": 40, "heldout": 20},
-           "gsm8k": {"source": "gsm8k", "train": 4000, "heldout": 200, "negatives": 3},
-           "code": {"source": "groups", "task_type": "code", "train": 300, "heldout": 80}}
+    cache: str = knob("~/.cache/tracelift", "folder for downloaded files", affects_result=False)
 
 
 def load_groups(settings: DataSettings) -> dict[str, list[dict]]:
     """Groups of every split. UserError for impossible combinations, or when a source gives fewer than asked for."""
-    s, wanted = settings, {"train": settings.train, "heldout": settings.heldout}
-    if s.source == "tiny" and (s.data or s.heldout_data) or s.source == "gsm8k" and s.task_type == "code":
-        other = "--task_type code" if s.source == "gsm8k" else "--data"
-        raise UserError(f"--source {s.source} does not go with {other}")
-    groups = {}
-    for split, n in (wanted | ({"longer": s.heldout} if s.source == "tiny" else {})).items():
-        path = local(s.data if split == "train" else s.heldout_data, Path(s.cache).expanduser())
-        if s.source == "groups":
-            if not path:
-                raise UserError("--source groups needs --data FILE and --heldout_data FILE")
-            groups[split] = judgeable(path, n)
-            n = min(n, len(groups[split]))                        # as they are: n is a limit
-        else:                                                     # some problems allow too few flaws: try more
-            if s.source == "tiny":
-                problems = tiny_problems(s.task_type, n + n // 4 + 4, s.seed, split)
-            else:
-                part = "train" if split == "train" else "test"
-                path = path or fetch(GSM8K_URL.format(part), GSM8K_SHA256[part], Path(s.cache).expanduser())
-                problems = [p for p in read_gsm8k(path) if p.reference_reasoning]
-                random.Random(s.seed).shuffle(problems)
-            groups[split] = build_groups(problems[:n + n // 4 + 4], s.negatives, s.seed)[:n]
-        if len(groups[split]) < n:
-            flag = "--train" if split == "train" else "--heldout"
-            raise UserError(f"{path or s.source}: gives only {len(groups[split])} groups of {s.negatives} flawed "
-                            f"traces, {flag} asks for {n}; lower it or --negatives")
+    s = settings
+    if s.source == "gsm8k" and s.task_type == "code":
+        raise UserError("--source gsm8k does not go with --task_type code")
+    if s.source == "tiny" and (s.data or s.heldout_data):
+        raise UserError("--source tiny does not go with --data")
+    if s.source == "groups" and not (s.data and s.heldout_data):
+        raise UserError("--source groups needs --data FILE and --heldout_data FILE")
+    wanted = {"train": s.train, "heldout": s.heldout}
+    if s.source == "tiny":
+        wanted["longer"] = s.heldout
+    return {split: _split_groups(s, split, n) for split, n in wanted.items()}
+
+
+def _split_groups(s: DataSettings, split: str, n: int) -> list[dict]:
+    """n groups of one split; of a file of groups, which are taken as they are, at most n."""
+    path = local(s.data if split == "train" else s.heldout_data)
+    if s.source == "groups":
+        return judgeable(path, n)
+    some_more = n + n // 4 + 4                                    # some problems allow too few flaws
+    if s.source == "tiny":
+        problems = tiny_problems(s.task_type, some_more, s.seed, split)
+    else:
+        path = path or gsm8k_file("train" if split == "train" else "test", s.cache)
+        problems = [problem for problem in read_gsm8k(path) if problem.reference_reasoning]
+        random.Random(s.seed).shuffle(problems)
+    groups = build_groups(problems[:some_more], s.negatives, s.seed)[:n]
+    if len(groups) < n:
+        flag = "--train" if split == "train" else "--heldout"
+        raise UserError(f"{path or s.source}: gives only {len(groups)} groups of {s.negatives} flawed traces, {flag} "
+                        f"asks for {n}; lower it or --negatives")
     return groups
 
 
 def main(argv) -> None:
-    """The command: writes RUN/groups/*.jsonl."""
-    settings = parse_settings(DataSettings, PRESETS, argv, "data.py")
-    folder = Path(settings.run) / "groups"
-    if begin_stage(settings.run, "groups", settings, folder / "train.jsonl"):
-        splits = load_groups(settings)
-        record_stage(settings.run, "groups", settings)
-        for split, groups in reversed(splits.items()):                     # train last: it marks the stage complete
-            write_groups(folder / f"{split}.jsonl", groups)
-    for path in sorted(folder.glob("*.jsonl")):
+    """The command: writes RUN_DIR/groups/*.jsonl."""
+    settings = parse_settings(DataSettings, argv, "data.py")
+    groups = Path(settings.run_dir) / "groups"
+    with stage_folder(groups, settings) as folder:
+        if folder:
+            for split, made in load_groups(settings).items():
+                write_groups(folder / f"{split}.jsonl", made)
+    for path in sorted(groups.glob("*.jsonl")):
         print(f"{path}: {len(read_groups(path))} groups")
-    print(f"next: python executor.py --preset {settings.preset} --run {settings.run}")
+    print(f"next: python executor.py --run_dir {settings.run_dir}")
 
 
 if __name__ == "__main__":
