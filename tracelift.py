@@ -380,10 +380,8 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
         own_old = None if old is None else old[part.tokens]
         own_ref = None if ref is None else ref[part.tokens]
         with torch.set_grad_enabled(learns):
-            with executor.autocast(planner):
-                hidden = executor.token_hidden(planner, part.ids, part.at)                     # (m, H)
-            loss, logp, entropy, A = head_loss(
-                planner, hidden, part.target, reward, part.sequence, weight[part.tokens], group_size, own_old, own_ref,
+            loss, logp, entropy, A = loss_of_part(
+                planner, part, reward, weight[part.tokens], group_size, own_old, own_ref,
                 temperature=temperature, clip_low=clip_low, clip_high=clip_high, beta=beta, scale=scale)
         if learns:
             loss.backward()
@@ -464,7 +462,7 @@ def training_run(s: TrainSettings):
             print(f"stopped; {run.saved()}", file=sys.stderr)
             raise
         except (FloatingPointError, OSError) as error:
-            raise UserError(f"{error}; {run.saved()}") from error
+            raise type(error)(f"{error}; {run.saved()}") from error
         if work is not None:
             run.save_planner()
 
@@ -704,15 +702,19 @@ def trained(planner) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in planner.named_parameters() if p.requires_grad}
 
 
-def head_loss(planner, hidden, *rows, **settings):
-    """kernels.grpo_loss of the planner's head on hidden (m, H). Where the fused kernel runs and the head is a plain
-    matrix, the (m, V) logits are never held whole."""
+def loss_of_part(planner, part: Part, reward, weight, group_size: int, old, ref, **settings):
+    """kernels.grpo_loss of the planner's logits (m, V) at the m tokens of a micro-batch. Where the fused kernel runs and
+    the head is a plain matrix, the logits are never held whole."""
+    rows = (part.target, reward, part.sequence, weight, group_size, old, ref)
     head = planner.get_output_embeddings()
-    if kernels.backend(hidden.device) == "triton" and type(head) is torch.nn.Linear and head.bias is None:
+    plain = getattr(planner, "plain_head", True) and type(head) is torch.nn.Linear and head.bias is None
+    if kernels.backend(part.ids.device) == "triton" and plain:
         work = executor.work_dtype(planner)                               # the head's product as autocast would do it
+        with executor.autocast(planner):
+            hidden = executor.token_hidden(planner, part.ids, part.at)                         # (m, H)
         return kernels.linear_grpo_loss(hidden.to(work), head.weight.to(work), *rows, **settings)
     with executor.autocast(planner):
-        logits = head(hidden)
+        logits = executor.token_logits(planner, part.ids, part.at)
     return kernels.grpo_loss(logits, *rows, inplace=True, **settings)
 
 
