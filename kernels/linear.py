@@ -6,7 +6,7 @@ overwrites them (on CUDA), and two matrix products bring it to hidden and head w
     z  = h @ W.T        (loss, dz) = loss(z)        dh = dz @ W        dW += dz.T @ h, in float32
 
 The loss is that of grpo.py or reference.py, and the mathematics stand there: with rho = exp(logp - old), a row of
-weight w has w (-min(rho A, clip(rho) A) + beta (exp(ref - logp) - (ref - logp) - 1)).
+weight w has w (-min(rho A, clip(rho) A) + beta rho (exp(ref - logp) - (ref - logp) - 1)).
 
 No logits are computed twice; in exchange dh (M,H) and dW (V,H) live from forward to backward, which only scales them.
 The peak is those and one buffer of chunk * V logits (on a CPU a handful of float32 temporaries of that shape). To

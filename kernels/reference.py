@@ -5,12 +5,16 @@ G traces of one problem. Sequence b belongs to problem b // G. For a row with we
 
     logp  = x[target] / tau - logsumexp(x / tau)                          tau = temperature, x = the row of logits
     A     = (r_b - mean r) / (std r + adv_eps)                            over the G rewards of the problem
-    rho   = exp(logp - old)
-    l     = -min(rho A, clamp(rho, 1 - clip_low, 1 + clip_high) A) + beta (exp(ref - logp) - (ref - logp) - 1)
+    rho   = exp(logp - old)                                               on-policy 1, with a derivative
+    l     = -min(rho A, clamp(rho, 1 - clip_low, 1 + clip_high) A) + beta rho (exp(ref - logp) - (ref - logp) - 1)
     loss  = sum of w l over the rows
 
+The term with beta has the derivative beta rho (logp - ref) in logp, which over sampled tokens is that of the reverse
+KL(policy || reference). Without rho it would be that of the forward one, on-policy too.
+
 Sources: arXiv 2605.03862 and its public code, which is token_weights "grpo", population std, adv_eps 1e-6, one update
-per rollout (so rho = 1); its math trainer has the defaults of TRL ("dapo", ddof 1, adv_eps 1e-4).
+per rollout (so rho = 1); its math trainer has the defaults of TRL ("dapo", ddof 1, adv_eps 1e-4). The term with beta
+is that of DeepSeek-V3.2, arXiv 2512.02556.
 
 Numbers: float32 inside, float64 when the logits are float64; a bfloat16 log-softmax over 152k tokens is off by 1e-2.
 Rows of weight 0 are selected away, never multiplied by 0, because 0 * inf is NaN: whatever a padded row holds (NaN
@@ -56,7 +60,7 @@ def grpo_loss_reference(logits, target, reward, seq, weight, group_size, old_log
     loss = -torch.minimum(rho * A, clipped * A)
     if beta > 0:
         gap = _take(ref_logp, live, dtype) - logp
-        loss = loss + beta * (torch.expm1(gap) - gap)
+        loss = loss + beta * rho * (torch.expm1(gap) - gap)
     loss = (_take(weight, live, dtype) * loss).sum()
 
     padded = torch.zeros(len(logits), dtype=dtype, device=logits.device)

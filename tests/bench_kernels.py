@@ -5,7 +5,7 @@
     python tests/bench_kernels.py --sweep            block sizes and warps instead of rivals
     python tests/bench_kernels.py --out FILE.json    the numbers also as JSON
 
-Errors are of an off-policy step. Times are of an on-policy one, in which every row has a gradient whatever the
+Errors are of an off-policy step with KL. Times are of an on-policy one, in which every row has a gradient whatever the
 logits hold (clipped rows need no backward, and in-place ones overwrite the logits): medians of CUDA events after a
 warm-up. A share is that of the bandwidth of a copy in the same run; peak is memory beyond the inputs. The linear loss
 does part of its backward in the forward: look at its total. Without CUDA a few rows run in Triton's interpreter: their
@@ -58,10 +58,12 @@ def step(rows, V, dtype, device):
 
 
 def errors(rows, V, dtype, device):
-    """Largest errors of loss, log-prob and gradient (of its maximum) against float64 on the same inputs."""
+    """Largest errors of loss, log-prob and gradient (of its maximum) against float64 on the same inputs, with KL."""
     s = step(rows, V, dtype, device)
+    noise = torch.randn(rows, generator=torch.Generator(device).manual_seed(1), device=device)
+    s |= {"ref_logp": s["old_logp"] + 0.2 * noise, "beta": 0.1}
     exact = dict(s)
-    for name in ("logits", "reward", "weight", "old_logp"):
+    for name in ("logits", "reward", "weight", "old_logp", "ref_logp"):
         exact[name] = s[name].double()
     x = s["logits"].requires_grad_()
     y = exact["logits"].requires_grad_()

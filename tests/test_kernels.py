@@ -72,8 +72,8 @@ def textbook(logits, target, reward, seq, weight, group_size, old_logp=None, ref
         value, slope = -min(rho * A, clipped * A), -A * rho if rho * A <= clipped * A else 0.0
         if beta:
             gap = float(ref_logp[i]) - logp
-            value += beta * (math.exp(gap) - gap - 1)
-            slope += beta * (1 - math.exp(gap))
+            value += beta * rho * (math.exp(gap) - gap - 1)
+            slope += beta * rho * -gap
         loss += w * value
         dlogits[i] = torch.tensor([w * slope * ((j == t) - p[j]) / temperature for j in range(V)], dtype=torch.float64)
         logps.append(logp), advantages.append(A)
@@ -231,6 +231,105 @@ def test_token_logp_is_a_distribution_and_its_logp_is_differentiable():
     assert logp.exp().sum().item() == pytest.approx(1.0)
     torch.testing.assert_close(entropy[0], torch.distributions.Categorical(logits=logits[0] / 1.7).entropy())
     assert logp.requires_grad and not entropy.requires_grad
+
+
+# ---- KL ----
+
+def every_token(old=None, seed=0, V=7, temperature=0.7):
+    """(logits (V,), reference (V,) log-probs, rows): one row for each token of a vocabulary. Its weight is the token's
+    probability under the policy that sampled, so that the sum over the rows is the expectation over sampled tokens.
+    Rewards are equal, so that the KL alone is left."""
+    g = torch.Generator().manual_seed(seed)
+    logits, other, third = torch.randn(3, V, generator=g, dtype=torch.float64) * 1.5
+    reference = other.log_softmax(-1)
+    sampler = ((logits if old is None else third) / temperature).log_softmax(-1)
+    rows = dict(target=torch.arange(V), reward=torch.ones(1, dtype=torch.float64),
+                seq=torch.zeros(V, dtype=torch.int32), weight=sampler.exp(), group_size=1,
+                old_logp=None if old is None else sampler, ref_logp=reference, beta=1.0, temperature=temperature)
+    return logits.requires_grad_(), reference, rows
+
+
+@pytest.mark.parametrize("old", [None, "another policy"], ids=["on-policy", "off-policy"])
+@pytest.mark.parametrize("seed", range(3))
+@both
+def test_the_kl_term_is_the_reverse_kl(old, seed, implementation):
+    """Expected value and expected gradient over sampled tokens are those of KL(policy || reference), also where the
+    tokens come from an older policy. Without the live ratio the gradient would be that of KL(reference || policy)."""
+    logits, reference, rows = every_token(old, seed)
+    loss = grpo_loss(logits.expand(7, 7).contiguous(), **rows)[0]
+    grad, = torch.autograd.grad(loss, logits)
+    logp = (logits / rows["temperature"]).log_softmax(-1)
+    reverse = (logp.exp() * (logp - reference)).sum()
+    forward = (reference.exp() * (reference - logp)).sum()
+    want, = torch.autograd.grad(reverse, logits, retain_graph=True)
+    wrong, = torch.autograd.grad(forward, logits)
+    tolerance = 1e-12 if implementation == "reference" else 1e-6
+    torch.testing.assert_close(loss, reverse.detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad, want, rtol=tolerance, atol=tolerance)
+    assert (grad - wrong).norm() > 0.1 * grad.norm() > 0.01
+
+
+@pytest.mark.parametrize("old", [None, "another policy"], ids=["on-policy", "off-policy"])
+@both
+def test_the_linear_loss_has_the_same_kl(old):
+    logits, _, rows = every_token(old)
+    grad, = torch.autograd.grad(grpo_loss(logits.expand(7, 7).contiguous(), **rows)[0], logits)
+    head = logits.detach()[:, None].clone().requires_grad_()                       # (V, 1): hidden states of 1
+    linear_grpo_loss(torch.ones(7, 1, dtype=torch.float64), head, **rows, chunk=3)[0].backward()
+    torch.testing.assert_close(head.grad[:, 0], grad, rtol=1e-6, atol=1e-6)
+
+
+@both
+def test_gradient_of_one_kl_row():
+    """beta rho (logp - ref), also where exp(ref - logp) is large."""
+    logits = torch.tensor([[1.0, -20.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    target, one = torch.tensor([1]), torch.ones(1, dtype=torch.float64)
+    logp = token_logp(logits, target)[0].detach()
+    grpo_loss(logits, target, one, torch.tensor([0]), one, 1, logp - 0.5, logp + 3, beta=0.5)[0].backward()
+    want = 0.5 * math.exp(0.5) * -3 * (torch.tensor([0.0, 1.0, 0.0]) - logits.detach().softmax(-1))
+    torch.testing.assert_close(logits.grad, want)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")     # of trl's own calls
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_loss_and_gradient_equal_those_of_trl(loss_type, off_policy, tiny, tmp_path):
+    """Its trainer on a tiny model: loss with KL, and the gradient of every weight."""
+    trl = pytest.importorskip("trl", minversion="1.10", reason="compares with trl >= 1.10, which is not installed")
+    from datasets import Dataset
+    folder, _, tokenizer = tiny
+    B, P, T = 4, 3, 5                                    # sequences, tokens of a prompt, tokens of a completion
+    args = trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=B,
+                          gradient_accumulation_steps=1, num_generations=B, beta=0.3, temperature=0.9, epsilon=0.1,
+                          epsilon_high=0.3, loss_type=loss_type)
+    trainer = trl.GRPOTrainer(str(folder), lambda completions, **_: [0.0] * len(completions), args,
+                              Dataset.from_list([{"prompt": "a"}] * B), processing_class=tokenizer)
+    trainer.current_gradient_accumulation_steps = 1      # what its training loop sets
+    model = trainer.model.train()
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(tokenizer), (B, P + T), generator=g)
+    mask = torch.arange(T) < torch.tensor([5, 3, 1, 4])[:, None]
+    logits = model(ids).logits[:, P - 1:-1].reshape(B * T, -1)
+    target = ids[:, P:].flatten()
+    own = token_logp(logits.detach(), target, 0.9)[0]
+    old = own + 0.3 * torch.randn(B * T, generator=g) if off_policy else None
+    ref = own + 0.5 * torch.randn(B * T, generator=g)
+    reward = torch.tensor([1.0, 0.0, 0.5, 1.0])
+    weight = token_weights(mask, loss_type).flatten()
+    seq = torch.arange(B).repeat_interleave(T)
+    ours, *_, A = grpo_loss(logits, target, reward, seq, weight, B, old, ref, temperature=0.9, clip_low=0.1,
+                            clip_high=0.3, beta=0.3, ddof=1, adv_eps=1e-4)
+    weights = [w for w in model.parameters() if w.requires_grad]
+    gradients = torch.autograd.grad(ours, weights)
+    inputs = {"prompt_ids": ids[:, :P], "prompt_mask": torch.ones(B, P, dtype=torch.int64),
+              "completion_ids": ids[:, P:], "completion_mask": mask.long(), "advantages": A[::T],
+              "old_per_token_logps": None if old is None else old.view(B, T), "ref_per_token_logps": ref.view(B, T),
+              "num_items_in_batch": mask.sum()}
+    theirs = trainer._compute_loss(model, inputs)
+    torch.testing.assert_close(ours, theirs)
+    for got, want in zip(gradients, torch.autograd.grad(theirs, weights)):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert max(x.abs().max() for x in gradients) > 1e-3
 
 
 # ---- advantage ----
