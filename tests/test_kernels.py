@@ -293,11 +293,11 @@ def test_gradient_of_one_kl_row():
 @pytest.mark.filterwarnings("ignore::FutureWarning")     # of trl's own calls
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 @pytest.mark.parametrize("off_policy", [False, True])
-def test_loss_and_gradient_equal_those_of_trl(loss_type, off_policy, tiny, tmp_path):
+def test_loss_and_gradient_equal_those_of_trl(loss_type, off_policy, request, tmp_path):
     """Its trainer on a tiny model: loss with KL, and the gradient of every weight."""
     trl = pytest.importorskip("trl", minversion="1.10", reason="compares with trl >= 1.10, which is not installed")
     from datasets import Dataset
-    folder, _, tokenizer = tiny
+    folder, _, tokenizer = request.getfixturevalue("tiny")
     B, P, T = 4, 3, 5                                    # sequences, tokens of a prompt, tokens of a completion
     args = trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=B,
                           gradient_accumulation_steps=1, num_generations=B, beta=0.3, temperature=0.9, epsilon=0.1,
@@ -524,8 +524,7 @@ def linear_case(dtype=torch.float64, H=4, V=11, seed=3):
     return hidden, head, b
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 4096])
-@pytest.mark.parametrize("frozen", ["", "head", "hidden"])
+@pytest.mark.parametrize("chunk, frozen", [(1, ""), (7, ""), (7, "head"), (7, "hidden"), (4096, "")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @both
 def test_linear_equals_materialised(chunk, frozen, dtype):
