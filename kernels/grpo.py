@@ -154,8 +154,8 @@ def grpo_loss_triton(logits, target, reward, seq, weight, group_size, old_logp=N
     micro-batches add up. old_logp, ref_logp (M,) float or None: on-policy (rho = 1), no KL. ddof=1: sample std;
     scale=False: no division by it (Dr. GRPO). inplace=True: the gradient overwrites logits, a second use then raises.
     A row of weight 0 is not read; its outputs and gradient are 0. In others a target outside [0,V), a seq outside [0,B)
-    or, on-policy, a token of probability 0 gives NaN: raising would wait for the GPU. What would read or write beyond
-    a tensor is an AssertionError.
+    or, on-policy or with KL, a token of probability 0 gives NaN: raising would wait for the GPU. What would read or
+    write beyond a tensor is an AssertionError.
     """
     _assert_logits(logits, target, inplace)
     for rows in (seq, weight, old_logp, ref_logp):

@@ -40,7 +40,7 @@ def grpo_loss_reference(logits, target, reward, seq, weight, group_size, old_log
     weight    (M,) float, from token_weights. Carries mask and average: 0 means padding. The loss is a plain sum, so
               the losses of micro-batches add up to the loss of the step, without scaling.
     old_logp  (M,) float in nats, of the policy that sampled. None: on-policy, rho = 1, so l is -A and its gradient
-              -A * dlogp (a live token of probability 0 then is NaN; with old_logp its rho is 0).
+              -A * dlogp. A live token of probability 0 then is NaN, as it is with KL; else its rho is 0.
     ref_logp  (M,) float in nats, of the reference policy; needed if beta > 0, else not read.
     inplace   permission to overwrite logits. This implementation has no use for it and leaves logits as they are.
 
