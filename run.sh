@@ -123,6 +123,10 @@ pipeline() {
 }
 
 exec 3>&1
+# Triton that cannot start is found here, in one line, and not after hours.
+"$python" -c 'import executor, kernels
+try: kernels.check(executor.pick_device())
+except (RuntimeError, ValueError, executor.UserError) as error: raise SystemExit(f"error: {error}")'
 case $preset in
   tiny | smoke) ;;
   *code) pipeline code; exit ;;

@@ -388,11 +388,11 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
         health["loss"] += loss.item()
         health["entropy"] += entropy.sum().item() / M
         health["sampler_gap"] += (logp - batch.sampled[part.tokens]).abs().sum().item() / M
+        rho = torch.ones_like(logp) if old is None else (logp - own_old).exp()
         if ref is not None:
             gap = own_ref - logp
-            health["kl"] += (torch.expm1(gap) - gap).sum().item() / M
+            health["kl"] += (rho * (torch.expm1(gap) - gap)).sum().item() / M
         if old is not None:
-            rho = (logp - own_old).exp()
             cut = (rho < 1 - clip_low) & (A < 0) | (rho > 1 + clip_high) & (A > 0)
             health["clip_share"] += cut.sum().item() / M
     planner.eval()
@@ -487,7 +487,10 @@ class TrainingRun:
         if work is None:
             return
         self.device = executor.pick_device(s.device)
-        kernels.check(self.device)
+        try:
+            kernels.check(self.device)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(str(error)) from None
         run_dir = Path(s.run_dir)
         self.problems = data.read_problems(run_dir / "groups" / "train.jsonl")[:s.max_problems or None]
         self.heldout = []
