@@ -97,9 +97,10 @@ run=${RUN:-runs/$preset}
 pipeline() {
   folder=$run-$1
   stage() {
-    echo "$(date +%T)  python $*" | tr -s ' \n' ' ' | tee /dev/fd/3
-    echo | tee /dev/fd/3
-    "$python" "$@" --run_dir "$folder" || { echo "$(date +%T)  failed: python $*" >&3; exit 2; }
+    set -- "$@" --run_dir "$folder"
+    echo "$(date +%T)  python $*" >&3
+    echo "$(date +%T)  python $*"
+    "$python" "$@" || { echo "$(date +%T)  failed: python $*" >&3; exit 2; }
   }
 
   case $preset in tiny | smoke) data="$data --task_type $1" ;; esac
