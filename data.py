@@ -156,43 +156,55 @@ def extract_reasoning(completion: str) -> str:
     A completion that was cut at the token limit has no closing tag: its trace is all that was written. Whoever shows
     that trace to the executor or the reward model closes the tag, so neither sees that it was cut. Text after the
     closing tag, and before an opening one, is no part of the trace and reaches nobody; its tokens were sampled all
-    the same, and get gradient like all others. No opening tag: the trace begins where the completion does.
+    the same, and get gradient like all others. No opening tag: the trace begins where the completion does. What a
+    thinking model writes before "</think>" is no part of its completion.
     """
-    after_open = completion.split(OPEN, 1)[-1]
+    after_thinking = completion.rpartition("</think>")[2]
+    after_open = after_thinking.split(OPEN, 1)[-1]
     return after_open.split(CLOSE, 1)[0].strip()
 
 
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt: as the user's turn of the tokenizer's chat template, if it has one. The template writes
-    the beginning-of-sequence token itself, so the tokenizer must not add a second."""
-    if getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokenizer(prompt)["input_ids"]
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Token ids of a text that anybody may have written, as the tokenizer begins one, but open at its end: some
+    tokenizers put an end-of-sequence token there, and a prompt goes on.
+
+    Hazard: a trace that spells "<|im_end|>" would end its own turn, and could answer in the executor's place. So
+    control tokens in the text are split: they are read as the letters that they are written with."""
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def check_trace(problem: Problem, reasoning: str) -> tuple[bool, bool] | None:
-    """(faithful, leak): is every step right and in its place, and does the trace give the final result away? None
-    where there is no ground truth: outside of the tiny world, and without a reference trace."""
-    return source_of(problem).check_trace(problem, reasoning)
+def encode_prompt(tokenizer, prompt: str, template_arguments: dict | None = None) -> list[int]:
+    """Token ids of a prompt: as the user's turn of the tokenizer's chat template, if it has one. Control tokens of the
+    template are control tokens, those that are spelled in the prompt are text (see `encode_text`)."""
+    if not getattr(tokenizer, "chat_template", None):
+        return encode_text(tokenizer, prompt)
 
+    def turn(content: str) -> str:
+        messages = [{"role": "user", "content": content}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                             **(template_arguments or {}))
 
-def needs_base_model(problem: Problem) -> bool:
-    """True where no pretrained model speaks the problem's language: one must be trained on `base_corpus`."""
-    return source_of(problem).needs_base_model
+    def ids(text: str, **options) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, **options)["input_ids"]     # the template writes its own
 
-
-def split_steps(problem: Problem, reasoning: str) -> list[str]:
-    """The steps of a trace: equations or plan steps in the tiny world, else sentences and lines."""
-    parts = source_of(problem).step_end.split(reasoning)
-    return [part.strip() for part in parts if part.strip()]
+    harmless = ids(prompt, split_special_tokens=True)
+    if harmless == ids(prompt):
+        return ids(turn(prompt))
+    before, after = turn("\0").split("\0")
+    return ids(before) + harmless + ids(after)
 
 
 # ------------------------------------------------------------------------------- 2. steps, flaws, TraceLift-Groups
 #
 # Steps are what InT (arXiv 2601.14209) works on: the planner reads its own trace, numbered, names the first wrong step
 # and proposes another in its place.
+
+def split_steps(problem: Problem, reasoning: str) -> list[str]:
+    """The steps of a trace: equations or plan steps in the tiny world, else sentences and lines."""
+    parts = source_of(problem).step_end.split(reasoning)
+    return [part.strip() for part in parts if part.strip()]
+
 
 def intervention_prompt(problem: Problem, reasoning: str) -> str:
     """Problem, reference reasoning and the planner's own numbered trace. The completion is the number of the first
@@ -228,6 +240,17 @@ def splice(problem: Problem, reasoning: str, index: int, step: str = "") -> str:
     if not step or not beginning:
         return beginning + step
     return beginning + gap + step
+
+
+def check_trace(problem: Problem, reasoning: str) -> tuple[bool, bool] | None:
+    """(faithful, leak): is every step right and in its place, and does the trace give the final result away? None
+    where there is no ground truth: outside of the tiny world, and without a reference trace."""
+    return source_of(problem).check_trace(problem, reasoning)
+
+
+def needs_base_model(problem: Problem) -> bool:
+    """True where no pretrained model speaks the problem's language: one must be trained on `base_corpus`."""
+    return source_of(problem).needs_base_model
 
 
 DIMENSIONS = {"math": ("problem_understanding", "solution_strategy", "step_coherence", "calculation_correctness",
@@ -584,9 +607,9 @@ def _say_left_out(path, reason, names):
 def read_any_groups(path) -> list[tuple[str, dict]]:
     """(place, group) of TraceLift-Groups; or of HumanEval or MBPP lines, as groups without traces, which serve every
     reward but the reward model's."""
-    _, first = read_records(path, {})[0]
+    _, first = next(_values(Path(path)), ("", {}))
     for form in ("canonical_solution", "test_list"):
-        if form in first:
+        if isinstance(first, dict) and form in first:
             return [(where, _group(problem, {})) for where, problem in _read_form(path, form)]
     return _read_groups(path)
 
