@@ -18,6 +18,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -817,7 +818,6 @@ def test_fewer_steps_are_refused(run_dir, straight, lottery):
     assert out.exists() and len(lines(out)) == 5
 
 
-@pytest.mark.xfail(strict=True, reason="settings.json keeps the number of steps that a training began with")
 def test_a_grown_training_is_as_long_as_it_is(run_dir, lottery):
     """Grown from 1 to 3 steps, it is one of 3: asked for 2, or for 1, it must not say that it is there."""
     for steps in 1, 3:
@@ -836,6 +836,35 @@ def test_more_steps_with_other_settings_leave_the_planner_alone(run_dir, lottery
     with pytest.raises(UserError, match="--learning_rate "):
         train(settings(run_dir, steps=2, warmup=1, learning_rate=1e-9))
     assert out.exists() and (out / "results.json").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="only finished trainings are asked how many steps they have made")
+def test_fewer_steps_than_a_stopped_training_has_made_are_refused(run_dir, stopped):
+    """Its checkpoint is of 4 steps: saved as a planner of 3, its numbers would be another training's."""
+    with pytest.raises(UserError, match=r"--steps 3\b"):
+        train(settings(run_dir, steps=3))
+    assert not (run_dir / "planner-tracelift-seed0").exists() and (stopped / "checkpoint.pt").exists()
+
+
+def test_a_training_goes_on_with_the_problems_that_it_began_with(run_dir, stopped):
+    path = run_dir / "groups" / "train.jsonl"
+    data.write_groups(path, data.read_groups(path)[::-1])
+    with pytest.raises(UserError, match="groups/train.jsonl has changed"):
+        train(settings(run_dir))
+
+
+def test_a_second_process_at_the_same_training_is_refused(run_dir, monkeypatch, lottery):
+    """Two writers of one log spoil both; the first goes on."""
+    real, said = tracelift.measure_rewards, []
+
+    def meanwhile(*args):
+        if not said:
+            with pytest.raises(UserError, match="another process") as error:
+                train(settings(run_dir))
+            said.append(str(error.value))
+        return real(*args)
+    monkeypatch.setattr(tracelift, "measure_rewards", meanwhile)
+    assert len(lines(train(settings(run_dir)))) == 5 and said
 
 
 # ---- logs, checkpoints and disks that are not what they should be
@@ -1159,6 +1188,15 @@ def test_several_updates_per_rollout_move_the_ratio(run_dir, lottery):
     assert all(line["clip_share"] is None for line in one) and any(line["clip_share"] > 0 for line in three)
 
 
+@pytest.mark.xfail(strict=True, reason="accumulate_gradient asks for is_gradient_checkpointing, which goes in transformers 6")
+def test_training_uses_nothing_that_is_to_go(run_dir, lottery):
+    """Warnings of today are errors of tomorrow's libraries."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", DeprecationWarning)
+        train(settings(run_dir, steps=2, inner_epochs=2, beta=0.1, checkpointing=1))
+
+
 def test_a_few_steps_raise_the_probability_of_what_is_rewarded(run_dir, monkeypatch):
     """End to end, on a rigged reward: the share of tokens whose id has the parity that the base prefers less."""
     tokenizer = executor.load(str(run_dir / "base"), "cpu")[1]
@@ -1194,7 +1232,8 @@ def test_programs_without_reference_traces(prepared, tmp_path):
     """From MBPP lines to the table, at toy size: no row for reference traces, no reward model needed."""
     for split in ("train", "heldout"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(
-            {"task_id": i, "text": "write f ( x ) .", "code": "", "test_list": ["assert f(1) == 1"]}) + "\n" for i in range(3)))
+            {"task_id": f"{split}-{i}", "text": f"write f ( x ) for {split} {i} .", "code": "",
+             "test_list": [f"assert f({i}) == 1"]}) + "\n" for i in range(3)))
     run_dir = tmp_path / "code"
     command(data, "--run_dir", run_dir, "--source", "groups", "--task_type", "code", "--data", tmp_path / "train.jsonl",
             "--heldout_data", tmp_path / "heldout.jsonl")
@@ -1205,7 +1244,7 @@ def test_programs_without_reference_traces(prepared, tmp_path):
     command(tracelift, "evaluate", "--run_dir", run_dir, "--device", "cpu", "--problems", 2)
     assert {"no trace", "base planner", "exec_only"} <= set(rows_of((run_dir / "results.md").read_text()))
     assert json.loads((out / "results.json").read_text())["rows"][out.name]["heldout T=0"]["success"] == 0
-    with pytest.raises(UserError, match="mbpp-0.*good and a flawed trace"):
+    with pytest.raises(UserError, match="mbpp-train-0.*good and a flawed trace"):
         rm_module.main(["--run_dir", str(run_dir), "--device", "cpu"])
 
 
@@ -1427,11 +1466,13 @@ def test_a_planner_trained_again_or_further_is_measured_again(run_dir, lottery):
 
 def test_evaluation_is_reproducible(run_dir, lottery):
     """And a function of its seed."""
-    first = tracelift.evaluate(evaluation(run_dir, problems=5))
+    out = train(settings(run_dir, steps=1, mode="exec_only"))         # whose lengths are small
+    first = tracelift.evaluate(evaluation(run_dir))
     again = {}
     for seed in 0, 1:
-        (run_dir / "base" / "results.json").unlink()
-        again[seed] = tracelift.evaluate(evaluation(run_dir, problems=5, seed=seed))
+        for folder in run_dir / "base", out:
+            (folder / "results.json").unlink()
+        again[seed] = tracelift.evaluate(evaluation(run_dir, seed=seed))
     assert again[0] == first != again[1]
 
 
@@ -1790,7 +1831,8 @@ def test_all_commands_in_order(prepared, run_dir):
     assert (run_dir / "results.md").read_text().strip() in out and "next: python tracelift.py inspect" in out
     assert "tracelift" in rows_of(out) and planner.name in json.loads((planner / "results.json").read_text())["rows"]
     assert "advantage" in command(tracelift, "inspect", "--run_dir", run_dir, "--device", "cpu", "--planner", planner.name)
-    assert {p.name for p in run_dir.iterdir()} == {"groups", "base", "rm", planner.name, "results.md"}
+    seen = {p.name for p in run_dir.iterdir() if not p.name.startswith(".")}
+    assert seen == {"groups", "base", "rm", planner.name, "results.md"}
     assert all((run_dir / stage / "settings.json").exists() for stage in ("groups", "base", "rm", planner.name))
 
 
