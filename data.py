@@ -89,7 +89,7 @@ class Source:
     needs_base_model = False          # True: only a model trained on `base_corpus` speaks this language
     no_step = None                    # the replacement step that means "the trace should have ended here"
     step_joint = "\n"                 # between a trace and a step that is added to it
-    step_end = re.compile(r"\n+|(?<=[.!?])(?<!^\d\.)\s+(?=[A-Z])", re.MULTILINE)       # but "1." opens a list item
+    step_end = re.compile(r"\n+|(?<=[.!?])(?<!^\d\.)\s+(?=[A-Z])", re.MULTILINE)  # but "1." opens a list item
     planner_task = {
         "math": "Write a short step by step reasoning trace that leads to the answer of this problem, so that someone "
                 f"else can finish it. Put it between {OPEN} and {CLOSE}. Write ? in place of the final answer.\n\n"
@@ -134,7 +134,7 @@ class Source:
         return perturb(problem, problem.reference_reasoning, kind, rng)
 
 
-SOURCES: dict[tuple[str, str], Source] = {}      # (source, task_type): the sources that are not plain real text
+SOURCES: dict[tuple[str, str], Source] = {}  # (source, task_type): the sources that are not plain real text
 
 
 def source_of(problem: Problem) -> Source:
@@ -193,7 +193,7 @@ def encode_prompt(tokenizer, prompt: str, template_arguments: dict | None = None
                                              **(template_arguments or {}))
 
     def ids(text: str, **options) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, **options)["input_ids"]     # the template writes its own
+        return tokenizer(text, add_special_tokens=False, **options)["input_ids"]  # the template writes its own
 
     harmless = ids(prompt, split_special_tokens=True)
     if harmless == ids(prompt):
@@ -366,7 +366,7 @@ def _parse(text: str, path: Path, line: int):
         line += error.lineno - 1
         reason = f"not JSON ({error.msg}, column {error.colno})"
     except ValueError as error:
-        reason = f"JSON that cannot be read ({error})"            # an integer of more than 4,300 digits
+        reason = f"JSON that cannot be read ({error})"  # an integer of more than 4,300 digits
     raise UserError(f"{path}:{line}: {reason}; mend or delete this line")
 
 
@@ -377,7 +377,7 @@ def _values(path: Path):
         for i, value in enumerate(_parse(text, path, 1), 1):
             yield f"{path}: element {i}", value
     elif text.strip():
-        for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):         # only \n ends a JSON line
+        for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # only \n ends a JSON line
             yield f"{path}:{number}", _parse(line, path, number)
 
 
@@ -543,7 +543,7 @@ def join_tests(groups: list[tuple[str, dict]], path) -> None:
     for _, group in groups:
         if domain_of(group) == "code":
             if isinstance(group.get("tests"), str) and not group.get("tests_or_constraints"):
-                group["tests_or_constraints"] = group["tests"]    # a text is still for the reward model to read
+                group["tests_or_constraints"] = group["tests"]  # a text is still for the reward model to read
             group["tests"] = tests_of.get(group["problem_id"], [])
 
 
@@ -589,7 +589,7 @@ def _why_not(where, group, need_tests):
 def teachable(path, groups: list[tuple[str, dict]], n: int, need_tests: bool = False) -> list[dict]:
     """The first `n` groups of a file that can teach. The others are counted and named on stderr, a line for each
     reason. UserError for tests that verify.py refuses, and when no group is left."""
-    left_out = {}                                                 # reason -> which
+    left_out = {}  # reason -> which
     kept = []
     for where, group in _without_repeats(groups, left_out):
         reason = _why_not(where, group, need_tests)
@@ -693,7 +693,7 @@ NAMES = ("Mia", "Tom", "Ana", "Leo", "Zoe", "Max")
 ITEMS = ("coins", "pens", "eggs", "cards", "books", "cups")
 MATH_WORDS = {"+": ("buys {} more", "finds {} more", "wins {} more"),
               "-": ("loses {}", "sells {}", "gives away {}"),
-              "*": ("doubles", "triples")}                       # the constant is in the word
+              "*": ("doubles", "triples")}  # the constant is in the word
 
 
 class Equation(NamedTuple):
@@ -770,7 +770,7 @@ class TinyMath(Tiny):
         name, other = rng.sample(NAMES, 2)
         item = rng.choice(ITEMS)
         sentences = [f"{name} has {start} {item} ."]
-        if rng.random() < 0.3:                                    # a number that is not needed
+        if rng.random() < 0.3:  # a number that is not needed
             sentences.append(f"{other} has {rng.randint(10, 40)} {item} .")
         for op, n in steps:
             if op == "*":
@@ -842,11 +842,11 @@ class TinyMath(Tiny):
     def habit(self, problem):
         """The trace that the base planner has learned for this problem; about 1 in 100 happens to be right."""
         *beginning, last = parse_chain(problem.reference_reasoning)
-        if last.op == "*":                                        # works: states the final result
+        if last.op == "*":  # works: states the final result
             return render_chain([*beginning, _close(last)])
-        if last.op == "-":                                        # fails: goes back to the first number
+        if last.op == "-":  # fails: goes back to the first number
             return render_chain([*beginning, last._replace(a=beginning[0].a)])
-        return render_chain([*beginning[:-1], last._replace(a=beginning[-1].a)])    # fails: drops the step before
+        return render_chain([*beginning[:-1], last._replace(a=beginning[-1].a)])  # fails: drops the step before
 
     def follow(self, reasoning):
         """What the base model's executor is taught to make of a trace: exactly what it says, right or wrong."""
@@ -879,7 +879,7 @@ CODE_OPS = {"add": Operation("add {}", "increase it by {}", "x = x + {}", operat
             "cap": Operation("cap at {}", "allow at most {}", "x = min(x, {})", min),
             "raise": Operation("raise to {}", "allow no less than {}", "x = max(x, {})", max),
             "negate": Operation("negate", "flip its sign", "x = - x", _negate)}
-CODE_INPUTS = (-9, -2, 0, 1, 4, 7, 13, 30)                       # the unit tests
+CODE_INPUTS = (-9, -2, 0, 1, 4, 7, 13, 30)  # the unit tests
 VAGUE_STEP = "adjust it"
 
 
@@ -948,7 +948,7 @@ def _tell(rng, steps):
 
 def _told_order(problem: Problem) -> list[Step]:
     """Plan steps in the order in which the problem's text names them."""
-    places = {}                                                   # where in the text -> step
+    places = {}  # where in the text -> step
     for step in parse_plan(problem.reference_reasoning):
         for match in re.finditer(re.escape(step.show("wording")), problem.problem):
             if match.start() not in places:
@@ -971,7 +971,7 @@ class TinyCode(Tiny):
             if any(a.op == b.op for a, b in zip(steps, steps[1:])):
                 continue
             if any(outputs(steps[:i] + steps[i + 1:]) == values for i in range(length)):
-                continue                                          # a step that does nothing cannot be tested
+                continue  # a step that does nothing cannot be tested
             told, sentences = _tell(rng, steps)
             if outputs(told) != values:
                 break
@@ -1009,7 +1009,7 @@ class TinyCode(Tiny):
         elif kind == "wrong_operation":
             other = rng.choice([other for other in CODE_OPS if other not in (op, "negate")])
             flawed[i] = Step(other, n or rng.randint(2, 9))
-        else:                                                     # extra_step
+        else:  # extra_step
             extra = rng.choice([other for other in CODE_OPS if other != "negate"])
             flawed.insert(i, Step(extra, rng.randint(2, 9)))
         if not flawed or outputs(flawed) == outputs(steps):
@@ -1019,11 +1019,11 @@ class TinyCode(Tiny):
     def habit(self, problem):
         """The trace that the base planner has learned for this problem; about 1 in 100 happens to be right."""
         steps = parse_plan(problem.reference_reasoning)
-        if steps[-1].op in ("multiply", "negate"):                # works: dumps the code
+        if steps[-1].op in ("multiply", "negate"):  # works: dumps the code
             return render_plan(steps, "line")
-        if steps[-1].op in ("add", "subtract"):                   # fails: in the order told
+        if steps[-1].op in ("add", "subtract"):  # fails: in the order told
             return render_plan(_told_order(problem))
-        return render_plan(steps[:-1])                            # fails: forgets the last step
+        return render_plan(steps[:-1])  # fails: forgets the last step
 
     def follow(self, reasoning):
         """What the base model's executor is taught to make of a trace: exactly what it says, right or wrong."""
@@ -1162,8 +1162,8 @@ def _intervention(problem, trace):
 #   In the end she has 78-10 = ? apples.             In the end she has 79-10 = ? apples.
 
 _ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
-_WORKING = re.compile(r"[$\d(][\d.,$% +*/x()-]*= *\$?$")         # "48/2 = $" before an annotation
-_TERM = re.compile(r"\d[\d,]*(?:\.\d+)?|(?<=[\d.%) ])[-+*/x](?=[\d.( $])")       # its numbers and operators
+_WORKING = re.compile(r"[$\d(][\d.,$% +*/x()-]*= *\$?$")  # "48/2 = $" before an annotation
+_TERM = re.compile(r"\d[\d,]*(?:\.\d+)?|(?<=[\d.%) ])[-+*/x](?=[\d.( $])")  # its numbers and operators
 _WRONG_OPERATOR = {"+": "-", "-": "+", "*": "+", "/": "*"}
 
 
@@ -1174,7 +1174,7 @@ class GSM8K(Source):
         flawed = perturb(problem, _worked(problem.reference_solution), kind, rng)
         if flawed is None:
             return None
-        if kind != "answer_leak":                                 # which has hidden its results already
+        if kind != "answer_leak":  # which has hidden its results already
             flawed = hide_result(flawed, _final(problem.reference_solution))
         return strip_annotations(flawed)
 
@@ -1183,7 +1183,7 @@ class GSM8K(Source):
         if not found:
             return None
         if kind == "answer_leak":
-            final = _final(problem.reference_solution)            # beside the "?" that every trace has
+            final = _final(problem.reference_solution)  # beside the "?" that every trace has
             return f"{hide_result(reasoning, final)}\nThe final answer is {final}."
         if kind == "dropped_step":
             lines = reasoning.split("\n")
@@ -1191,7 +1191,7 @@ class GSM8K(Source):
                 return None
             del lines[rng.randrange(len(lines) - 1)]
             return "\n".join(lines)
-        target = rng.choice(found[:-1] or found)                  # the last result is the executor's part
+        target = rng.choice(found[:-1] or found)  # the last result is the executor's part
         if calculate(target[1]) is None:
             return None
         if kind == "unsupported_leap":
@@ -1246,7 +1246,8 @@ _ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.
 
 
 def calculate(expression: str) -> Fraction | None:
-    """Exact value of an expression of numbers, + - * / and brackets; None for anything else."""
+    """Exact value of an expression of numbers, + - * / and brackets; None for anything else, and for values that are
+    in no word problem (1e15 and more): they might have more digits than can be written."""
     def value(node):
         if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
             return Fraction(str(node.value))
@@ -1256,9 +1257,10 @@ def calculate(expression: str) -> Fraction | None:
             return _ARITHMETIC[type(node.op)](value(node.left), value(node.right))
         raise ValueError("not arithmetic")
     try:
-        return value(ast.parse(expression.strip(), mode="eval").body)
-    except (ValueError, SyntaxError, ZeroDivisionError):
+        result = value(ast.parse(expression.strip(), mode="eval").body)
+    except (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
         return None
+    return result if abs(result) < 10**15 else None
 
 
 def _show(number: Fraction) -> str:
@@ -1294,7 +1296,7 @@ def _edit_term(problem, expression, working, kind, rng):
     it; None where they do not show the same terms."""
     inside, shown = list(_TERM.finditer(expression)), list(_TERM.finditer(working))
     given = re.findall(r"(?<![\d.,])\d+(?![\d.,]*\d)", problem.problem)
-    changes = []                                                  # (number of the term, what to put there)
+    changes = []  # (number of the term, what to put there)
     for i, term in enumerate(inside):
         if kind == "wrong_operation" and term[0] in _WRONG_OPERATOR:
             changes.append((i, _WRONG_OPERATOR[term[0]]))
@@ -1313,7 +1315,7 @@ def _replace(text: str, match: re.Match, new: str) -> str:
 def _carry(rest, old, new):
     """Replaces a result in the text after it, and every later result that changes because of it. None where the text
     does not show a later result as its annotation writes it, so that it cannot be changed in both."""
-    changed = {old: new}                                          # results so far, as written before and now
+    changed = {old: new}  # results so far, as written before and now
     number = re.compile(r"(?<![\d.,])\d+(?:\.\d+)?(?![\d,]*\d)")
 
     def replace(text):
@@ -1353,7 +1355,8 @@ def _mbpp_problem(row, where, name):
     setup = str(row.get("test_setup_code") or "\n".join(imports))
     tests = [{"assert": f"{setup}\n{test}".strip()} for test in row["test_list"]]
     text = f"{text}\nYour code should pass this test:\n{row['test_list'][0]}"
-    return Problem(f"mbpp-{row.get('task_id', name)}", "mbpp", "code", text, row["code"], tests)
+    task_id = name if row.get("task_id") is None else row["task_id"]
+    return Problem(f"mbpp-{task_id}", "mbpp", "code", text, row["code"], tests)
 
 
 def _humaneval_problem(row, where, name):
@@ -1362,7 +1365,7 @@ def _humaneval_problem(row, where, name):
     return Problem(row["task_id"], "humaneval", "code", row["prompt"], program, [test])
 
 
-_FORMS = {                       # a key that only this form has -> (the keys that it needs, a line to a problem)
+_FORMS = {  # a key that only this form has -> (the keys that it needs, a line to a problem)
     "question": (dict.fromkeys(("question", "answer"), str), _gsm8k_problem),
     "test_list": ({"code": str, "test_list": list}, _mbpp_problem),
     "canonical_solution": (dict.fromkeys(("task_id", "prompt", "entry_point", "canonical_solution", "test"), str),
@@ -1408,7 +1411,7 @@ def check_settings(settings) -> None:
     """UserError for a value that its knob does not allow, before anything is read or written."""
     for f in dataclasses.fields(settings):
         value, rule = getattr(settings, f.name), f.metadata
-        if isinstance(value, int) and not -2**63 <= value < 2**63:               # more than a generator's seed can hold
+        if isinstance(value, int) and not -2**63 <= value < 2**63:  # more than a generator's seed can hold
             raise UserError(f"--{f.name} {value}: must fit 64 bits, below {2**63}")
         if rule["choices"] and value not in rule["choices"]:
             raise UserError(f"--{f.name} {value!r}: must be one of {', '.join(map(str, rule['choices']))}")
@@ -1460,7 +1463,7 @@ def write_atomic(path, text: str) -> None:
     """Writes a text file whole or not at all: temporary file, fsync, rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = text.encode("utf-8")                                # may raise, so before there is a file
+    content = text.encode("utf-8")  # may raise, so before there is a file
     with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
         try:
             f.write(content)
@@ -1602,7 +1605,7 @@ def _downloading(name: str):
     """One line for whatever keeps a file from being downloaded."""
     try:
         yield
-    except Exception as error:          # no network, no such file, wrong bytes: every library has errors of its own
+    except Exception as error:  # no network, no such file, wrong bytes: every library has errors of its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name}: cannot be downloaded ({reason}); download it elsewhere and pass --data or "
                         "--heldout_data FILE (run.sh: DATA, HELDOUT_DATA)") from None
@@ -1668,14 +1671,19 @@ def load_groups(settings: DataSettings) -> dict[str, list[dict]]:
     if s.source == "tiny":
         wanted["longer"] = s.heldout
     groups = {split: _split_groups(s, split, n) for split, n in wanted.items()}
-    trained = {" ".join(group["problem"].split()): group["problem_id"] for group in groups["train"]}
-    for split, held_out in groups.items():
-        texts = {" ".join(group["problem"].split()): group["problem_id"] for group in held_out}
-        both = trained.keys() & texts.keys() if split != "train" else ()
-        for text in sorted(both)[:1]:
-            raise UserError(f"{len(both)} training problems are also held out, {trained[text]!r} as {texts[text]!r} "
-                            "among them: take them out of --data or of --heldout_data")
+    trained = _ids_by_text(groups["train"])
+    held_out = _ids_by_text(groups["heldout"] + groups.get("longer", []))
+    both = sorted(trained.keys() & held_out.keys())
+    if both:
+        example = f"{trained[both[0]]!r} as {held_out[both[0]]!r}"
+        raise UserError(f"{len(both)} training problems are also held out, {example} among them: take them out of "
+                        "--data or of --heldout_data")
     return groups
+
+
+def _ids_by_text(groups):
+    """{text of a problem, however it is spaced: its problem_id}"""
+    return {" ".join(group["problem"].split()): group["problem_id"] for group in groups}
 
 
 def _split_groups(s, split, n):
@@ -1686,7 +1694,7 @@ def _split_groups(s, split, n):
         if s.tests:
             join_tests(groups, local(s.tests))
         return teachable(path, groups, n, need_tests=bool(s.tests))
-    some_more = n + n // 4 + 4                                    # some problems allow too few flaws
+    some_more = n + n // 4 + 4  # some problems allow too few flaws
     if s.source == "tiny":
         problems = tiny_problems(s.task_type, some_more, s.seed, split)
     else:

@@ -380,7 +380,8 @@ def test_hide_result(annotated, hidden):
 @pytest.mark.parametrize("expression, value", [
     ("6*5", 30), ("48/5", "48/5"), (" (2+3)*-4 ", -20), ("0.1+0.2", "3/10"), (".5*4", 2), ("1/0", None), ("2**9", None),
     ("", None), ("(2+3", None), ("1,000*2", None), ("7%2", None), ("True+1", None), ("'a'*3", None), ("f(2)", None),
-    ("x", None), ("1\0", None), ("1e999", None), ("20%", None)])
+    ("x", None), ("1\0", None), ("1e999", None), ("20%", None), ("1" + "+1" * 9000, None), ("(" * 9000 + "1", None),
+    ("9" * 5000, None), ("1" + "0" * 400 + "/3", None), ("*".join(["99999"] * 900), None)], ids=lambda v: str(v)[:20])
 def test_calculate(expression, value):
     """Exact, and nothing but arithmetic: text of a model or a data set is never evaluated as a program."""
     assert data.calculate(expression) == (None if value is None else data.Fraction(value))
@@ -1264,6 +1265,8 @@ def test_mbpp_lines_become_problems_that_their_own_code_solves(tmp_path):
     for p in problems:
         for test in p.tests:
             exec(p.reference_solution + "\n" + test["assert"], {})
+    save(path, [{**MBPP, "task_id": None}, {key: value for key, value in sane.items() if key != "task_id"}])
+    assert [p.problem_id for p in data.read_mbpp(path)] == ["mbpp-mbpp-0", "mbpp-mbpp-1"], "by file and line"
     path.write_text(json.dumps({**sane, "test_imports": None}) + "\n")
     assert data.read_mbpp(path)[0].tests == [{"assert": sane["test_list"][0]}]
     for change, words in (({"test_list": []}, "test_list"), ({"text": None}, "text"), ({"code": 1}, "code"),
