@@ -287,16 +287,6 @@ def rollout(planner, tokenizer, problems: list[Problem], group_size: int, temper
                  torch.tensor(sampled, device=device))
 
 
-def sample_names(problems: list[Problem], num_samples: int, when: str) -> list[str]:
-    """A name for the random numbers of each sample. A problem that comes again in a step counts on."""
-    seen, names = Counter(), []
-    for problem in problems:
-        for _ in range(num_samples):
-            names.append(f"trace {when} {problem.problem_id} {seen[problem.problem_id]}")
-            seen[problem.problem_id] += 1
-    return names
-
-
 def complete(planner, tokenizer, prompts: list[list[int]], num_samples: int, temperature: float, max_tokens: int,
              names: list[str], max_cache_tokens: int) -> tuple[Completions, list[str]]:
     """Completions by the planner, also as text, in prompt-major order."""
@@ -397,17 +387,6 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
             health["clip_share"] += cut.sum().item() / M
     planner.eval()
     return health
-
-
-@torch.no_grad()
-def completion_logp(model, batch: Batch, temperature: float, micro_batch: int) -> torch.Tensor:
-    """Log-probs (M,) of the scored tokens under a model, at the sampling temperature."""
-    found = []
-    for part in batch.parts(micro_batch):
-        with executor.autocast(model):
-            logits = executor.token_logits(model, part.ids, part.at)                           # (m, V)
-        found.append(kernels.token_logp(logits, part.target, temperature)[0])
-    return torch.cat(found)
 
 
 # =====================================================================================================================
@@ -533,6 +512,7 @@ class TrainingRun:
         self.executor = frozen_executor(model, tokenizer, s, s.exec_score)
         if s.lora_rank:
             self.lora = executor.Lora(self.planner, s.lora_rank, s.lora_alpha, seed=s.seed)
+            print(f"LoRA: the adapted layers hold {self.lora.share:.0%} of the model's weights")
         self.max_cache_tokens = executor.cache_tokens(self.planner, s.max_cache_gib)
         if s.checkpointing:
             executor.without_dropout(self.planner)                        # it works in training mode only
@@ -704,6 +684,27 @@ def frozen_executor(model, tokenizer, s: Settings, exec_score: str = "binary") -
 def trained(planner) -> dict[str, torch.nn.Parameter]:
     """The parameters that learn: all, or those of the adapter."""
     return {name: p for name, p in planner.named_parameters() if p.requires_grad}
+
+
+def sample_names(problems: list[Problem], num_samples: int, when: str) -> list[str]:
+    """A name for the random numbers of each sample. A problem that comes again in a step counts on."""
+    seen, names = Counter(), []
+    for problem in problems:
+        for _ in range(num_samples):
+            names.append(f"trace {when} {problem.problem_id} {seen[problem.problem_id]}")
+            seen[problem.problem_id] += 1
+    return names
+
+
+@torch.no_grad()
+def completion_logp(model, batch: Batch, temperature: float, micro_batch: int) -> torch.Tensor:
+    """Log-probs (M,) of the scored tokens under a model, at the sampling temperature."""
+    found = []
+    for part in batch.parts(micro_batch):
+        with executor.autocast(model):
+            logits = executor.token_logits(model, part.ids, part.at)                           # (m, V)
+        found.append(kernels.token_logp(logits, part.target, temperature)[0])
+    return torch.cat(found)
 
 
 def loss_of_part(planner, part: Part, reward, weight, group_size: int, old, ref, **settings):
