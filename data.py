@@ -34,9 +34,11 @@ import platform
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -47,6 +49,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import verify
+
+try:
+    import fcntl
+except ImportError:                              # Windows
+    fcntl = None
 
 # ------------------------------------------------------------------------------- 1. Problem and what each role reads
 
@@ -1443,12 +1450,28 @@ def parse_settings(cls, argv: list[str], prog: str):
 
 
 def run_command(main, argv=None) -> None:
-    """Runs `main(argv)`; a UserError becomes one line on stderr and exit code 2."""
+    """Runs `main(argv)`. A mistake of the user, a full disk, numbers that are not finite or a sandbox that cannot start
+    become one line on stderr and exit code 2; SIGTERM and Ctrl-C end it like an error, so that nothing is left half
+    done, with exit code 130."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except (UserError, OSError) as error:                         # OSError: a full disk, a folder without permission
+    except (UserError, OSError, FloatingPointError, verify.SandboxError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        print(f"error: {str(error).splitlines()[0]}; in decoding lower --max_cache_gib, in training --micro_batch, or "
+              "use --checkpointing 1 or --lora_rank", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
 
 
 def write_atomic(path, text: str) -> None:
@@ -1476,7 +1499,7 @@ def stage_folder(path, settings, inputs: dict[str, str] | None = None):
     `path`.partial, with settings.json inside, to be filled; it is renamed to `path` when the block ends without error.
     After an error it stays, for the stage to continue from (unless the block put nothing into it). UserError when
     `path` or `path`.partial was made with other settings that affect the result, or from other `inputs`: {what the
-    stage reads: its `fingerprint`}.
+    stage reads: its `fingerprint`}; or while another process is at work on it.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -1485,18 +1508,37 @@ def stage_folder(path, settings, inputs: dict[str, str] | None = None):
         _compare(path, settings, inputs or {})
         yield None
         return
-    if _has_content(partial):
-        _compare(partial, settings, inputs or {})
-    else:
+    partial.mkdir(parents=True, exist_ok=True)
+    with _only_writer(partial):
+        if _has_content(partial):
+            _compare(partial, settings, inputs or {})
         record = {"settings": dataclasses.asdict(settings), "inputs": inputs or {}, "environment": environment()}
         write_atomic(partial / "settings.json", json.dumps(record, indent=1))
+        try:
+            yield partial
+        except BaseException:
+            if not _has_content(partial):                         # another try may then have other settings
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        os.replace(partial, path)
+
+
+@contextmanager
+def _only_writer(partial: Path):
+    """Locks a folder: two processes that write the same logs would spoil both. The lock is on the folder itself, leaves
+    no file behind, and ends with its process."""
+    if fcntl is None:                                             # Windows
+        yield
+        return
+    folder = os.open(partial, os.O_RDONLY)
     try:
-        yield partial
-    except BaseException:
-        if not _has_content(partial):  # another try may then have other settings
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    os.replace(partial, path)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{partial}: another process is making it; wait for it, or stop it first") from None
+        yield
+    finally:
+        os.close(folder)
 
 
 def _has_content(partial: Path) -> bool:

@@ -15,8 +15,11 @@ import torch
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 PRELUDE = """
-import statistics, torch, kernels
-from kernels import bench, grpo
+import statistics, sys, torch
+sys.path.append("tests")
+import bench_kernels as bench
+import kernels
+from kernels import grpo
 assert bench.CUDA
 device = torch.device("cuda")
 """
@@ -51,7 +54,7 @@ for poison in False, False, True:
     x = s["logits"].clone()
     if poison:
         x[dead] = float("nan")
-    out = grpo.grpo_loss(**{**s, "logits": x.requires_grad_()}, beta=0.1, ref_logp=s["old_logp"] - 0.1)
+    out = grpo.grpo_loss_triton(**{**s, "logits": x.requires_grad_()}, beta=0.1, ref_logp=s["old_logp"] - 0.1)
     out[0].backward()
     runs.append([*out, x.grad])
 for other in runs[1:]:
@@ -67,12 +70,12 @@ x = torch.zeros(M, V, dtype=torch.bfloat16, device=device)
 x[-1].copy_(torch.randn(V, device=device))
 assert x.numel() > 2 ** 31
 target = torch.full((M,), 7, device=device)
-logp = grpo.token_logp(x, target)[0]
+logp = grpo.token_logp_triton(x, target)[0]
 want = x[-1].double().log_softmax(-1)
 assert (logp[-1] - want[7]).abs() < 1e-4 and (logp[0] + torch.tensor(float(V)).log()).abs() < 1e-4
 weight = torch.zeros(M, device=device)
 weight[-1] = 1
-loss = grpo.grpo_loss(x.requires_grad_(), target, torch.tensor([0.0, 1.0], device=device),
+loss = grpo.grpo_loss_triton(x.requires_grad_(), target, torch.tensor([0.0, 1.0], device=device),
                       torch.ones(M, dtype=torch.int32, device=device), weight, 2, inplace=True)[0]
 loss.backward()
 want = (want.exp() - torch.nn.functional.one_hot(target[-1], V)).float()
@@ -117,7 +120,7 @@ s = bench.step(8192, 151936, torch.bfloat16, device)
 copy = bench.copy_bandwidth(s["logits"], 20)
 s["logits"].requires_grad_()
 s["old_logp"] = None                                     # on-policy: no row is clipped, so all are read
-r = bench.measure("ours", lambda: grpo.grpo_loss(**s, inplace=True), [s["logits"]], 20)
+r = bench.measure("ours", lambda: grpo.grpo_loss_triton(**s, inplace=True), [s["logits"]], 20)
 size = s["logits"].nbytes / 1e6
 backward = r["total"] - r["forward"]
 assert size / r["forward"] >= 0.84 * copy and 2 * size / backward >= 0.90 * copy, (r, copy)
