@@ -1085,6 +1085,21 @@ def test_an_interrupted_stage_continues_from_its_partial_folder(tmp_path):
     assert sorted(os.listdir(out)) == ["checkpoint", "settings.json"] and os.listdir(tmp_path) == ["base"]
 
 
+def test_a_stage_has_one_writer(tmp_path):
+    """The same training started twice: one line for the second, which may not touch what the first writes."""
+    out = tmp_path / "base"
+    code = ("import sys, data, test_data\n"
+            "data.run_command(lambda argv: test_data.fill(sys.argv[1], test_data.Settings()))")
+    with data.stage_folder(out, Settings()) as folder:
+        (folder / "file").write_text("mine")
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        second = subprocess.run([sys.executable, "-c", code, str(out)], env={**os.environ, "PYTHONPATH": path},
+                                capture_output=True, text=True)
+        assert second.returncode == 2 and second.stderr.count("\n") == 1 and "another process is making it" in second.stderr
+        assert (folder / "file").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["base"] and not fill(out, Settings())
+
+
 def test_a_stage_that_made_nothing_leaves_nothing(tmp_path):
     """A wrong flag is mended and tried again: no folder made with the wrong one may stand in the way."""
     with pytest.raises(UserError, match="no such file"):
