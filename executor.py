@@ -131,11 +131,11 @@ def sample(logits: torch.Tensor, temperature: float, draw: torch.Tensor) -> tupl
 def draws(names: list[str], count: int) -> torch.Tensor:
     """(len(names), count) numbers in [0, 1), float64. Row i is a function of names[i] alone, on every machine. (Not
     torch's generator: on the CPU it keeps 32 bits of a seed.)"""
-    rows = []
-    for name in names:
+    numbers = torch.zeros(len(names), count, dtype=torch.float64)
+    for row, name in zip(numbers, names):
         rng = random.Random(name)
-        rows.append([rng.random() for _ in range(count)])
-    return torch.tensor(rows, dtype=torch.float64).reshape(len(names), count)
+        row[:] = torch.tensor([rng.random() for _ in range(count)], dtype=torch.float64)
+    return numbers
 
 
 def context_of(model) -> float:
@@ -153,14 +153,14 @@ def context_of(model) -> float:
 def batches(prompts, samples: list[int], new: int, max_cache_tokens: int, equal_lengths: bool = False):
     """Numbers of the prompts, longest first, in lists whose cache (rows times slots) stays under the limit; a prompt
     that exceeds it on its own makes a list of its own."""
-    batch, rows = [], 0
+    batch, rows, longest = [], 0, 0
     for n in sorted(range(len(prompts)), key=lambda n: -len(prompts[n])):
-        if batch:
-            longest = len(prompts[batch[0]])
-            full = (rows + samples[n]) * (longest + new) > max_cache_tokens
-            if full or equal_lengths and len(prompts[n]) < longest:
-                yield batch
-                batch, rows = [], 0
+        full = (rows + samples[n]) * (longest + new) > max_cache_tokens
+        if batch and (full or equal_lengths and len(prompts[n]) < longest):
+            yield batch
+            batch, rows = [], 0
+        if not batch:
+            longest = len(prompts[n])
         batch.append(n)
         rows += samples[n]
     if batch:
@@ -210,12 +210,10 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
         logits, cache, mask, position = read_prompts(model, [prompts[n] for n in batch], P + max_new_tokens)
 
         # 2. Copy: each sample of a prompt gets its own keys and values. place: where a row goes in the result.
-        copied = [i for i, n in enumerate(batch) for _ in range(samples[n])]
         place = [first_row[n] + s for n in batch for s in range(samples[n])]
-        if len(place) > len(batch):
-            rows = torch.tensor(copied, device=device)
-            cache.reorder_cache(rows)
-            logits, mask, position = logits[rows], mask[rows], position[rows]
+        rows = torch.tensor([i for i, n in enumerate(batch) for _ in range(samples[n])], device=device)
+        cache.reorder_cache(rows)
+        logits, mask, position = logits[rows], mask[rows], position[rows]
         draw = draws[place].to(device)                                            # (R, max_new_tokens)
 
         # 3. Decode one token for all rows at a time.
@@ -251,14 +249,14 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
 def check_arguments(model, prompts, samples, new: int, temperature: float, draws) -> None:
     """The errors of `generate`, before anything is computed."""
     if len(samples) != len(prompts) or new < 1 or temperature < 0 or not all([*samples, *prompts]):
-        raise ValueError(f"prompts must not be empty, num_samples be one number >= 1 or one for each prompt, "
-                         f"max_new_tokens {new} >= 1, temperature {temperature} >= 0")
+        raise ValueError("prompts must not be empty, num_samples be one number >= 1 or one for each prompt, "
+                         "max_new_tokens >= 1, temperature >= 0")
     if draws is None or len(draws) != sum(samples) or draws.shape[1] < new:
-        raise ValueError(f"draws: needed at a temperature > 0, ({sum(samples)}, {new}); or give a generator")
-    longest, context = max(map(len, prompts), default=0), context_of(model)
-    if longest + new > context:
-        raise ContextError(f"a prompt of {longest} tokens and {new} new ones exceed the model's context of {context}; "
-                           "shorten the problems or lower the number of new tokens")
+        raise ValueError("draws: one number per row and new token is needed at a temperature > 0, or a generator")
+    longest = max(map(len, prompts), default=0)
+    if longest + new > context_of(model):
+        raise ContextError(f"a prompt of {longest} tokens and {new} new ones exceed the model's context of "
+                           f"{context_of(model)}; shorten the problems or lower the number of new tokens")
 
 
 # ---------------------------------------------------------------------------------------- 2. the frozen executor
@@ -335,15 +333,14 @@ class Executor:
         return names
 
     def _judge(self, problems: list[Problem], outputs: list[str]) -> list[Run]:
-        programs = [i for i, p in enumerate(problems) if p.task_type == "code"]
-        codes = [verify.extract_code(outputs[i]) for i in programs]
-        verdicts = verify.run_programs(codes, [problems[i].tests for i in programs]) if programs else []
-        self.spent["program_runs"] += len(programs)
-        verdict_of = dict(zip(programs, verdicts))
-        runs = []
-        for i, (problem, output) in enumerate(zip(problems, outputs)):
+        codes = [verify.extract_code(o) for p, o in zip(problems, outputs) if p.task_type == "code"]
+        verdicts = verify.run_programs(codes, [p.tests for p in problems if p.task_type == "code"])
+        self.spent["program_runs"] += len(codes)
+        runs, verdicts = [], iter(verdicts)
+        for problem, output in zip(problems, outputs):
             if problem.task_type == "code":
-                ok, score = verdict_of[i].ok, verify.exec_score(verdict_of[i], self.exec_score)
+                verdict = next(verdicts)
+                ok, score = verdict.ok, verify.exec_score(verdict, self.exec_score)
             else:
                 ok = verify.math_equal(verify.extract_answer(output), problem.reference_solution)
                 score = float(ok)
@@ -496,7 +493,7 @@ def enable_checkpointing(model) -> None:
     cannot, or whose training mode computes something else (router noise)."""
     name = model.config.model_type
     without_dropout(model)
-    # Called gradient_checkpointing_enable up to transformers 5.23, which is to go in 6.
+    # Older versions of transformers call it gradient_checkpointing_enable; that name goes in 6.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})
@@ -574,9 +571,9 @@ def pick_device(device: str = "") -> torch.device:
     with a GPU that torch does not see: hours on the CPU in its place would be a surprise."""
     if not device and DRIVER.exists() and not torch.cuda.is_available():
         driver = re.search(r"\d+\.\d[\d.]*", DRIVER.read_text())
-        raise UserError(f"the NVIDIA driver {driver[0] if driver else ''} is there, but torch {torch.__version__} (CUDA "
-                        f"{torch.version.cuda}) sees no GPU; PyPI's torch needs driver 580 or newer: update it, install "
-                        "torch from download.pytorch.org/whl/ for an older CUDA, or give --device cpu")
+        raise UserError(f"the NVIDIA driver {driver[0] if driver else ''} is there, but torch {torch.__version__} for "
+                        f"CUDA {torch.version.cuda} sees no GPU; PyPI's torch needs driver 580 or newer: update it, or "
+                        "install torch from download.pytorch.org/whl/ for an older CUDA, or give --device cpu")
     try:
         found = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
@@ -616,8 +613,8 @@ def load(path_or_name: str, device=None, dtype=None):
         return load(path_or_name, device, work_dtype(model))
     size = len(model.get_input_embeddings().weight)
     if len(tokenizer) > size:
-        raise UserError(f"{path_or_name}: the tokenizer has {len(tokenizer)} tokens, the model's embedding table {size}; "
-                        "they do not belong together")
+        raise UserError(f"{path_or_name}: the tokenizer has {len(tokenizer)} tokens, the model's embedding table "
+                        f"{size}; they do not belong together")
     check_decoding(model, path_or_name)
     return model, tokenizer
 
@@ -643,8 +640,8 @@ def load_tokenizer(path_or_name: str):
     if file.is_file():
         wanted = Tokenizer.from_file(str(file)).encode(SENTENCE, add_special_tokens=False).ids
         if tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] != wanted:
-            raise UserError(f"{file}: transformers reads another tokenizer from this folder; name the right "
-                            "tokenizer_class in tokenizer_config.json (PreTrainedTokenizerFast reads the file as it is)")
+            raise UserError(f"{file}: transformers reads another tokenizer from this folder; set tokenizer_class in "
+                            "tokenizer_config.json (PreTrainedTokenizerFast takes the file as it is)")
     return tokenizer
 
 
