@@ -366,7 +366,7 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
               "clip_share": None if old is None else 0.0}
     planner.train(planner.is_gradient_checkpointing)                      # which needs it; there is no dropout
     for part in batch.parts(micro_batch):
-        learns = beta > 0 or bool(advantage[part.sequences].any())
+        learns = len(part.target) > 0 and (beta > 0 or bool(advantage[part.sequences].any()))
         own_old = None if old is None else old[part.tokens]
         own_ref = None if ref is None else ref[part.tokens]
         with torch.set_grad_enabled(learns):
@@ -418,7 +418,6 @@ def check_train(s: TrainSettings) -> None:
     without_effect = {"w_e": (not mode.weighted, with_mode), "w_r": (not mode.weighted, with_mode),
                       "repeats": ("uplift" not in mode.needs, with_mode),
                       "executor_temperature": ("runs" not in mode.needs, with_mode),
-                      "max_answer_tokens": ("runs" not in mode.needs, with_mode),
                       "exec_score": ("runs" not in mode.needs, with_mode),
                       "clip_low": (s.inner_epochs == 1, "with one update per rollout (--inner_epochs 1): rho is 1"),
                       "clip_high": (s.inner_epochs == 1, "with one update per rollout (--inner_epochs 1): rho is 1"),
@@ -611,7 +610,8 @@ class TrainingRun:
         s = self.s
         batch = rollout(self.planner, self.tokenizer, self.heldout, 1, 0.0, s.max_trace_tokens, "eval",
                         self.max_cache_tokens)
-        greedy = frozen_executor(self.executor.model, self.executor.tokenizer, replace(s, executor_temperature=0.0))
+        greedy = copy.copy(self.executor)                                 # not a new one, which would freeze an adapter
+        greedy.temperature, greedy.spent = 0.0, dict(greedy.spent)
         with self.base_model():
             return mean(greedy.success(self.heldout, batch.traces, 1))
 
