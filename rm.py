@@ -327,7 +327,8 @@ def main(argv) -> None:
     """The command: trains the reward model of a run."""
     s = data.parse_settings(RMSettings, argv, "rm.py")
     out = Path(s.run_dir) / "rm"
-    with data.stage_folder(out, s) as work:
+    inputs = {"groups/train.jsonl": data.fingerprint(Path(s.run_dir) / "groups" / "train.jsonl")}
+    with data.stage_folder(out, s, inputs) as work:
         if work is not None:
             train_reward_model(s, work)
     metrics = json.loads((out / "metrics.json").read_text())

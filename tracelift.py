@@ -454,7 +454,8 @@ def training_run(s: TrainSettings):
     """A training, begun or continued; without steps where its planner is there already. Saved when the block ends."""
     check_train(s)
     reopen(planner_folder(s), s.steps)
-    with data.stage_folder(planner_folder(s), s) as work:
+    inputs = {"groups/train.jsonl": data.fingerprint(Path(s.run_dir) / "groups" / "train.jsonl")}
+    with data.stage_folder(planner_folder(s), s, inputs) as work:
         run = TrainingRun(s, work)
         try:
             yield run
@@ -1240,7 +1241,8 @@ def intervene(s: IntSettings) -> Path:
     interventions.jsonl, int.json."""
     data.check_settings(s)
     run_dir = Path(s.run_dir)
-    with data.stage_folder(run_dir / "int", s) as work:
+    inputs = {"groups/train.jsonl": data.fingerprint(run_dir / "groups" / "train.jsonl")}
+    with data.stage_folder(run_dir / "int", s, inputs) as work:
         if work is not None:
             learn_interventions(s, run_dir, work)
     return run_dir / "int"
