@@ -450,7 +450,8 @@ def tiny_world(task: str):
             shutil.rmtree(folder)
         here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"    # run.sh calls python3
         environment = os.environ | {"SKIP_INSTALL": "1", "TASKS": task, "RUN": str(run), "SEEDS": "0", "PRESET": "tiny",
-                                    "MODES": "exec_only tracelift", "INT": "0", "PATH": here}
+                                    "MODES": "exec_only" if size.dry else "exec_only tracelift", "INT": "0",
+                                    "PATH": here}
         command = ["./run.sh", "smoke"] if size.dry else ["./run.sh"]
         child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         stage, begin, lines = "", 0.0, []
@@ -812,17 +813,18 @@ def outside(part: str, size: Size, path: Path, arguments: list[str]) -> bool:
     """Runs a part in a process of its own and prints its table. Whether it is complete."""
     command = [sys.executable, __file__, "inside", "dry" if size.dry else "real", part, *arguments]
     child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    report, why = Report(path, part), ""
     try:
         child.wait(LIMIT)
+        why = f"failed: exit code {child.returncode}"
     except subprocess.TimeoutExpired:
-        Report(path, part).write(outcome=f"cut after {LIMIT} s; the same command goes on or begins again")
+        why = f"cut after {LIMIT} s; the same command goes on or begins again"
     finally:
         stop(child)
-    report = Report(path, part)
-    if child.returncode < 0 and report.entry.get("outcome") == "begun":
-        report.write(outcome=f"failed: ended by signal {-child.returncode}")
+        if report.entry.get("outcome") == "begun":        # else it has said itself how it ended
+            report.write(outcome=why or "stopped")
     print(f"\n{tables(path, [part])}", flush=True)
-    return report.entry.get("outcome") == "complete"
+    return child.returncode == 0
 
 
 def stop(child) -> None:
