@@ -441,23 +441,32 @@ def sequence_loss(model, rows: list[tuple[list[int], list[int]]], pad_id: int) -
 
 
 @torch.no_grad()
-def heldout_loss(model, sequences, *, batch_size: int, pad_id: int, autocast: torch.dtype | None = None) -> float:
+def heldout_loss(model, sequences, *, batch_size: int, pad_id: int) -> float:
     """Mean cross-entropy over all labels of all (ids, labels), in evaluation mode."""
     model.eval()
     loss, count = 0.0, 0
     for i in range(0, len(sequences), batch_size):
         batch = sequences[i:i + batch_size]
         labels = sum(label != IGNORE for row in batch for label in row[1])
-        with casting(model, autocast):
+        with autocast(model):
             loss += labels * sequence_loss(model, batch, pad_id).item()
         count += labels
     return loss / count
 
 
-def casting(model, dtype: torch.dtype | None):
-    """Autocast to a dtype on the model's device; without one, nothing."""
-    device = model.get_input_embeddings().weight.device
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+SMALL = 20_000_000                                # parameters
+
+
+def work_dtype(model) -> torch.dtype:
+    """What matrix products are computed in: bfloat16 on CUDA, float32 elsewhere and for small models, which gain nothing
+    from 16 bits; so the tables of the tiny world agree with those of a CPU."""
+    large = sum(p.numel() for p in model.parameters()) > SMALL
+    return torch.bfloat16 if large and model.device.type == "cuda" else torch.float32
+
+
+def autocast(model):
+    """Matrix products in `work_dtype`, over float32 weights in training, so that small updates are not rounded away."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=work_dtype(model) == torch.bfloat16)
 
 
 def adamw(parameters, lr: float, **options) -> torch.optim.AdamW:
@@ -509,11 +518,11 @@ def enable_checkpointing(model) -> None:
 
 def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: float, batch_size: int,
              learning_rate: float, warmup: int, seed: int, pad_id: int, title: str = "finetune", heldout=(),
-             autocast: torch.dtype | None = None, checkpointing: bool = False) -> float:
+             checkpointing: bool = False) -> float:
     """Supervised training on (ids, labels); labels[t] is what follows ids[t], IGNORE where there is no loss.
     Batches hold sequences of similar length. Learning rate: linear warm-up, then linear decay to 0. With `heldout`
     sequences their loss is measured at the start and ten times on the way; two measurements without a new minimum end
-    the training early, and the model keeps the weights of the minimum. `autocast` and `checkpointing` are for memory.
+    the training early, and the model keeps the weights of the minimum. `checkpointing` is for memory.
     Returns the mean loss of the last tenth."""
     if not sequences:
         raise ValueError("sequences: there must be at least one")
@@ -525,7 +534,7 @@ def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: flo
     bar = tqdm(range(total + 1 if heldout else total), desc=title, mininterval=5)
     for step in bar:
         if heldout and (step % max(1, total // 10) == 0 or step == total):
-            held = heldout_loss(model, heldout, batch_size=batch_size, pad_id=pad_id, autocast=autocast)
+            held = heldout_loss(model, heldout, batch_size=batch_size, pad_id=pad_id)
             since += 1
             if best is None or held < best:
                 best, since, weights = held, 0, {k: v.clone() for k, v in model.state_dict().items()}
@@ -539,7 +548,7 @@ def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: flo
                 part = sorted(order[i:i + window], key=lambda j: len(sequences[j][0]))
                 batches += [part[k:k + batch_size] for k in range(0, len(part), batch_size)]
             rng.shuffle(batches)
-        with casting(model, autocast):
+        with autocast(model):
             loss = sequence_loss(model, [sequences[j] for j in batches.pop()], pad_id)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, total, warmup)
@@ -582,16 +591,16 @@ def pick_device(device: str = "") -> torch.device:
 
 def load(path_or_name: str, device=None, dtype=None):
     """(model, tokenizer) of any Hugging Face causal LM, a local folder or a name on the hub, in evaluation mode.
-    Default dtype: bfloat16 on CUDA, float32 elsewhere (`run_dtype` knows the tiny world's). UserError that names what
-    is missing or why a model cannot be used."""
+    Default dtype: `work_dtype`. UserError that names what is missing or why a model cannot be used."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     logging.disable_progress_bar()                                 # one bar per loaded tensor tells nobody anything
     device = pick_device() if device is None else torch.device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer = load_tokenizer(path_or_name)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path_or_name, dtype=dtype, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path_or_name, dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32),
+            output_loading_info=True)
     except ImportError as error:
         raise UserError(f"{path_or_name}: needs a library that is not installed ({_first_line(error)}); install it, or "
                         "choose a model that is not quantised") from None
@@ -603,6 +612,8 @@ def load(path_or_name: str, device=None, dtype=None):
     if report["missing_keys"]:                                     # transformers would initialise them at random
         raise UserError(f"{path_or_name}: the weights lack {sorted(report['missing_keys'])[0]}; the file is incomplete")
     model = model.to(device).eval()
+    if dtype is None and model.dtype != work_dtype(model):
+        return load(path_or_name, device, work_dtype(model))
     size = len(model.get_input_embeddings().weight)
     if len(tokenizer) > size:
         raise UserError(f"{path_or_name}: the tokenizer has {len(tokenizer)} tokens, the model's embedding table {size}; "
@@ -786,13 +797,6 @@ def base_of(run_dir) -> str:
         raise UserError(f"{folder}/base.json: damaged ({error!r}); delete {folder} and run python executor.py "
                         f"--run_dir {run_dir} again") from None
     return str(folder) if model == "." else model
-
-
-def run_dtype(run_dir, device) -> torch.dtype:
-    """The dtype for a run's frozen models: float32 for the tiny world, also on CUDA, so that its tables agree with
-    those of a CPU; for others bfloat16 on CUDA, float32 elsewhere."""
-    tiny = base_of(run_dir) == str(Path(run_dir) / "base")
-    return torch.bfloat16 if torch.device(device).type == "cuda" and not tiny else torch.float32
 
 
 # --------------------------------------------------------------------------------------------------- 5. LoRA

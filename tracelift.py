@@ -534,6 +534,7 @@ class TrainingRun:
         self.executor = frozen_executor(model, tokenizer, s, s.exec_score)
         if s.lora_rank:
             self.lora = executor.Lora(self.planner, s.lora_rank, s.lora_alpha, seed=s.seed)
+            print(f"LoRA: the adapted layers hold {self.lora.share:.0%} of the model's weights")
         self.max_cache_tokens = executor.cache_tokens(self.planner, s.max_cache_gib)
         if s.checkpointing:
             executor.without_dropout(self.planner)                        # it works in training mode only
