@@ -42,6 +42,7 @@ import ctypes
 import gc
 import itertools
 import json
+import operator
 import os
 import random
 import re
@@ -54,6 +55,7 @@ import threading
 import time
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 try:
     import fcntl
@@ -67,156 +69,429 @@ except (ImportError, TypeError):  # Windows: only the answers work there
 MAX_ANSWER = 4000  # characters of one answer; a longer one is no answer
 MAX_DIGITS = 400   # of one number, and its largest exponent: bounds the big-integer arithmetic
 
-_MARKER = re.compile(r"####\s*|\banswer\**\s*(?:is\b|:|=)[\s:*]*", re.IGNORECASE)
+# What announces an answer. #### also begins headings of Markdown, which have text below them.
+_MARKER = re.compile(r"#+ *(?:final +)?answer\W*\n\s*|####[#\s]*|答案(?:是|为|為)?[\s:：]*"
+                     r"|\banswer\**\s*(?:is\b|would be\b|should be\b|:|=)[\s:*]*", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"\\(?:boxed|fbox)\s*\{(?:[.…\s]*|(?:your|the|final|\s)*answer\s*)\}", re.IGNORECASE)
+_END = re.compile(r"(?<!Rs)\.(?:\s|$)|(?<=[A-Za-z])[!?](?:\s|$)|[\s(,]+(?:because|since)\b")
+_LABEL = re.compile(r"\b(?:step|part|case|section|example|question|problem|method|equation|line)\s*#?\(?[0-9]+\)?"
+                    r"|^\s*[0-9]+[.)]\s+(?=[A-Za-z])", re.IGNORECASE)
+_OPTION = re.compile(r"(?:the\s+)?(?:(?:correct\s+)?(?:option|choice|letter|answer)\s*)?[(]?([A-Za-z])[).]?", re.IGNORECASE)
+# A bullet, or a dash between blanks after a word: no minus sign.
+_DASH = re.compile(r"(^|[^\W\d]{2}[:*]*\s|:)\s*[-\u2013\u2014\u2212\u2022*]\s+")
+_HEDGE = re.compile(r"[\s,;&/-]*(?:(?:and|to)\b[\s$]*(?:[A-Za-z] *= *)?)?|.*\b(?:or|maybe|perhaps|possibly)\b.*", re.IGNORECASE)
+
 # [0-9] and not \d, which also matches the digits of every other script.
 _WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_WHOLE}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-_NUMBER = re.compile(rf"(?:(?<![\w.)\]}}])-\s*)?(?:{_WHOLE}\s+(?={_WHOLE}\s*/))?{_DECIMAL}(?:\s*/\s*{_DECIMAL})?%?")
-_VALUE = re.compile(rf"(?:[A-Za-z]\w*\s*=\s*)?(?:(?:US|USD|EUR|GBP|INR|CNY|JPY|Rs)\b\.?)?\s*([-+]?)\s*"
-                    rf"(?:({_WHOLE})\s+(?={_WHOLE}\s*/))?({_DECIMAL})(?:\s*/\s*([-+]?{_DECIMAL}))?(.*)", re.DOTALL)
-_FRAC = re.compile(rf"\\[dtc]?frac\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}\s*\{{\s*(-?{_DECIMAL})\s*\}}|([0-9])\s*([0-9]))")
-_POWER_OF_TEN = re.compile(rf"(?<![0-9.,])({_DECIMAL})\s*(?:\\times|\\cdot|[x×*·])\s*10\s*\^\s*\{{?([-+]?[0-9]+)\}}?")
-_UNIT = re.compile(r"([A-Za-z][A-Za-z'’-]*)\.?(?:\^\{?[23]\}?|[²³])?")
-# The words after a number are its unit ("24 coins left"), except those that make another number of it.
-_NOT_UNITS = set("hundred thousand million billion trillion dozen half third quarter squared cubed factorial times plus"
-                 " minus over or and to not pi sqrt sin cos tan log ln exp mod maybe perhaps but otherwise".split())
+_SIGNED = r"\([-+]?[0-9]+(?:\.[0-9]+)?\)"
+_NUMBER = re.compile(rf"(?<![\^_0-9.])(?<!\^-)(?:(?<![\w)\]}}])([-+])(\s*))?(?:({_WHOLE})\s+(?={_WHOLE}\s*/))?({_DECIMAL}|{_SIGNED}(?=\s*/))"
+                     rf"(?:\s*/\s*([-+]?{_DECIMAL}|{_SIGNED}))?(?:\s?%)?")
+
+# Words beside a number are its unit if they are ordinary words of three letters or more, or among the short ones below.
+# Those of _NOT_UNITS, Greek letters and products of letters make another number of it, and then it is none.
+_NOT_UNITS = set("""hundred thousand million billion trillion quadrillion lakh crore bn mn tn bil mil mio grand myriad
+    dozen gross half halve third quarter fourth fifth sixth seventh eighth ninth tenth eleventh twelfth twentieth
+    hundredth thousandth millionth billionth squared cubed factorial times power root reciprocal inverse divided
+    multiplied plus minus over or not pi sqrt sin cos tan log ln exp mod choose infinity infinite negative below zero
+    basis maybe perhaps possibly probably but otherwise except either neither nor without approximately approx roughly
+    wrong incorrect undefined double triple twice thrice about around nearly almost under than least most between isn
+    alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron rho sigma tau upsilon phi chi psi
+    omega""".split())
 _LETTER_UNITS = set("m s g h L l".split())                  # alone, after a space; another letter may be a variable
-_JOINED_UNITS = set("mm cm km mg kg ml mL in ft lb lbs oz hr hrs min mins sec mph kmh".split())  # 5cm
-_HEDGE = re.compile(r"[\s,;&/-]*(?:(?:and|to)\b[\s$]*)?|.*\b(?:or|maybe|perhaps|possibly)\b.*", re.IGNORECASE)
-_PLAIN = {0x2212: "-", 0x2013: "-", 0x00A0: "\u2009", 0x202F: "\u2009",
-          **{c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)}}  # minus signs, thin spaces, full-width characters
+_JOINED_UNITS = set("mm cm km mg kg ml mL in ft lb lbs oz hr hrs min mins sec mph kmh am pm".split())  # 5cm
+_SHORT_WORDS = _JOINED_UNITS | set("""kph rpm pcs yd yds mi sq cu gb mb kb tb ms ns kw kj kn mw hz rs usd eur gbp inr cny
+    jpy pt pts qt gal yr yrs tbsp tsp bc ad ce is he we it of in on at by as an so if us to no be do go per the and she
+    her his they there this that""".split())
+_PRODUCT = re.compile(r"[a-d]+|[h-n]+|[p-t]+|[u-z]+|[^aeiouy]+")  # abc, xyz: three letters, yet no word
+_CJK_NUMBER = re.compile(r"[十百千万萬亿億兆半打负負천만억](?![克米])")
+_WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*(?:\^-?[1-3])?[!?]?")
+# Who says one side of a line does not say another of it: 5 am is not 5 pm, nor are 5 km 5 m.
+_RIVALS = [[set(side.split()) for side in line.split("|")] for line in """am | pm
+    bc bce | ad ce
+    loss lost lose deficit owe debt | profit gain gained earned surplus
+    fewer less decrease decreased lower | more extra increase increased higher
+    left | right
+    north | south | east | west
+    up | down
+    above | below
+    before | after
+    early | late
+    ahead | behind
+    older | younger
+    faster | slower
+    taller longer | shorter
+    heavier | lighter
+    clockwise | counterclockwise anticlockwise
+    odd | even
+    celsius | fahrenheit | kelvin
+    degree | radian rad
+    mm millimeter millimetre | cm centimeter centimetre | m meter metre | km kilometer kilometre | inch inche | ft foot feet | yd yard | mi mile
+    mg milligram | g gram | kg kilogram | lb pound | oz ounce | ton tonne
+    ml milliliter millilitre | l liter litre | cup | pint | quart | gallon gal
+    ms millisecond | sec second | min minute | h hr hour | day | week | month | yr year
+    cent penny pence | dollar usd | euro eur | pound gbp | rupee inr | yen jpy | yuan cny 元""".split("\n")]
+
+
+
+def _rules(table: str) -> list:
+    """A line of a table is a pattern, an arrow and what replaces it (␣ is a blank); ARGUMENT is one of a TeX command."""
+    table = table.replace("ARGUMENT", r"\s*(?:\{([^{}]*)\}|([0-9]|SYMBOL))").replace("SYMBOL", "[A-Za-zπ∞θαβγφλμσω]")
+    pairs = [line.strip().partition(" =>") for line in table.strip().split("\n")]
+    return [(re.compile(pattern, re.DOTALL), new.strip().replace("␣", " ")) for pattern, _, new in pairs]
+
+
+def _rewrite(text: str, rules: list) -> str:
+    for pattern, new in rules:
+        text = pattern.sub(new, text)
+    return text
+
+
+# Signs and abbreviations as words. A dollar without a partner is money; two of them enclose a formula.
+_SPOKEN = _rules(r"""
+    \b([ap])\.\s?m\b => \1m
+    \b([ab])\.\s?([cd])\b => \1\2
+    \\\$|^\$(?=[^$]*$) => ␣dollar␣
+    °\s?C\b => ␣celsius␣
+    °\s?F\b => ␣fahrenheit␣
+    € => ␣euro␣
+    £ => ␣pound␣
+    ₹ => ␣rupee␣
+    [¥￥] => ␣yen␣""")
+# One spelling for what TeX and Unicode spell in several ways, in this order; then from the innermost braces outwards.
+_CHARACTERS = str.maketrans({
+    **dict(zip("−–‒⁄∕×·⋅⩽⩾’⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "---//***≤≥'0123456789-0123456789")),
+    **{chr(c): chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)}})  # full-width characters
+_TYPOGRAPHY = _rules(r"""
+    ([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+) => ^{\1}
+    ([₀₁₂₃₄₅₆₇₈₉]+) => _{\1}
+    ½ => ␣1/2␣
+    ⅓ => ␣1/3␣
+    ⅔ => ␣2/3␣
+    ¼ => ␣1/4␣
+    ¾ => ␣3/4␣
+    ⅕ => ␣1/5␣
+    ⅛ => ␣1/8␣
+    ㎝ => cm
+    ㎞ => km
+    ㎏ => kg
+    ㎡ => m^2
+    \.{2,}|\\[lc]?dots(?![a-z]) => …
+    \{,\}(?=[0-9]{3}) => ,
+    (?<=[0-9A-Za-z)])\*\*(?=[0-9A-Za-z(]) => ^
+    \\! =>
+    \\% => %
+    (?<=[0-9])(?:\\,|[\u00a0\u202f\u2006\u2009])(?=[0-9]{3}(?![0-9])) => ,
+    \\begin\{([pb]?matrix)\}(.*?)\\end\{\1\} => ⎡\2⎤
+    \\\\(?:\[\w*\])? => ⏎
+    \\(?:\{|lbrace(?![a-z])) => ⦃
+    \\(?:\}|rbrace(?![a-z])) => ⦄
+    \\[()\[\]]|\*\*|(?<=-)\s*\\?[$€£¥₹]\s* =>
+    \\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|q?quad)(?![A-Za-z])|\\?[$€£¥₹]|\\[,;:\s]|[~\s] => ␣
+    \\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mh]box|operatorname|emph|underline)\s*\{((?:[^{}]|\{[^{}]*\})*)\} => ␣\1␣
+    \\[dtc]frac(?![a-z]) => \\frac
+    (?:\^\s*)?(?:\{\s*)?(?:\\(?:circ|degree)(?![a-z])|°)(?:\s*\})?(?:\s*[CF]\b)? => ␣degrees␣
+    \\pi(?![a-z])|\bpi\b => π
+    \\infty(?![a-z])|\binfinity\b => ∞
+    \\sqrt(?![a-z])|\bsqrt\b => √
+    \\(?:leq?|leqslant)(?![a-z])|<= => ≤
+    \\(?:geq?|geqslant)(?![a-z])|>= => ≥
+    \\neq?(?![a-z])|!= => ≠
+    \\lt(?![a-z]) => <
+    \\gt(?![a-z]) => >
+    \\(?:times|cdot)(?![a-z]) => *
+    \\cup(?![a-z]) => ∪
+    \\cap(?![a-z]) => ∩
+    \\in(?![a-z]) => ∈
+    \\pm(?![a-z]) => ±
+    \\theta(?![a-z]) => θ
+    \\alpha(?![a-z]) => α
+    \\beta(?![a-z]) => β
+    == => =
+    \s+([\^_]) => \1
+    (\\[A-Za-z]+|[}\]√])\s+(?=\{) => \1""")
+_BRACES = _rules(r"""
+    √\s*\[\s*(\w+)\s*\]ARGUMENT => √[\1](\2\3)
+    √\s*(?:\{([^{}]*)\}|([0-9]+(?:\.[0-9]+)?|SYMBOL)) => √(\1\2)
+    ([\^_/√])\s*\\fracARGUMENTARGUMENT => \1((\2\3)/(\4\5))
+    \\fracARGUMENTARGUMENT(?=\s*\^) => ((\1\2)/(\3\4))
+    \\fracARGUMENTARGUMENT => ␣(\1\2)/(\3\4)␣
+    ([\^_])\s*\{([^{}]*)\} => \1(\2)␣
+    (\\(?!frac)[A-Za-z]+)\{([^{}]*)\} => \1(\2)
+    ^\s*\{([^{},]*)\}\s*$ => \1
+    (?<![A-Za-z\]}√^_])\{([^{}]*,[^{}]*)\} => ⦃\1⦄
+    \{\s*⦃([^⦃⦄]*)⦄\s*\} => \1
+    (?<![A-Za-z\]}√^_])\{([^{}]*)\}(?!\s*\{) => (\1)""")
+_BRACKETS = _rules(r"""
+    \(\s+ => (
+    \s+\) => )
+    (?<![\w√\])\\^_])\(((?:[^()+\-/,=±]|√\([^()]*\))+)\)/ => \1/
+    /\(([0-9]+(?:\.[0-9]+)?|SYMBOL|√\([^()]*\))\) => /\1␣
+    ([\^_])\((-?(?:[0-9]+(?:\.[0-9]+)?|SYMBOL))\) => \1\2␣
+    (?<![0-9.,])(DECIMAL)\s*[*x]\s*10\s*\^\s*\(?([-+]?[0-9]+)\)? => \1e\2""".replace("DECIMAL", _DECIMAL))
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The final answer of a solution, as written; None when there is none.
+    r"""The final answer of a solution, as written; None when there is none.  ValueError for what is no string.
 
-    The last marker wins: \boxed{x}, '#### x', 'answer is x', 'Answer: x' (to the end of the line or sentence).  Without
-    one it is the last number of the last line that is not empty, so a bare ' 24' works.  Guesses side by side ("3 or
-    4", two boxes in one sentence) come back as they stand, and equal no number.  Time is linear in the text.
+    The last marker with a value wins: \boxed{x}, '#### x', 'answer is x', 'Answer: x' (to the end of the line or
+    sentence); mere words after one ("the answer is reasonable") count only when no other has a value.  Without one it
+    is the last number of the last line that is not empty, so a bare ' 24' works.  Guesses side by side ("3 or 4", two
+    boxes in one sentence) come back as they stand, and equal no number.  What stands in <think>, or in a box that
+    nothing closes, is no answer.  Time is linear in the text.
     """
-    marked = _marked(text)
+    if not isinstance(text, str):
+        raise ValueError(f"text must be a string, not {type(text).__name__}")
+    marked, cut = _marked(text)
     if marked is not None:
         return marked if len(marked) <= MAX_ANSWER else None
-    line = _clean(text.rstrip()[-MAX_ANSWER:].rpartition("\n")[2])
+    if cut:
+        return None
+    line = _said(text).rstrip()[-MAX_ANSWER:].rpartition("\n")[2]
+    return _last_number(_clean(_DASH.sub(r"\1 ", re.sub(r"<<[^<>]*>>", "", line))))
+
+
+def _last_number(line: str) -> str | None:
+    """The last number of a line; with what stands around it where that makes something else of it (2^3, 4 dozen)."""
     numbers = list(_NUMBER.finditer(line))[-2:]
-    if len(numbers) == 2 and _HEDGE.fullmatch(line, numbers[0].end(), numbers[1].start()):
-        return line[numbers[0].start():numbers[1].end()]
-    return numbers[-1].group() if numbers else None
+    if not numbers:
+        return None
+    start, end = numbers[-1].span()
+    if len(numbers) == 2 and _HEDGE.fullmatch(line, numbers[0].end(), start):
+        return line[numbers[0].start():end]
+    chunk = start - len(re.split(r"[\s=]|(?<![\w√\]])\(", line[:start])[-1])
+    clause = re.split(r"[.;!?)](?:\s|$)|,\s|[。，；！？]", line[end:], maxsplit=1)[0]
+    phrase = line[chunk:end] + clause
+    before = " ".join(line[:chunk].split()[-3:])
+    if _NOT_UNITS & _words(before):
+        return f"{before} {phrase}"
+    return numbers[-1].group().strip() if _phrase(phrase) else phrase
 
 
 def math_equal(prediction: str | None, reference: str) -> bool:
-    r"""Whether two final answers (or texts with a marked one) are the same value.
+    r"""Whether two final answers (or texts with a marked one) are the same value.  ValueError for what is no string.
 
     Numbers are exact rationals, without tolerance, also as fraction, mixed number or 1.5e3; a unit or currency is
-    ignored, and percent is a unit (50% is 50, not 0.5).  (1, 2), [1, 2), {1, 2} and 1, 2 are four different things;
-    only the braces ignore order.  All else is text, compared without case: powers and roots are not evaluated, and
-    "24 or 25" is not 24.  None, the empty text, and what is longer than MAX_ANSWER equal nothing.
+    ignored unless the reference's contradicts it (_RIVALS), and percent is a unit (50% is 50, not 0.5).  Of a sentence
+    with one number that number counts, of equations the last side: x = 5 is 5, but not y = 5.  (1, 2), [1, 2), {1, 2}
+    and 1, 2 are four different things; only the braces ignore order.  All else is text in one spelling of TeX, compared
+    without case: powers and roots are not evaluated, and "24 or 25" is not 24.  None, the empty text, and what is
+    longer than MAX_ANSWER equal nothing.
     """
-    values = []
-    for text in ("" if prediction is None else prediction, reference):
-        marked = _marked(text)
-        text = text.strip() if marked is None else marked
-        values.append(_value(_clean(text)) if len(text) <= MAX_ANSWER else None)
-    return values[0] is not None and values[0] == values[1]
+    if not isinstance(reference, str):
+        raise ValueError(f"reference must be a string, not {type(reference).__name__}")
+    if not isinstance(prediction, (str, type(None))):
+        raise ValueError(f"prediction must be a string or None, not {type(prediction).__name__}")
+    values, words = [], []
+    for text in (prediction or "", reference):
+        marked, cut = _marked(text)
+        text = marked or ("" if cut else text.strip())
+        if not text or len(text) > MAX_ANSWER:
+            return False
+        values.append(_value(_clean(text)))
+        words.append(_words(_rewrite(text, _SPOKEN)))
+    return None not in values and not _contradict(*words) and _agree(*values)
 
 
-def _marked(text: str) -> str | None:
-    start = end = -1
-    previous = (-1, -1)  # where the box before the last one starts and ends
+def _said(text: str) -> str:
+    """What follows the last closed thought."""
+    return re.split(r"</think\w*>", text)[-1]
+
+
+def _marked(text: str) -> tuple[str | None, bool]:
+    """The marked answer of a text, and whether the text ends in a thought or a box that nothing closes."""
+    text, thinks, _ = _PLACEHOLDER.sub("", _said(text)).partition("<think")
+    text = re.sub(r"(\\boxed|\\fbox)(?:\s*([0-9][0-9.,/]*)|\s+([A-Za-z])(?![A-Za-z]))", r"\1{\2\3}", text)
+    boxes = [(-1, -1), (-1, -1)]  # where the contents of the last two start and end
     opened = []  # per open brace: where its content starts, or -1 for a brace that is not a box
     # One pass over all braces: a scan per \boxed is quadratic on nested ones.
     for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\?[{}]", text):
         brace = match.group()
         if brace == "}" and opened:
-            inside = opened.pop()
-            if inside > start and text[inside:inside + MAX_ANSWER].strip(" \n}"):
-                if inside > end:
-                    previous = start, end  # boxes side by side may be two answers, nested ones are one
-                start, end = inside, match.start()
+            box = opened.pop(), match.start()
+            if box[0] > boxes[-1][0]:
+                # Boxes side by side may be two answers, nested ones are one.
+                boxes = [boxes[-1] if box[0] > boxes[-1][1] else boxes[0], box]
         elif brace[-1] == "{" and brace != r"\{":
             opened.append(-1 if brace == "{" else match.end())
-    for match in reversed(list(_MARKER.finditer(text, max(end, 0)))):
-        line = text[match.end():match.end() + MAX_ANSWER + 1].partition("\n")[0]
-        line = re.split(r"(?<!Rs)\.(?:\s|$)|\s(?:because|since)\b", line, maxsplit=1)[0].strip(" \t\r*`")
-        if line:
-            return line
+    start, end = boxes[-1]
+    unclosed = [place for place in opened if place > end]
+    if unclosed:
+        text = text[:text.rfind("\\", 0, unclosed[0])]
+    cut = bool(thinks or unclosed)
+    found = None
+    for match in list(_MARKER.finditer(text, max(end, 0)))[:-20:-1]:  # no more: each costs a line
+        line, _, below = text[match.end():match.end() + MAX_ANSWER + 1].partition("\n")
+        line = _LABEL.sub("", _END.split(_DASH.sub(r"\1 ", line), maxsplit=1)[0]).strip(" \t\r*`_")
+        formula = re.fullmatch(r"([^0-9$]*)\$([^$]+)\$([^0-9$]*)", line)
+        if formula and not _NOT_UNITS & _words(formula[1]):
+            return formula[2] + formula[3], cut
+        if re.search(r"[0-9½⅓¼√π∞=]|\\(?!text|math|mbox)[A-Za-z]", line) or _OPTION.fullmatch(line.strip(" $\\()*.")):
+            return line, cut
+        if not (match.group().startswith("#") and below.strip()):
+            found = found or line or None  # words
     if start < 0:
-        return None
-    content = text[start:end].strip()
-    if previous[0] >= 0:
-        between = text[previous[1] + 1:start][:MAX_ANSWER]
-        if not re.search(r"\n|[.!?]\s", between.strip()) and not _MARKER.search(between):
-            first = text[previous[0]:previous[1]].strip()
-            return content if first == content else f"{first} or {content}"
-    return _marked(content) or content  # \boxed{Answer: 24}; no deeper, for the last box holds no other box
+        return found, cut
+    first, content = (re.sub(r"^\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}$", r"\1", text[a:b].strip()) for a, b in boxes)
+    between = text[boxes[0][1] + 1:start][:MAX_ANSWER]
+    if boxes[0][0] >= 0 and not re.search(r"\n|[.!?]\s", between.strip()) and not _MARKER.search(between):
+        return content if first == content else f"{first} or {content}", cut
+    # \boxed{Answer: 24}; no deeper, for the last box holds no other box
+    return _marked(re.sub(r"\\text\{([^{}]*)\}", r"\1", content[:MAX_ANSWER + 1]))[0] or content, cut
 
 
 def _clean(text: str) -> str:
-    r"""Without the typography: LaTeX spacing and text commands, currency signs; \frac{a}{b} becomes a/b."""
-    text = text.translate(_PLAIN).replace("{,}", ",").replace(r"\!", "").replace(r"\%", "%")
-    text = re.sub(r"(?<=[0-9])(?:\\,|\u2009)(?=[0-9]{3}(?![0-9]))", ",", text).replace("\u2009", " ")
-    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;:()\[\]]|\^?\{?\\circ\}?|°", "", text)
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", text)
-    text = re.sub(r"\\?[$€£¥₹￥]|\\q?quad|\\\s|~", " ", text).replace(r"\{", "{").replace(r"\}", "}")
-    text = _FRAC.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]}", text)
-    text = _POWER_OF_TEN.sub(r"\1e\2", text)
-    return text.lstrip(" \t\r\n*`'\"").rstrip(" \t\r\n*`'\".,;:")
+    r"""One spelling: no typography, currency or layout; \frac{a}{b} is a/b, \sqrt3 is √(3), x^{2} is x^2, \leq is ≤."""
+    text = _rewrite(text, _TYPOGRAPHY).translate(_CHARACTERS)
+    for _ in range(8):
+        before, text = text, _rewrite(text, _BRACES)
+        if text == before:
+            break
+    text = _rewrite(text, _BRACKETS)
+    return text.lstrip(" *`'\"").rstrip(" *`'\".,;:")
 
 
-def _value(text: str, depth: int = 0):
-    """Fraction, frozenset for {...}, tuple for other brackets and bare lists, else the text; None for no value."""
+def _words(text: str) -> set[str]:
+    """The words of a text without case, and each without the s of a plural."""
+    words = re.findall(r"[^\W\d_]+", text.casefold())
+    return {*words, *(word.rstrip("s") for word in words)}
+
+
+def _contradict(said: set[str], wanted: set[str]) -> bool:
+    for sides in _RIVALS:
+        ours = [bool(side & said) for side in sides]
+        theirs = [bool(side & wanted) for side in sides]
+        if any(ours) and any(theirs) and not any(map(operator.and_, ours, theirs)):
+            return True
+    return False
+
+
+class _Answer(NamedTuple):
+    """value: Fraction, frozenset for {...}, tuple for other brackets and bare lists, else text; name: x of x = 5;
+    words: of a sentence around the value, which a prediction must have if the reference has them."""
+
+    value: object
+    name: str = ""
+    words: frozenset = frozenset()
+
+
+def _agree(said: _Answer, wanted: _Answer) -> bool:
+    ours, theirs = said.value, wanted.value
+    if said.name and wanted.name not in ("", said.name) or not wanted.words <= said.words:
+        return False
+    if isinstance(ours, tuple) and isinstance(theirs, tuple) and len(ours) == len(theirs):
+        return all(map(_agree, ours, theirs))
+    return type(ours) is type(theirs) and ours == theirs
+
+
+def _value(text: str, depth: int = 0) -> _Answer | None:
     text = text.strip()
-    number = _number(text)
-    if number is not None or not text:
-        return number
-    bracket = text[0] + text[-1]
-    inside = text[1:-1] if len(text) > 2 and bracket in ("()", "[]", "(]", "[)", "{}") else ""
-    parts = _split(inside)
+    found = _phrase(text)
+    if not text or depth > 4 or found and not found.words:
+        return found
+    bracket, inside = text[0] + text[-1], text[1:-1]
+    if bracket == "⎡⎤":
+        rows = [f"[{row.replace('&', ',')}]" for row in inside.strip(" ⏎").split("⏎")]
+        inside, bracket = ",".join(rows), "matrix"
+    parts = _split(inside) if bracket in ("()", "[]", "(]", "[)", "⦃⦄", "matrix") else None
     if parts is None:
-        bracket, parts = "", _split(text)
-    if parts and depth < 4 and (bracket or len(parts) > 1):
-        values = [_value(part, depth + 1) for part in parts]
-        if None not in values:
-            if bracket == "{}":
-                return frozenset(values)
-            return values[0] if bracket == "()" and len(values) == 1 else (bracket, *values)
-    return re.sub(r"\s*(\W)\s*", r"\1", " ".join(text.casefold().split()))
+        bracket, parts = "", _split(text) or [text]
+    if found and (not bracket or len(parts) == 1):
+        return found
+    if not bracket and len(parts) == 1:
+        return _equation(text, depth) or _Answer(_as_text(text))
+    values = [_value(part, depth + 1) for part in parts]
+    if None in values:
+        return _Answer(_as_text(text))
+    if bracket == "⦃⦄":
+        return _Answer(frozenset(value.value for value in values))
+    return values[0] if bracket == "()" and len(values) == 1 else _Answer((_Answer(bracket), *values))
+
+
+def _equation(text: str, depth: int) -> _Answer | None:
+    """Of x = 2 * 3 = 6 the last side, if the first is a name, a sum of names or plain arithmetic."""
+    first, *others = re.split("[=∈]", text)
+    if not others or re.search("[<>≤≥≠≈]", text):
+        return None
+    name = _as_text(first)
+    named = re.fullmatch(r"[^\W\d_][\w' ]*(?:\([^()=]*\))?(?:\+[^\W\d_]\w*)*|\([^\W\d](?:,[^\W\d])*\)|", name)
+    arithmetic = re.fullmatch(r"(?:[0-9\s.,+*/()%÷-]|x(?= ?[0-9]))*", re.sub(r"[A-Za-z]{3,}", "", name))
+    last = _value(others[-1], depth + 1) if named or arithmetic else None
+    return last and last._replace(name=name if named else "")
+
+
+def _as_text(text: str) -> str:
+    option = _OPTION.fullmatch(text)
+    text = " ".join((option[1] if option else text).casefold().split())
+    text = re.sub(r"\s*(\W|[π∞])\s*", r"\1", text)
+    text = re.sub(r"(?<=[0-9]) (?=[a-z](?![a-z]))", "", text)
+    # A unit after an expression is ignored, as after a number.
+    match = re.fullmatch(r"([-(√0-9].*?[0-9)π]) ?([^\W\d_]{2}.*)", text)
+    return match[1] if match and _are_units(match[2].split()) else text
 
 
 def _split(text: str) -> list[str] | None:
-    """The parts between the commas that no bracket encloses; None where brackets do not match, or for no text."""
+    """The parts between the commas (or 'and') that no bracket encloses; None where brackets do not match, or for no
+    text."""
     parts, depth = [""], 0
-    for piece in re.split(r"([\[\](){},;])", text):
-        depth += (piece in ("(", "[", "{")) - (piece in (")", "]", "}"))
+    for piece in re.split(r"(,?\s+and\s+|[\[\](){},;⦃⦄⎡⎤])", text):
+        depth += (piece in tuple("[({⦃⎡")) - (piece in tuple("])}⦄⎤"))
         if depth < 0:
             return None
-        if piece in (",", ";") and depth == 0:
+        if depth == 0 and re.fullmatch(r"[,;]|,?\s+and\s+", piece):
             parts.append("")
         else:
             parts[-1] += piece
     return parts if depth == 0 and text.strip() else None
 
 
-def _number(text: str) -> Fraction | None:
-    match = _VALUE.match(text)
-    if not match:
+def _phrase(text: str) -> _Answer | None:
+    """The one number of a text that otherwise holds but words: its unit after it, perhaps a sentence around it."""
+    number = _NUMBER.search(text)
+    value = number and _rational(number)
+    if value is None or _NUMBER.search(text, number.end()):
         return None
-    sign, whole, top, bottom, unit = match.groups()
-    unit = unit[1:] if unit[:1] == "%" else unit
-    joined = unit[:1].isalpha()  # 2x is no number
-    for i, word in enumerate(re.findall(r"[^\s/]+", unit)):
-        name = _UNIT.fullmatch(word)
-        if not name or name[1].lower() in _NOT_UNITS or (name[1] not in _JOINED_UNITS if joined and i == 0 else
-                                                         len(name[1]) == 1 and name[1] not in _LETTER_UNITS):
-            return None
-    value, divisor, whole = _fraction(top), _fraction(bottom or "1"), _fraction(whole or "0")
+    lead, after = text[:number.start()], text[number.end():]
+    before = re.findall(r"[^\s,.:;()\"]+", lead)
+    # x3, f(3; "x 3"; "Total - 3", where the dash is no minus sign
+    if re.search(r"[\w^/()\[]$|\^", lead) or before and (number[2] or before[-1] not in "aI" and len(before[-1]) == 1):
+        return None
+    if not _are_units([word for word in before if len(word) > 1]):
+        return None
+    joined = re.match(r"[A-Za-z]+", after)  # 2x is no number
+    if joined and joined.group() not in _JOINED_UNITS or re.match(r"[(\[^_'\"]|\.\S", after):
+        return None
+    unit, _, remark = after.partition(",")
+    units, others = (re.findall(r"[^\s,.:;()\"/]+", part) for part in (unit, remark))
+    if not _are_units([word for word in units + others if word != "-"]):
+        return None
+    words = {word.casefold() for word in before + others} - {"usd", "us", "eur", "gbp", "inr", "cny", "jpy", "rs"}
+    return _Answer(value, words=frozenset(words))
+
+
+def _are_units(words: list[str]) -> bool:
+    for word in words:
+        name = re.match(r"[^\W\d_]*", word).group()
+        if not _WORD.fullmatch(word) or _NOT_UNITS & _words(word) or re.search("[\u0370-\u03ff]", word):
+            return False
+        if name > "\u2e80":  # no blanks between these words
+            if _CJK_NUMBER.search(word):
+                return False
+        elif name not in _LETTER_UNITS and name.casefold() not in _SHORT_WORDS:
+            if len(name) < 3 or len(name) < 5 and _PRODUCT.fullmatch(name.casefold()):
+                return False
+    return True
+
+
+def _rational(match) -> Fraction | None:
+    value, divisor, whole = _fraction(match[4]), _fraction(match[5] or "1"), _fraction(match[3] or "0")
     if None in (value, divisor, whole) or divisor == 0 or whole and not value < divisor:  # 1 3/2 is no mixed number
         return None
-    return (whole + value / divisor) * (-1 if sign == "-" else 1)
+    return (whole + value / divisor) * (-1 if match[1] == "-" else 1)
 
 
 def _fraction(decimal: str) -> Fraction | None:
-    mantissa, _, exponent = decimal.replace(",", "").lower().partition("e")
+    mantissa, _, exponent = decimal.replace(",", "").strip("()").lower().partition("e")
     if sum(map(str.isdigit, mantissa)) > MAX_DIGITS or len(exponent) > 9 or abs(int(exponent or 0)) > MAX_DIGITS:
         return None
     return Fraction(f"{mantissa}e{exponent or 0}")
