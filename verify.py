@@ -38,7 +38,11 @@ from __future__ import annotations
 import ast
 import atexit
 import builtins
+import collections
 import ctypes
+import datetime
+import decimal
+import functools
 import gc
 import itertools
 import json
@@ -499,6 +503,7 @@ def _fraction(decimal: str) -> Fraction | None:
 
 # ---------------------------------------------------------------- programs and scores
 
+_TOGETHER = 16  # stdin tests in one process, at most
 OUTCOMES = ("compile_error", "timeout", "memory", "runtime_error", "failed_test", "passed", "no_tests")  # worst first
 LAYERS = {  # what each wall of the sandbox stops, and what it needs
     "rlimits": ("endless CPU, big memory, floods of output, many files", "any Linux"),
@@ -513,30 +518,70 @@ LAYERS = {  # what each wall of the sandbox stops, and what it needs
     "mount namespace": ("files that stay: each run gets its own 16 MB /dev/shm, else it can write nowhere",
                         "the same, or root"),
 }
-_FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})([^`]*)$")
 _SANS: set[str] = set()  # layers to leave out, for tests
+_FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})([^`]*)$")
+_PYTHON = re.compile(r"\W*(?:[\w/.]*\.py|i?python[0-9.]*|py[0-9.]*)(?![-\w])", re.IGNORECASE)
+# Code on the fence's own line: no name of a language and no attribute.
+_CODE = re.compile(r"""(?!(?:title|file|filename|name|linenums|lines|hl_lines|highlight|class|id)=)
+    (?:(?:import|from|def|class|for|while|if|with|try|return|print|async)\b.*[\s(:] | @\w | [A-Za-z_][\w.\[\]]*\s*[(=])""", re.VERBOSE)
+# Plainly an output, a session or a shell's: by the line before the block, or by its own first line.
+_TITLE = re.compile(r"""[\W_]*(?:(?:expected|sample|example|the|program|console|your)\s+)*(?:output|result|input|terminal
+    |prints?|shell)s?(?:\ is|\ will\ be|\ looks\ like)?[\W_]*$""", re.IGNORECASE | re.VERBOSE)
+_OUTPUT = re.compile(r"""\s*(?:>>>|\$\s|Traceback|pip3?\ |python3?\ |bash\ |cd\ |\|
+    |(?:[-+]?[0-9.]+|True|False|None|'[^'=\n]*'|"[^"=\n]*"|[\[({][^=\n]*[\])}])\s*(?:$|\n)
+    |(?!(?:import|from|def|class|return|global|nonlocal|del|assert|raise|async|with|while|if|for|print|yield|lambda)\b)
+     [A-Za-z]+:?(?:\ +[\w:,.!]+)+\s*(?:$|\n))""", re.VERBOSE)
+_DEFINES = re.compile(r"^(?:async\s+def|def|class)\s+(\w+)", re.MULTILINE)
+
+
+def code_blocks(text: str) -> list[str]:
+    """The fenced blocks (``` or ~~~; unclosed: to the end) that may be the program, in their order, never none: those
+    tagged as Python and those without a tag that are not plainly an output or a shell's; else the last one; else the
+    text.  CRLF becomes LF.  ValueError for what is no string.
+
+    A lone fence after the code, as when the prompt had opened the block, ends the code.  Code may begin on the line of
+    the fence, and the closing fence may follow the last character.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"text must be a string, not {type(text).__name__}")
+    text = text.lstrip("\ufeff").replace("\r\n", "\n")
+    if text.lstrip().startswith("<think"):
+        text = _said(text) if "</think" in text else ""
+    text = re.sub(r"(?m)^([^`\n]*[^`\s]|[ \t]*```[^`\n]+)[ \t]*(```)[ \t]*$", r"\1\n\2", text)
+    blocks, fence, body, outside = [], None, [], [""]
+    for line in (text + "\n\0").split("\n"):  # \0: the end, which closes a block
+        match = _FENCE.match(line)
+        if fence is None:
+            fence, body = match, []
+            if match is None:
+                outside.append(line)
+        elif line == "\0" or match and match[2].startswith(fence[2]) and not match[3].strip():
+            info = fence[3].strip()
+            python = _PYTHON.match(info)
+            first = info[python.end():].strip() if python else info
+            code = "\n".join([first] * bool(_CODE.match(first)) + body)
+            untagged = not info or not python and _CODE.match(info)
+            title = next((above for above in reversed(outside) if above.strip()), "")
+            likely = python or untagged and not _OUTPUT.match(code) and not _TITLE.match(title)
+            if line != "\0" or code.strip():
+                blocks.append((bool(likely), code))
+            fence = None
+        else:  # in a list item the block is indented with its fence
+            body.append(line.removeprefix(fence[1]))
+    text = "\n".join(outside[1:]).removesuffix("\n\0")
+    code = [block for likely, block in blocks if likely] or [block for _, block in blocks[-1:]] or [text]
+    return [block.lstrip("\ufeff") for block in code]
 
 
 def extract_code(text: str) -> str:
-    """The last fenced block (``` or ~~~, any language tag; unclosed: to the end), else the text.  CRLF becomes LF.
-
-    A lone fence after the code, as when the prompt had opened the block, ends the code.
-    """
-    blocks, fence, body, outside = [], None, [], []
-    for line in text.lstrip("\ufeff").replace("\r\n", "\n").split("\n"):
-        match = _FENCE.match(line)
-        if fence is None and match:
-            fence, body = match, []
-        elif fence is None:
-            outside.append(line)
-        elif match and match[2].startswith(fence[2]) and not match[3].strip():
-            blocks.append("\n".join(body))
-            fence = None
-        else:  # in a list item the block is indented with its fence
-            body.append(line[len(fence[1]):] if line.startswith(fence[1]) else line)
-    if fence is not None and "".join(body).strip():
-        blocks.append("\n".join(body))
-    return (blocks[-1] if blocks else "\n".join(outside)).lstrip("\ufeff")
+    """The program of a completion: the last of its code_blocks, but for a last one that only shows how to call what an
+    earlier one defines.  Where tests ask for a name, run_programs chooses better, given all of code_blocks(text)."""
+    blocks = code_blocks(text)
+    used = set(re.findall(r"\b(\w+)\s*\(", blocks[-1]))
+    for block in reversed(blocks[:-1]):
+        if not _DEFINES.search(blocks[-1]) and used.intersection(_DEFINES.findall(block)):
+            return block
+    return blocks[-1]
 
 
 @dataclass(frozen=True)
@@ -575,27 +620,33 @@ class SandboxError(RuntimeError):
     """The machinery failed, not the program: no verdict exists."""
 
 
-def run_programs(programs: list[str], tests: list[list[dict]], *, timeout: float = 2.0, memory_mb: int = 1024,
-                 workers: int | None = None) -> list[Verdict]:
+def run_programs(programs: list[str | list[str]], tests: list[list[dict]], *, timeout: float = 2.0,
+                 memory_mb: int = 1024, workers: int | None = None, fail_fast: bool = False) -> list[Verdict]:
     """Runs programs[i] against tests[i]; one Verdict per program, in the same order.  Safe to call from threads.
 
+    programs   the text of each; or all its blocks (code_blocks), of which the last that defines what the asserts ask
+               for is the program.  The standard library is all that it can import: no numpy, no site-packages.
     tests      {"input", "output"}: a run with that stdin, whose stdout must have the same whitespace-separated tokens
                and which must end normally; {"assert"}: statements with an assert, which see the program's names,
-               a few modules (MODULES) and their own; all of one program share one run.  What expects nothing (a blank
-               output, an assert that asks the program nothing) does not count.
+               a few modules (MODULES) and their own; all of one program share one run, in which it is not __main__.
+               What expects nothing (a blank output, an assert that asks the program nothing) does not count.
     timeout    CPU seconds per run decide; wall time gets 4 * timeout + 2.  No test is run after a timeout.
     memory_mb  address space in MiB, about 40 of which are the interpreter's
     workers    helpers at a time; default: one per core.  Equal jobs are run once.
+    fail_fast  the first failed test ends a program: right where only Verdict.ok counts, and faster
     Raises ValueError naming the argument or test, SandboxError when no helper can be started.
     """
     jobs = _check(programs, tests, timeout, memory_mb, workers)
-    distinct = dict.fromkeys(jobs)
-    if distinct:
+    limits = {"timeout": timeout, "wall": 4 * timeout + 2, "memory_mb": memory_mb, "fail_fast": bool(fail_fast)}
+    first = {}
+    for i, job in enumerate(jobs):
+        first.setdefault(job, i)
+    if first:
         from concurrent.futures import ThreadPoolExecutor  # here: helpers are lighter without
-        with ThreadPoolExecutor(min(workers or os.cpu_count() or 1, len(distinct))) as pool:
-            verdicts = pool.map(lambda job: _judge(*job, timeout, memory_mb), distinct)
-            distinct = dict(zip(distinct, verdicts))
-    return [distinct[job] for job in jobs]
+        with ThreadPoolExecutor(min(workers or os.cpu_count() or 1, len(first))) as pool:
+            verdicts = pool.map(lambda job: _judge(*job, limits, f"tests[{first[job]}]"), first)
+            first = dict(zip(first, verdicts))
+    return [first[job] for job in jobs]
 
 
 def layers() -> dict[str, bool]:
@@ -605,8 +656,30 @@ def layers() -> dict[str, bool]:
     return {name: name in helper.layers for name in LAYERS}
 
 
+def check_tests(tests: list[dict], where: str = "tests") -> None:
+    """Refuses the tests of one problem that run_programs could not judge, when the problem enters.  ValueError names
+    the test: a wrong type or key, no valid Python, no assert or none that ever runs, a module beyond the standard
+    library, and what would run code that a program returned (exec, compile, __import__, pickle)."""
+    if not isinstance(tests, (list, tuple)):
+        raise ValueError(f"{where} must be a list of tests, not {type(tests).__name__}")
+    for j, test in enumerate(tests):
+        here = f"{where}[{j}]"
+        if not isinstance(test, dict):
+            raise ValueError(f"{here} must be a dict, not {type(test).__name__}")
+        keys = sorted(test.keys() & {"assert", "input", "output"})
+        if keys not in (["assert"], ["input", "output"]):
+            raise ValueError(f"{here} must have the key 'assert', or the keys 'input' and 'output'; it has {list(test)}")
+        for key in keys:
+            if not isinstance(test[key], str):
+                raise ValueError(f"{here}[{key!r}] must be a string, not {type(test[key]).__name__}")
+        try:
+            _names(test.get("assert", "").strip())
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise ValueError(f"{here}['assert'] is not a Python statement that asserts: {error}") from None
+
+
 def _check(programs, tests, timeout, memory_mb, workers) -> list[tuple]:
-    """The jobs: (program, ((input, output), ...), ((statement, names to ask the program for), ...)).  ValueError."""
+    """The jobs: (blocks, ((input, output), ...), ((statement, names to ask the program for, its place), ...))."""
     def need(condition, message: str) -> None:
         if not condition:
             raise ValueError(message)
@@ -617,77 +690,86 @@ def _check(programs, tests, timeout, memory_mb, workers) -> list[tuple]:
     need(isinstance(timeout, (int, float)) and 0 < timeout < 1e6, f"timeout must be positive seconds, not {timeout!r}")
     need(type(memory_mb) is int and memory_mb >= 64, f"memory_mb must be an integer from 64 up, not {memory_mb!r}")
     need(workers is None or type(workers) is int and workers > 0, f"workers must be 1 or more, not {workers!r}")
-    jobs, names = [], {"": ()}
+    jobs = []
     for i, (program, own) in enumerate(zip(programs, tests)):
-        need(isinstance(program, str), f"programs[{i}] must be a string, not {type(program).__name__}")
-        need(isinstance(own, (list, tuple)), f"tests[{i}] must be a list of tests, not {type(own).__name__}")
-        for j, test in enumerate(own):
-            where = f"tests[{i}][{j}]"
-            need(isinstance(test, dict), f"{where} must be a dict, not {type(test).__name__}")
-            keys = sorted(test.keys() & {"assert", "input", "output"})
-            need(keys in (["assert"], ["input", "output"]),
-                 f"{where} must have the key 'assert', or the keys 'input' and 'output'; it has {list(test)}")
-            for key in keys:
-                need(isinstance(test[key], str), f"{where}[{key!r}] must be a string, not {type(test[key]).__name__}")
-            statement = test.get("assert", "").strip()
-            if statement not in names:
-                try:
-                    names[statement] = _names(statement)
-                except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-                    raise ValueError(f"{where}['assert'] is not a Python statement that asserts: {error}") from None
-        jobs.append((program, tuple((t["input"], t["output"]) for t in own if t.get("output", "").strip()),
-                     tuple((s, names[s]) for s in (t.get("assert", "").strip() for t in own) if names[s])))
+        blocks = (program,) if isinstance(program, str) else program
+        need(isinstance(blocks, (list, tuple)) and blocks and all(isinstance(block, str) for block in blocks),
+             f"programs[{i}] must be a string or the list of its blocks, not {type(program).__name__}")
+        check_tests(own, f"tests[{i}]")
+        statements = [(test.get("assert", "").strip(), j) for j, test in enumerate(own)]
+        asserts = tuple((statement, _names(statement), j) for statement, j in statements if _names(statement))
+        jobs.append((tuple(blocks), tuple((t["input"], t["output"]) for t in own if t.get("output", "").strip()), asserts))
     return jobs
 
 
+_MODULES_THAT_RUN_CODE = set("pickle marshal shelve importlib builtins subprocess ctypes runpy code timeit".split())
+
+
+@functools.lru_cache(4096)  # each program of a group has the same tests
 def _names(statement: str) -> tuple[str, ...]:
     """The names that a test must take from the program: those that it does not bind and that are not known here.
 
     Known names (abs, sorted, math, ...) are the judge's own, or a program could define an `abs` that agrees.  Only a
     test that names nothing else (MBPP: assert sum(10, 15) == 25) takes the first known one that it calls.
+    ValueError and SyntaxError for what can be no test.
     """
-    nodes = list(ast.walk(ast.parse(statement)))
-    if not any(isinstance(node, ast.Assert) for node in nodes):
-        raise ValueError(f"no assert in {statement[:80]!r}")
-    loaded = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
-    bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
-    bound |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler))}
-    bound |= {(n.asname or n.name).partition(".")[0] for n in nodes if isinstance(n, ast.alias)}
-    known = set(dir(builtins)).union(MODULES)
-    called = [n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
-    return (tuple(dict.fromkeys(name for name in loaded if name not in bound | known))
+    if not statement:
+        return ()
+    tree = ast.parse(statement)
+    kinds = {}
+    for node in ast.walk(tree):
+        kinds.setdefault(type(node), []).append(node)
+    if not any(isinstance(node, ast.Assert) for node in _live(tree)):
+        raise ValueError(f"no assert{' that runs' * (ast.Assert in kinds)} in {statement[:80]!r}")
+    aliases, calls = kinds.get(ast.alias, []), kinds.get(ast.Call, [])
+    constant = [call for call in calls if all(isinstance(argument, ast.Constant) for argument in call.args)]
+    imported = [alias.name for node in kinds.get(ast.Import, []) for alias in node.names]
+    imported += [node.module or "." for node in kinds.get(ast.ImportFrom, [])]
+    imported += [str(call.args[0].value) for call in constant if call.args and getattr(call.func, "id", "") == "__import__"]
+    for module in (name.partition(".")[0] for name in imported):
+        if module not in sys.stdlib_module_names:
+            raise ValueError(f"no {module!r}: the standard library is all that programs and tests have")
+        if module in _MODULES_THAT_RUN_CODE:
+            raise ValueError(f"with {module} it might run what a program returned")
+    names = kinds.get(ast.Name, [])
+    loaded = [node.id for node in names if isinstance(node.ctx, ast.Load)]
+    harmless = [call.func for call in constant]
+    for node in names:
+        if node.id in ("exec", "compile", "__import__") and node not in harmless:
+            raise ValueError(f"with {node.id} it might run what a program returned")
+    bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    bound |= {node.arg for node in kinds.get(ast.arg, [])}
+    for kind in (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler):
+        bound |= {node.name for node in kinds.get(kind, [])}
+    bound |= {(alias.asname or alias.name).partition(".")[0] for alias in aliases}
+    known = bound.union(dir(builtins), MODULES)
+    called = [call.func.id for call in calls if isinstance(call.func, ast.Name)]
+    return (tuple(dict.fromkeys(name for name in loaded if name not in known))
             or tuple(name for name in called if name not in bound)[:1])
 
 
-def _judge(program: str, stdin_tests: tuple, asserts: tuple, timeout: float, memory_mb: int) -> Verdict:
+def _live(tree: ast.Module) -> list:
+    """The nodes that may run: all but the bodies of functions that no running one names."""
+    live, waiting, asleep = [], [tree], []
+    while waiting:
+        node = waiting.pop()
+        live.append(node)
+        for child in ast.iter_child_nodes(node):
+            (asleep if isinstance(child, ast.FunctionDef) else waiting).append(child)
+        if not waiting:
+            named = {getattr(node, "id", None) or getattr(node, "attr", None) for node in live}
+            waiting = [function for function in asleep if function.name in named]
+            asleep = [function for function in asleep if function.name not in named]
+    return live
+
+
+def _judge(blocks: tuple, stdin_tests: tuple, asserts: tuple, limits: dict, where: str) -> Verdict:
     total = len(stdin_tests) + len(asserts)
     if total == 0:
         return Verdict("no_tests", 0, 0, "no test expects anything")
-    limits = {"timeout": timeout, "wall": 4 * timeout + 2, "memory_mb": memory_mb, "output": 16 << 20}
-    # (outcome, detail) per test; shorter than total after a timeout
-    results = [("passed", "")] * len(stdin_tests) if _pass_together(program, stdin_tests, limits) else []
-    for given, wanted in stdin_tests[len(results):]:
-        wanted = wanted.encode("utf-8", "surrogatepass")
-        keep = 65536 + 4 * len(wanted)  # all that can come into the trainer's memory
-        (outcome, detail), printed = _run([program, given], keep, limits | {"output": limits["output"] + keep})
-        if outcome == "passed" and printed.split() != wanted.split():
-            outcome, detail = "failed_test", f"expected {wanted[:80]!r}, printed {printed[:80]!r}"
-        results.append((outcome, detail))
-        if outcome in ("timeout", "compile_error"):
-            break  # the other runs would only cost the same again
-    else:
-        if asserts:
-            end, report = _run([program, json.dumps(asserts)], 6000 * len(asserts), limits | {"asserts": True})
-            said = [json.loads(line) for line in report.splitlines()]
-            for (outcome, detail), (statement, _) in zip(said, asserts):
-                if outcome == "unsupported":
-                    raise ValueError(f"the test {statement[:200]!r} cannot be checked: {detail}")
-            said = said[:-1] if len(said) == len(asserts) and end[0] != "passed" else said  # it must also end well
-            if end[0] == "passed":
-                end = "runtime_error", "ended before this test was done"
-            results += said + [end] * (1 if end[0] == "timeout" else len(asserts))
-    results = results[:total]
+    results = _run_stdin(blocks, stdin_tests, limits)  # (outcome, detail) per test
+    if asserts and not _is_over(results, len(stdin_tests), limits):
+        results += _run_asserts(blocks, asserts, limits, where)
     outcomes = [outcome for outcome, _ in results]
     worst = min(outcomes, key=OUTCOMES.index)
     first = outcomes.index(worst)
@@ -695,75 +777,134 @@ def _judge(program: str, stdin_tests: tuple, asserts: tuple, timeout: float, mem
     return Verdict(worst, outcomes.count("passed"), total, detail)
 
 
-def _pass_together(program: str, tests: tuple, limits: dict) -> bool:
-    """Whether a program passes several stdin tests one after the other in one process, the cost of a single one.
+def _is_over(results: list, wanted: int, limits: dict) -> bool:
+    """Whether the other tests need not run: after a timeout they would only cost the same again."""
+    if len(results) < wanted:
+        return True
+    last = results[-1][0] if results else "passed"
+    return last in ("timeout", "compile_error") or limits["fail_fast"] and last != "passed"
 
-    All the right values and a normal end are a pass, however they came about.  Anything else is no verdict: what one
-    test leaves behind may spoil the next, so each then gets a process of its own.  Little time, for loops that never
-    end would cost it twice.  (So a program whose later tests need what an earlier one left, a file, say, passes when
-    it is quick enough and fails when not.)
+
+def _run_stdin(blocks: tuple, tests: tuple, limits: dict) -> list[tuple[str, str]]:
+    """The results of the stdin tests, fewer where the rest need not run.
+
+    First they are played one after the other in one process, the cost of a single one.  All the right values and a
+    normal end are a pass, however they came about, and what fails in the first test does so in a new process.  Anything
+    else is no result: what one test leaves behind may spoil the next, so each then gets a process of its own.  (So a
+    program whose later tests need what an earlier one left, a file, say, passes when it is quick and fails when not.)
     """
-    if len(tests) < 2:
-        return False
+    if 1 < len(tests) <= _TOGETHER and sum(len(text) for test in tests for text in test) < 1 << 18:
+        # Little time: loops that never end will cost it again.
+        end, wrong = _play_tests(blocks, tests, limits | {"timeout": limits["timeout"] / 8, "wall": 2 * limits["timeout"]})
+        if end[0] == "compile_error" or end[0] == "passed" and not any(wrong):
+            return [end] * len(tests)
+        first = next((i for i, detail in enumerate(wrong) if detail), 0)
+        if limits["fail_fast"] and wrong[0] and end[0] in ("passed", "runtime_error"):
+            return [end if end[0] != "passed" else ("failed_test", wrong[0])]
+        if limits["fail_fast"] and first:
+            alone = _run_alone(blocks, tests[first], limits)
+            if alone[0] != "passed":
+                return [("passed", "")] * first + [alone]
+    results = []
+    for test in tests:
+        results.append(_run_alone(blocks, test, limits))
+        if _is_over(results, 0, limits):
+            break
+    return results
+
+
+def _run_alone(blocks: tuple, test: tuple, limits: dict) -> tuple[str, str]:
+    end, wrong = _play_tests(blocks, [test], limits)
+    return ("failed_test", wrong[0]) if end[0] == "passed" and wrong[0] else end
+
+
+def _play_tests(blocks: tuple, tests: list, limits: dict) -> tuple[tuple[str, str], list[str]]:
+    """Several stdin tests in one process -> how it ended, and for each what was wrong with the output, or ''."""
     given, wanted = ([text.encode("utf-8", "surrogatepass") for text in texts] for texts in zip(*tests))
-    if sum(map(len, given + wanted)) > 1 << 20:  # it would be in memory all at once
-        return False
-    keep = 65536 + 4 * sum(map(len, wanted))
-    limits = limits | {"together": True, "timeout": limits["timeout"] / 8, "wall": 2 * limits["timeout"],
-                       "output": limits["output"] + keep}
-    (outcome, _), printed = _run([program, json.dumps([text.decode("latin-1") for text in given])], keep, limits)
-    parts = printed.split(_NEXT, len(tests)) if outcome == "passed" else []
-    return [part.split() for part in parts] == [output.split() for output in wanted] + [[]]
+    inputs = given[0]
+    if len(tests) > 1:  # latin-1: JSON must not join surrogates to one character
+        inputs = json.dumps([text.decode("latin-1") for text in given]).encode()
+    keep = 65536 + 4 * max(map(len, wanted))  # all that can come into the trainer's memory
+    end, outputs = _run([json.dumps(blocks).encode(), inputs], len(tests), keep, limits)
+    details = []
+    for output, right in zip(outputs, wanted):
+        same = output.split() == right.split()
+        details.append("" if same else f"expected {right[:80]!r}, printed {output[:80]!r}")
+    return end, details
 
 
-def _run(texts: list[str], keep: int, limits: dict) -> tuple[tuple[str, str], bytes]:
-    """One run -> how the program ended (outcome, detail), and the first `keep` bytes of its stdout or the report."""
-    contents = [text.encode("utf-8", "surrogatepass") for text in texts] + [b"", b""]
-    # Files without a name.  Unlike pipes they never block, RLIMIT_FSIZE bounds them, and open(0) and seek work.
-    files = [open(os.memfd_create("verify"), "w+b", buffering=0) for _ in contents]
-    try:
-        for file, content in zip(files, contents):
-            while content:
-                content = content[file.write(content):]
-            file.seek(0)
-        reply = _ask(limits, [file.fileno() for file in files])
-        output, errors = (os.pread(file.fileno(), keep + 1, 0) for file in files[2:])
-    finally:
-        for file in files:
-            file.close()
-    if reply is None:
-        return ("runtime_error", "it killed its helper, twice"), output
+def _run_asserts(blocks: tuple, asserts: tuple, limits: dict, where: str) -> list[tuple[str, str]]:
+    """The results of the asserts, fewer after a timeout or where the first failure ends a program."""
+    names = sorted({name for _, names, _ in asserts for name in names})
+    contents = [json.dumps(content).encode() for content in (blocks, [test[:2] for test in asserts])]
+    end, [report] = _run(contents, 1, 6000 * len(asserts), limits | {"names": names})
+    results = [tuple(json.loads(line)) for line in report.splitlines()]
+    for (outcome, detail), (_, _, place) in zip(results, asserts):
+        if outcome == "unsupported":
+            raise ValueError(f"{where}[{place}]['assert'] cannot be checked: {detail}")
+    if results and _is_over(results, 0, limits):
+        return results
+    if len(results) == len(asserts) and end[0] != "passed":
+        results.pop()  # it must also end well
+    if end[0] == "passed":
+        end = "runtime_error", "ended before this test was done"
+    return results + [end] * (1 if end[0] == "timeout" else len(asserts) - len(results))
+
+
+def _run(contents: list[bytes], outputs: int, keep: int, limits: dict) -> tuple[tuple[str, str], list[bytes]]:
+    """One run -> how the program ended (outcome, detail), and the first `keep` bytes of each output or of the report."""
+    job = limits | {"output": (16 << 20) + keep, "outputs": outputs}
+    reply, errors, printed = _ask(job, contents + [b""] * (1 + outputs), keep)
     detail = (errors[-400:].decode("utf-8", "replace").splitlines() or [""])[-1][:200]
     code, cpu = reply["code"], reply["cpu"]
     if reply["late"] or cpu > limits["timeout"] or code == -signal.SIGPROF:
-        return ("timeout", f"over {limits['timeout']} s of CPU or {limits['wall']} s in all"), output
-    if "asserts" in limits and reply["judged"]:
-        return ("failed_test", "what it returned could not be compared within the limits"), output
-    if code == _COMPILE:
-        return ("compile_error", detail), output
-    if code in (_MEMORY, -signal.SIGKILL):
-        return ("memory", detail if code == _MEMORY else "killed, probably for lack of memory"), output
-    return (("runtime_error", detail or f"ended with status {code}") if code else ("passed", "")), output
+        end = "timeout", f"over {limits['timeout']} s of CPU or {limits['wall']} s in all"
+    elif "names" in limits and reply["judged"]:
+        end = "failed_test", "what it returned could not be compared within the limits"
+    elif code == _COMPILE:
+        end = "compile_error", detail
+    elif code and outputs > 1 and code != _FIRST:
+        end = "unclear", detail  # in which of the tests
+    elif code in (_MEMORY, -signal.SIGKILL):
+        end = "memory", detail if code == _MEMORY else "killed, probably for lack of memory"
+    else:
+        end = ("runtime_error", detail or f"ended with status {code}") if code else ("passed", "")
+    return end, printed
 
 
-def _ask(job: dict, files: list[int]) -> dict | None:
-    """Lets a helper do a job, a second and new one if it dies or hangs.  None when both did; SandboxError."""
-    for fresh in (False, True):
-        helper = _take(fresh)
+def _ask(job: dict, contents: list[bytes], keep: int) -> tuple[dict, bytes, list[bytes]]:
+    """Lets a helper do a job, another and new one each time that it dies or hangs: its reply, the last bytes of stderr,
+    and the outputs.  SandboxError when all died: no program can end its helper, so this says nothing about it."""
+    for attempt in range(5):
+        files = []
         try:
-            reply = helper.exchange({**job, "layers": helper.layers}, files, job["wall"] + _PATIENCE)
-        except OSError:
+            # Files without a name.  Unlike pipes they never block, RLIMIT_FSIZE bounds them, and open(0) and seek work.
+            # New ones each time, for a lost helper's program may have read and written.
+            for content in contents:
+                files.append(open(os.memfd_create("verify"), "w+b", buffering=0))
+                while content:
+                    content = content[files[-1].write(content):]
+                files[-1].seek(0)
+            helper = _take(fresh=attempt > 0)
+            try:
+                reply = helper.exchange({**job, "layers": helper.layers}, [file.fileno() for file in files], job["wall"] + _PATIENCE)
+            except BaseException:
+                helper.close()
+                raise
+            if "error" not in reply:
+                _idle.append(helper)
+                size = os.fstat(files[2].fileno()).st_size
+                errors = os.pread(files[2].fileno(), 400, max(0, size - 400))
+                return reply, errors, [os.pread(file.fileno(), keep + 1, 0) for file in files[3:]]
             helper.close()
+        except (OSError, SandboxError) as error:
+            lost = error
             continue
-        except BaseException:
-            helper.close()
-            raise
-        if "error" in reply:  # of the sandbox, before the program started
-            helper.close()
-            raise SandboxError(reply["error"])
-        _idle.append(helper)
-        return reply
-    return None
+        finally:
+            for file in files:
+                file.close()
+        raise SandboxError(reply["error"])  # of the sandbox, before the program started
+    raise lost if isinstance(lost, SandboxError) else SandboxError(f"five helpers were lost in a row: {lost!r}")
 
 
 # ---------------------------------------------------------------- helpers, seen from the trainer
@@ -857,9 +998,8 @@ _FILE = os.path.abspath(__file__)
 # ---------------------------------------------------------------- inside the helper
 
 MODULES = ("math", "cmath", "re", "random", "string", "copy", "itertools", "functools", "collections", "operator")
-_COMPILE, _MEMORY = 201, 202  # exit statuses; a program that takes one only says that it failed
-_MAX_VALUE = 4 << 20          # bytes of JSON of one value
-_NEXT = b"\0next\0"           # after the output of each of several tests; who forges it only cuts his output otherwise
+_COMPILE, _MEMORY, _FIRST = 201, 202, 203  # exit statuses; a program that takes one only says that it failed
+_MAX_VALUE = 16 << 20         # bytes of JSON of one value
 # What threading and random do after a fork would cost as much as the fork; a single thread needs none of it.
 _START = """import os, sys
 os.register_at_fork = lambda **_: None
@@ -874,7 +1014,7 @@ def _serve(channel: int) -> None:
     del sys.path[0]  # the working folder
     sys.argv[:] = ["program.py"]
     builtins.exit = builtins.quit = sys.exit  # honest programs use them, -S leaves them out
-    for name in (*MODULES, "bisect", "heapq", "datetime", "decimal", "statistics", "typing"):
+    for name in (*MODULES, "bisect", "heapq", "statistics", "typing"):
         __import__(name)  # once here, not in every fork
     random.seed(0)  # verdicts shall not depend on luck
     for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGXCPU, signal.SIGCHLD):
@@ -896,9 +1036,9 @@ def _serve(channel: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: os.kill(server, signal.SIGKILL))
         os._exit(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]) & 1)
     _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    while (null := os.open(os.devnull, os.O_RDWR)) < 7:
-        pass  # a child needs 0 to 6 for itself
-    channel = socket.socket(fileno=fcntl.fcntl(channel, fcntl.F_DUPFD, 7))
+    while (null := os.open(os.devnull, os.O_RDWR)) < 7 + _TOGETHER:
+        pass  # a child needs those below for itself
+    channel = socket.socket(fileno=fcntl.fcntl(channel, fcntl.F_DUPFD, null))
     for kind, value in ((resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0)):
         _limit(kind, value)
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
@@ -911,14 +1051,14 @@ def _serve(channel: int) -> None:
         return os.fork() or _child(work, files, channel, job, walls)
 
     while True:
-        message, files, _, _ = socket.recv_fds(channel, 1 << 16, 4)
+        message, files, _, _ = socket.recv_fds(channel, 1 << 16, 32)
         if not message:
             os._exit(0)
         job = json.loads(message)
         if "probe" in job:
             pids = [spawn(None, *[null] * 6)]
-        elif "asserts" in job:
-            program, tests, report, errors = files
+        elif "names" in job:
+            program, tests, errors, report = files
             ours, theirs = (end.detach() for end in socket.socketpair())
             pids = [spawn(_check_asserts, null, null, null, ours, tests, report)]
             for fd in (tests, report, ours):
@@ -926,8 +1066,8 @@ def _serve(channel: int) -> None:
             pids.append(spawn(_play, null, null, errors, theirs, program, null))
             files = [program, errors, theirs]
         else:
-            program, given, output, errors = files
-            pids = [spawn(_play, given, output, errors, null, program, null)]
+            program, given, errors, *outputs = files
+            pids = [spawn(_play, given, outputs[0], errors, null, program, null, *outputs)]
         for fd in files:
             os.close(fd)
         ended, late = _wait(set(pids), time.monotonic() + job["wall"])
@@ -964,11 +1104,12 @@ def _wait(pids: set[int], deadline: float) -> tuple[dict, bool]:
 
 def _child(work, files: tuple[int, ...], channel: socket.socket, job: dict, walls: dict) -> None:
     """Walls, then the work, in the forked child.  Descriptors: 0 stdin, 1 stdout, 2 stderr, 3 between program and
-    judge, 4 source, 5 report, 6 the trainer until the walls stand.  Never returns."""
+    judge, 4 source, 5 report, 6 the trainer until the walls stand, from 7 on the outputs of several tests.  Never
+    returns."""
     try:
-        for target, fd in enumerate((*files, channel.fileno())):
+        for target, fd in enumerate((*files[:6], channel.fileno(), *files[6:])):
             os.dup2(fd, target)
-        layers = _confine(job, walls)
+        layers = _confine(job, walls, 7 + len(files[6:]))
         if work is None or layers != job["layers"]:
             answer = {"layers": layers} if work is None else {"error": f"the sandbox has changed: {layers}"}
             os.write(6, json.dumps(answer).encode())
@@ -986,37 +1127,46 @@ def _child(work, files: tuple[int, ...], channel: socket.socket, job: dict, wall
 
 
 def _play(source: str, job: dict) -> None:
-    """The program as __main__, then its answers to the judge on descriptor 3, or what a normal end does; the latter
-    for each of the inputs, a JSON list, when it plays several tests together."""
+    """The program as __main__, for each of the inputs, and what a normal end does; under asserts the program as a
+    module, then its answers to the judge on descriptor 3."""
     leave, write = os._exit, os.write  # bound now: a program may replace them
+    number, inputs, outputs = 0, [None], job.get("outputs", 1)
 
     def fail(status: int, error: BaseException) -> None:
         write(2, f"\n{_describe(error)}".encode("utf-8", "replace"))
-        leave(status)
+        leave(_FIRST if status == 1 and outputs > 1 and number == 0 else status)
 
     os.close(5)
-    inputs, ends = [None], ()
-    if "together" in job:
-        inputs, ends = json.loads(os.pread(0, os.fstat(0).st_size, 0)), (os.dup(0), os.dup(1))
     try:
-        code = compile(source.lstrip("\ufeff"), "<program>", "exec", dont_inherit=True)
+        program = _choose(json.loads(source), set(job.get("names", ())))
+        code = compile(program.lstrip("\ufeff"), "<program>", "exec", dont_inherit=True)
     except BaseException as error:  # SyntaxError, null bytes, surrogates, nesting too deep for the parser
         fail(_COMPILE, error)
+    if outputs > 1:
+        inputs = json.loads(os.pread(0, os.fstat(0).st_size, 0))
+        stdin = os.dup(0)
     try:
-        for number, given in enumerate(inputs, 1):
-            main = sys.modules["__main__"] = type(sys)("__main__")
+        for number, given in enumerate(inputs):
+            # Under asserts `if __name__ == "__main__"` does not run: it may read input, or exit.
+            main = type(sys)("program" if "names" in job else "__main__")
+            sys.modules[main.__name__] = sys.modules["__main__"] = main
+            main.__file__ = "program.py"
             if given is not None:
-                _rewind(given.encode("latin-1"), *ends)
+                _rewind(given.encode("latin-1"), stdin, 7 + number)
+            if "names" in job:
+                exec("from typing import *", main.__dict__)  # as LeetCode gives them
             try:
                 exec(code, main.__dict__)
             except SystemExit as stop:
-                if "asserts" in job or stop.code not in (None, 0):  # an early exit skips the asserts
+                if "names" in job:
+                    fail(1, SystemExit(f"{stop.code}; the program ended itself, so its asserts did not run"))
+                if stop.code not in (None, 0):
                     raise
-            if "asserts" in job:
+            if "names" in job:
                 _answer(main.__dict__)
                 break
             # What os._exit leaves out: join threads, exit handlers, flush.
-            if number == len(inputs):
+            if number + 1 == len(inputs):
                 threading._shutdown()  # a second call would not wait
             else:
                 for thread in threading.enumerate():
@@ -1029,11 +1179,23 @@ def _play(source: str, job: dict) -> None:
             for stream in {sys.stdout, sys.__stdout__}:
                 if not getattr(stream, "closed", True):
                     stream.flush()
-            if given is not None:
-                write(ends[1], _NEXT)
         leave(0)
     except BaseException as error:
         fail(_MEMORY if isinstance(error, MemoryError) else 1, error)
+
+
+def _choose(blocks: list[str], names: set[str]) -> str:
+    """The last block that defines these names, else the last."""
+    for block in reversed(blocks[:-1] and blocks):
+        try:
+            nodes = list(ast.walk(ast.parse(block)))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+        defined = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        defined |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        if names <= defined:
+            return block
+    return blocks[-1]
 
 
 def _rewind(given: bytes, stdin: int, stdout: int) -> None:
@@ -1058,17 +1220,29 @@ def _describe(value) -> str:
 
 
 def _answer(names: dict) -> None:
-    """Looks up and calls the names of the program for the judge, a line of JSON each way, until the judge has ended."""
+    """Does what the judge asks with the program's names and objects, a line of JSON each way, until the judge has ended.
+
+    [what, target, ...]: the value of a name, an attribute, a call.  Only plain values cross; of an object its number."""
+    kept = {}  # the objects that the judge knows, by number
     with open(3, "rb") as requests, open(3, "wb", closefd=False) as replies:
         for request in requests:
-            name, *call = _decode(request)
+            what, target, *rest = _decode(request, kept.get)
             try:
-                if name not in names and not hasattr(builtins, name):
-                    raise NameError(f"name {name!r} is not defined")
-                value = names[name] if name in names else getattr(builtins, name)
-                if call:
-                    value = value(*call[0], **call[1])
-                line = json.dumps(_encode(["value", value] if call or not callable(value) else ["function"]))
+                changed = None
+                if isinstance(target, str):
+                    if target not in names and not hasattr(builtins, target):
+                        raise NameError(f"name {target!r} is not defined")
+                    target = names[target] if target in names else getattr(builtins, target)
+                if what == "call":
+                    before = json.dumps(_encode(_mutable(*rest), kept))
+                    value = target(*rest[0], **rest[1])
+                    changed = _encode(_mutable(*rest), kept)
+                    changed = None if json.dumps(changed) == before else changed
+                elif what == "set":
+                    value = setattr(target, *rest)
+                else:
+                    value = getattr(target, *rest) if rest else target
+                line = json.dumps(["value", _encode(value, kept), changed], separators=(",", ":"))
                 if len(line) >= _MAX_VALUE:
                     raise ValueError(f"a value of more than {_MAX_VALUE} bytes")
             except BaseException as error:
@@ -1077,75 +1251,122 @@ def _answer(names: dict) -> None:
             replies.flush()
 
 
-def _check_asserts(source: str, _) -> None:
+def _mutable(args, kwargs) -> list:
+    """The arguments that a call may change, as it is seen outside."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, (list, dict, set, collections.deque))]
+
+
+def _check_asserts(source: str, job: dict) -> None:
     """The judge: executes each statement and reports a line [outcome, detail] each on descriptor 5."""
     requests, replies = open(3, "wb", closefd=False), open(3, "rb")
     said = None
 
-    def ask(name: str, *call):
+    def ask(what: str, target, *rest):
         nonlocal said
+        requests.write(json.dumps(_encode([what, target, *rest])).encode() + b"\n")
         try:
-            request = json.dumps(_encode([name, *call]))
-        except TypeError as error:
-            raise _Unsupported(f"an argument of {name}: {error}") from None
-        try:
-            requests.write(request.encode() + b"\n")
             requests.flush()
             line = replies.readline(_MAX_VALUE)
         except OSError:
             line = b""
         if not line.endswith(b"\n"):
             os._exit(0)  # the program is gone; how it ended is the verdict
-        kind, *said = _decode(line)
-        if kind == "function":
-            return _Function(lambda *args, **kwargs: ask(name, args, kwargs))
+        kind, said, more = _decode(line, lambda number: _Object(ask, number))
         if kind == "value":
-            return said[0]
-        raised = getattr(builtins, said[0], None)  # so that a test can expect a ValueError
+            for old, new in zip(_mutable(*rest) if more else (), more or ()):
+                _refill(old, new)
+            return said
+        raised = getattr(builtins, said, None)  # so that a test can expect a ValueError
         raised = raised if isinstance(raised, type) and issubclass(raised, Exception) else RuntimeError
-        error = raised(said[1].partition(": ")[2])
-        error.of_program = said[1]
+        error = raised(more.partition(": ")[2])
+        error.of_program = more
         raise error
 
     for statement, names in json.loads(source):
         try:
-            scope = {"__name__": "test", **{name: sys.modules[name] for name in MODULES}}
-            scope |= {name: ask(name) for name in names}
+            scope = {"__name__": "__main__", "__builtins__": {**vars(builtins), "eval": _evaluate}}
+            scope |= {name: sys.modules[name] for name in MODULES}
+            scope |= {name: ask("name", name) for name in names}
             exec(compile(statement, "<assert>", "exec", dont_inherit=True), scope)
             result = "passed", ""
         except BaseException as error:
             detail = _describe(error)
             if hasattr(error, "of_program"):
                 result = "memory" if isinstance(error, MemoryError) else "runtime_error", error.of_program[:400]
-            elif isinstance(error, (_Unsupported, ImportError, SyntaxError)):
+            elif isinstance(error, (_Unsupported, ImportError)):
                 result = "unsupported", detail
             else:
                 value = _describe(said)  # what the program returned last
                 result = "failed_test", f"{' '.join(statement[:80].split())}: {detail}; the last value was {value:.80}"
         os.write(5, json.dumps(result).encode() + b"\n")
+        if job["fail_fast"] and result[0] != "passed":
+            break
     os._exit(0)
 
 
+def _evaluate(text: str, *_):
+    """eval for what a program returned: literals, containers and arithmetic of bounded size."""
+    tree = ast.parse(text[:10_000].strip(), mode="eval")
+    numbers = (ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop)
+    powers = 0
+    for node in ast.walk(tree):
+        inside = numbers if isinstance(node, (ast.BinOp, ast.UnaryOp)) else (*numbers, ast.List, ast.Tuple, ast.Set, ast.Dict)
+        powers += isinstance(node, (ast.Pow, ast.LShift))
+        for child in ast.iter_child_nodes(node):
+            large = isinstance(getattr(child, "value", 0), (str, bytes)) or powers and getattr(child, "value", 0) > 1000
+            if not isinstance(child, (*inside, ast.expr_context)) or inside is numbers and large or powers > 1:
+                raise ValueError(f"{text[:80]!r} is more than a value")
+    return eval(compile(tree, "<value>", "eval"), {"__builtins__": {}})
+
+
 class _Unsupported(BaseException):
-    """A test that wants to send something other than a plain value."""
+    """A test that wants to send a function."""
 
 
-@dataclass(frozen=True)
-class _Function:
-    """A function of the program, in the judge."""
+class _Object:
+    """An object of the program, in the judge: called and asked by name, never compared, or it would say what is equal."""
 
-    call: object
+    def __init__(self, ask, number) -> None:
+        vars(self).update(_ask=ask, _number=number)
 
     def __call__(self, *args, **kwargs):
-        return self.call(*args, **kwargs)
+        return self._ask("call", self, args, kwargs)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._ask("get", self, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        self._ask("set", self, name, value)
+
+    def __bool__(self) -> bool:
+        return self._ask("call", "bool", (self,), {})
+
+    def _refuse(self, *_):
+        raise TypeError("objects of a program cannot be compared")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _refuse
 
 
-def _encode(value):
-    """A plain value as JSON can hold it; the other kinds as {kind: parts}.  TypeError for an object."""
+def _method(name: str):
+    return lambda self, *args: self._ask("call", self._ask("get", self, name), args, {})
+
+
+for _name in ("len iter next getitem setitem delitem str repr add sub mul truediv neg abs int float enter exit".split()):
+    setattr(_Object, f"__{_name}__", _method(f"__{_name}__"))
+
+
+def _refill(old, new) -> None:
+    """Gives a list, dict, set or deque new contents."""
+    old.clear()
+    (old.extend if hasattr(old, "extend") else old.update)(new)
+
+
+def _encode(value, kept: dict | None = None):
+    """A plain value as JSON can hold it; the other kinds as {kind: parts}; an object as its number in `kept`."""
     if value is None or isinstance(value, (bool, float, str)):
         return value
-    if isinstance(value, _Function):  # not _Unsupported: the program chose to have a function of this name
-        raise ValueError("a function of the program is not a plain value")
     if isinstance(value, int):
         return int(value) if -2**53 < value < 2**53 else {"int": hex(value)}  # decimal is quadratic, and limited
     if isinstance(value, complex):
@@ -1153,23 +1374,47 @@ def _encode(value):
     if isinstance(value, (bytes, bytearray)):
         return {"bytes": value.hex()}
     if isinstance(value, list):
-        return [_encode(item) for item in value]
+        return [_encode(item, kept) for item in value]
     if isinstance(value, dict):
-        return {"dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
-    for kind in (tuple, set, frozenset):
+        return {"dict": [[_encode(key, kept), _encode(item, kept)] for key, item in value.items()]}
+    for kind in (tuple, set, frozenset, collections.deque):
         if isinstance(value, kind):
-            return {kind.__name__: [_encode(item) for item in value]}
-    if hasattr(type(value), "__iter__") and not isinstance(value, type):
-        return {"iter": [_encode(item) for item in itertools.islice(value, 10_000)]}
-    raise TypeError(f"{type(value).__name__} is not a plain value")
+            return {kind.__name__: [_encode(item, kept) for item in value]}
+    for kind in (decimal.Decimal, Fraction):
+        if isinstance(value, kind):
+            return {kind.__name__: str(value)}
+    for kind in (datetime.datetime, datetime.date, datetime.time):
+        if isinstance(value, kind):
+            return {kind.__name__: value.isoformat()}
+    if isinstance(value, datetime.timedelta):
+        return {"timedelta": [value.days, value.seconds, value.microseconds]}
+    if type(value) is _Object:
+        return {"object": value._number}
+    lazy = hasattr(type(value), "__iter__") and not isinstance(value, type)
+    if lazy and type(value).__module__ != "program":
+        return {"iter": [_encode(item, kept) for item in itertools.islice(value, 10_000)]}
+    if kept is not None:
+        kept[id(value)] = value
+        return {"object": id(value)}
+    module = isinstance(getattr(value, "__self__", None), type(sys))  # len, math.sqrt
+    error = _Unsupported if module or isinstance(value, (type, type(_encode))) else TypeError
+    raise error(f"a {type(value).__name__} as an argument is not a plain value")
 
 
 _MAKE = {"int": lambda text: int(text, 16), "complex": lambda parts: complex(*parts), "bytes": bytes.fromhex,
-         "dict": dict, "tuple": tuple, "set": set, "frozenset": frozenset, "iter": iter}
+         "timedelta": lambda parts: datetime.timedelta(*parts), "datetime": datetime.datetime.fromisoformat,
+         "date": datetime.date.fromisoformat, "time": datetime.time.fromisoformat, "Decimal": decimal.Decimal,
+         "Fraction": Fraction, "dict": dict, "tuple": tuple, "set": set, "frozenset": frozenset,
+         "deque": collections.deque, "iter": iter}
 
 
-def _decode(line: bytes):
-    return json.loads(line, object_hook=lambda parts: [_MAKE[kind](content) for kind, content in parts.items()][0])
+def _decode(line: bytes, find):
+    """The value; `find` gives the object of a number."""
+    def make(parts: dict):
+        [(kind, content)] = parts.items()
+        return find(content) if kind == "object" else _MAKE[kind](content)
+
+    return json.loads(line, object_hook=make)
 
 
 # ---------------------------------------------------------------- the walls
@@ -1210,8 +1455,8 @@ def _limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, value))
 
 
-def _confine(job: dict, walls: dict) -> list[str]:
-    """Walls off this process, for good -> the names of the layers that hold."""
+def _confine(job: dict, walls: dict, first_unused: int) -> list[str]:
+    """Walls off this process, for good, and closes descriptors -> the names of the layers that hold."""
     _limit(resource.RLIMIT_AS, job["memory_mb"] << 20)
     _limit(resource.RLIMIT_FSIZE, job["output"])
     _limit(resource.RLIMIT_CPU, int(job["timeout"]) + 1)
@@ -1223,7 +1468,7 @@ def _confine(job: dict, walls: dict) -> list[str]:
     prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the helper
     if walls["rules"] >= 0 and _libc.syscall(446, walls["rules"], 0) == 0:  # landlock_restrict_self
         layers.append("landlock")
-    os.closerange(7, 4096)
+    os.closerange(first_unused, 4096)
     if walls["filter"]:
         code, places, pointer = walls["filter"]
         own = os.getpid().to_bytes(4, sys.byteorder)
