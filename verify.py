@@ -192,6 +192,7 @@ _TYPOGRAPHY = _rules(r"""
     \\(?:\}|rbrace(?![a-z])) => ⦄
     \\[()\[\]]|\*\*|(?<=-)\s*\\?[$€£¥₹]\s* =>
     \\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|q?quad)(?![A-Za-z])|\\?[$€£¥₹]|\\[,;:\s]|[~\s] => ␣
+    [ ]+ => ␣
     \\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mh]box|operatorname|emph|underline)\s*\{((?:[^{}]|\{[^{}]*\})*)\} => ␣\1␣
     \\[dtc]frac(?![a-z]) => \\frac
     (?:\^\s*)?(?:\{\s*)?(?:\\(?:circ|degree)(?![a-z])|°)(?:\s*\})?(?:\s*[CF]\b)? => ␣degrees␣
@@ -507,16 +508,10 @@ _TOGETHER = 16  # stdin tests in one process, at most
 OUTCOMES = ("compile_error", "timeout", "memory", "runtime_error", "failed_test", "passed", "no_tests")  # worst first
 LAYERS = {  # what each wall of the sandbox stops, and what it needs
     "rlimits": ("endless CPU, big memory, floods of output, many files", "any Linux"),
-    "no capabilities": ("what root may do beyond its files", "any Linux"),
-    "no_new_privs": ("new rights through setuid programs", "Linux 3.5"),
-    "seccomp": ("processes, signals, sockets, ptrace, chmod; all calls but some 120", "x86_64 or aarch64"),
-    "landlock": ("the user's files, /proc; TCP from 6.7, signals from 6.12", "Linux 5.13"),
-    "user namespace": ("memory and environment of the user's processes", "user namespaces allowed"),
-    "pid namespace": ("signals to other processes; what outlives a run", "the same, or root"),
-    "net namespace": ("the network, loopback too", "the same, or root"),
-    "ipc namespace": ("System V queues and shared memory", "the same, or root"),
-    "mount namespace": ("files that stay: each run gets its own 16 MB /dev/shm, else it can write nowhere",
-                        "the same, or root"),
+    "seccomp": ("processes, signals, sockets, ptrace, chmod; all calls but some 120", "x86_64"),
+    "landlock": ("the user's files, /proc", "Linux 5.13"),
+    "namespaces": ("the same by a root of its own; each run gets 16 MB in /dev/shm, else it can write nowhere",
+                   "user namespaces allowed"),
 }
 _SANS: set[str] = set()  # layers to leave out, for tests
 _FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})([^`]*)$")
@@ -875,7 +870,7 @@ def _run(contents: list[bytes], outputs: int, keep: int, limits: dict) -> tuple[
 def _ask(job: dict, contents: list[bytes], keep: int) -> tuple[dict, bytes, list[bytes]]:
     """Lets a helper do a job, another and new one each time that it dies or hangs: its reply, the last bytes of stderr,
     and the outputs.  SandboxError when all died: no program can end its helper, so this says nothing about it."""
-    for attempt in range(5):
+    for attempt in range(_ATTEMPTS):
         files = []
         try:
             # Files without a name.  Unlike pipes they never block, RLIMIT_FSIZE bounds them, and open(0) and seek work.
@@ -904,13 +899,14 @@ def _ask(job: dict, contents: list[bytes], keep: int) -> tuple[dict, bytes, list
             for file in files:
                 file.close()
         raise SandboxError(reply["error"])  # of the sandbox, before the program started
-    raise lost if isinstance(lost, SandboxError) else SandboxError(f"five helpers were lost in a row: {lost!r}")
+    raise lost if isinstance(lost, SandboxError) else SandboxError(f"{_ATTEMPTS} helpers were lost in a row: {lost!r}")
 
 
 # ---------------------------------------------------------------- helpers, seen from the trainer
 
 _idle: list[_Helper] = []
 _alive: set[_Helper] = set()
+_ATTEMPTS = 10  # helpers for one run, each after the loss of the one before
 _PATIENCE = 30  # seconds beyond the wall time of a run until a silent helper counts as hung
 _announced = threading.Lock()  # taken once, never released
 
@@ -1005,8 +1001,6 @@ _START = """import os, sys
 os.register_at_fork = lambda **_: None
 __file__ = sys.argv.pop(1)
 exec(compile(open(__file__, encoding="utf-8").read(), __file__, "exec"))"""
-_NAMESPACES = {"user namespace": 0x10000000, "pid namespace": 0x20000000, "net namespace": 0x40000000,
-               "ipc namespace": 0x08000000, "mount namespace": 0x00020000}
 
 
 def _serve(channel: int) -> None:
@@ -1020,17 +1014,8 @@ def _serve(channel: int) -> None:
     for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGXCPU, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)  # whoever started the trainer may have blocked or ignored them
     signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGCHLD])
-    uid, gid = os.getuid(), os.getgid()
-    spaces = [name for name, flag in _NAMESPACES.items() if name not in _SANS and _libc.unshare(flag) == 0]
-    _libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: without it a plain user may not write the maps
-    if "user namespace" in spaces:
-        try:  # only files on the mount of our own need them
-            for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-                with open(f"/proc/self/{name}", "w") as file:
-                    file.write(text)
-        except OSError:
-            spaces = [name for name in spaces if name != "mount namespace"]
-    _libc.prctl(4, 0, 0, 0, 0)  # from here on: nobody reads the memory of helper, judge and program
+    spaces = "namespaces" not in _SANS and _enter_namespaces()
+    _libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE, from here on: nobody reads the memory of helper, judge and program
     server = os.fork()  # only a child is inside the pid namespace, as its init
     if server:
         signal.signal(signal.SIGTERM, lambda *_: os.kill(server, signal.SIGKILL))
@@ -1044,6 +1029,7 @@ def _serve(channel: int) -> None:
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
     if hard == resource.RLIM_INFINITY or hard >= 64 << 20:  # deep recursion; the kernel looks when the stack grows
         resource.setrlimit(resource.RLIMIT_STACK, (64 << 20, hard))
+    spaces = spaces and _enter_root()
     walls = _walls(spaces)  # made once, raised in each child
     gc.freeze()  # a collection in a child would write to, and so copy, every page
 
@@ -1074,7 +1060,7 @@ def _serve(channel: int) -> None:
         if "probe" not in job:
             (code, cpu), (judged, _) = ended[pids[-1]], ended[pids[0]]
             channel.send(json.dumps({"code": code, "cpu": cpu, "late": late, "judged": judged}).encode())
-        if "mount namespace" in walls["layers"] and os.listdir("/dev/shm"):
+        if spaces and os.listdir("/dev/shm"):
             _libc.umount2(b"/dev/shm", 2)  # MNT_DETACH: with all that is in it
             os.close(walls["rules"]) if walls["rules"] >= 0 else None
             walls = _walls(spaces)
@@ -1346,11 +1332,18 @@ class _Object:
     def _refuse(self, *_):
         raise TypeError("objects of a program cannot be compared")
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
 
 
 def _method(name: str):
-    return lambda self, *args: self._ask("call", self._ask("get", self, name), args, {})
+    def method(self, *args):
+        try:
+            bound = self._ask("get", self, name)
+        except AttributeError:  # which list() forgives only as a TypeError
+            raise TypeError(f"an object of the program without {name}") from None
+        return self._ask("call", bound, args, {})
+
+    return method
 
 
 for _name in ("len iter next getitem setitem delitem str repr add sub mul truediv neg abs int float enter exit".split()):
@@ -1419,34 +1412,86 @@ def _decode(line: bytes, find):
 
 # ---------------------------------------------------------------- the walls
 
-# Call numbers on x86_64 and aarch64; - where there is none.
+# System calls of x86_64.
 _CALLS = """
-read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, lseek 8 62, close 3 57, dup 32 23,
-dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, fstat 5 80, stat 4 -, lstat 6 -, newfstatat 262 79, statx 332 291,
-access 21 -, faccessat 269 48, faccessat2 439 439, readlink 89 -, readlinkat 267 78, getcwd 79 17, chdir 80 49,
-fchdir 81 50, getdents64 217 61, open 2 -, openat 257 56, ftruncate 77 46, fsync 74 82, fdatasync 75 83, flock 73 32,
-mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, madvise 28 233, brk 12 214, rt_sigaction 13 134,
-rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigtimedwait 128 137, sigaltstack 131 132, poll 7 -, ppoll 271 73,
-select 23 -, pselect6 270 72, epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22,
-eventfd2 290 19, futex 202 98, set_robust_list 273 99, rseq 334 293, gettid 186 178, getpid 39 172, getppid 110 173,
-getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177, getpgid 121 155, gettimeofday 96 169, time 201 -,
-clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101, getitimer 36 102,
-setitimer 38 103, alarm 37 -, pause 34 -, times 100 153, getrusage 98 165, getrlimit 97 163, setrlimit 160 164,
-getrandom 318 278, uname 63 160, sysinfo 99 179, sched_yield 24 124, sched_getaffinity 204 123, membarrier 324 283,
-sendto 44 206, recvfrom 45 207, shutdown 48 210, getsockopt 55 209, getsockname 51 204, exit 60 93, exit_group 231 94,
-restart_syscall 219 128, umask 95 166, sendfile 40 71, mkdir 83 -, mkdirat 258 34, rmdir 84 -, unlink 87 -,
-unlinkat 263 35, rename 82 -, renameat 264 38, renameat2 316 276, truncate 76 45"""
+read 0, write 1, readv 19, writev 20, pread64 17, pwrite64 18, lseek 8, close 3, dup 32, dup2 33, dup3 292, pipe 22,
+pipe2 293, fstat 5, stat 4, lstat 6, newfstatat 262, statx 332, access 21, faccessat 269, faccessat2 439, readlink 89,
+readlinkat 267, getcwd 79, chdir 80, fchdir 81, getdents64 217, open 2, openat 257, ftruncate 77, fsync 74,
+fdatasync 75, flock 73, mmap 9, munmap 11, mprotect 10, mremap 25, madvise 28, brk 12, rt_sigaction 13,
+rt_sigprocmask 14, rt_sigreturn 15, rt_sigtimedwait 128, sigaltstack 131, poll 7, ppoll 271, select 23, pselect6 270,
+epoll_create1 291, epoll_ctl 233, epoll_wait 232, epoll_pwait 281, eventfd2 290, futex 202, set_robust_list 273,
+rseq 334, gettid 186, getpid 39, getppid 110, getuid 102, geteuid 107, getgid 104, getegid 108, getpgid 121,
+gettimeofday 96, time 201, clock_gettime 228, clock_getres 229, clock_nanosleep 230, nanosleep 35, getitimer 36,
+setitimer 38, alarm 37, pause 34, times 100, getrusage 98, getrlimit 97, setrlimit 160, getrandom 318, uname 63,
+sysinfo 99, sched_yield 24, sched_getaffinity 204, membarrier 324, sendto 44, recvfrom 45, shutdown 48, getsockopt 55,
+getsockname 51, exit 60, exit_group 231, restart_syscall 219, umask 95, sendfile 40, mkdir 83, mkdirat 258, rmdir 84,
+unlink 87, unlinkat 263, rename 82, renameat 264, renameat2 316, truncate 76"""
+# Calls that are admitted with some values of one argument: their number, which argument, the values in hexadecimal.
+_OWN = 0xEEEEEEEE  # the process's own number, to be filled in
+_CHECKED_CALLS = """
+56 0 3d0f00 7d0f00                      clone: threads, of glibc and of musl
+62 0 eeeeeeee                           kill: itself
+234 0 eeeeeeee                          tgkill: itself
+302 0 0 eeeeeeee                        prlimit64: itself
+53 1 1 801 80001 80801                  socketpair: streams, which go nowhere else
+72 1 0 1 2 3 4 5 6 7 406                fcntl: no F_SETOWN, which can signal others
+16 1 5401 5413 541b 5421 5450 5451      ioctl: isatty and the like"""
+# What a program may read: libraries and time zones.
+_READABLE = (os.path.dirname(os.__file__), sys.base_prefix + "/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64",
+             "/usr/share/zoneinfo")
+_DEVICES = "/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"
 
 
-def _walls(spaces: list[str]) -> dict:
+def _enter_namespaces() -> bool:
+    """User, pid and mount namespaces of our own; the pid one is for the next child."""
+    uid, gid = os.getuid(), os.getgid()
+    if _libc.unshare(0x10000000 | 0x20000000 | 0x00020000) != 0:
+        return False
+    _libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: without it a plain user may not write the maps
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    return True
+
+
+def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
+    if _libc.mount(source.encode(), target.encode(), kind.encode(), flags, options.encode()) != 0:
+        raise OSError(f"no mount at {target}")
+
+
+def _enter_root() -> bool:
+    """A root folder with nothing but what a program may read, /proc of the own namespace, and an empty /dev/shm."""
+    root = "/dev/shm"
+    try:
+        _mount("none", "/", "none", 0x44000)  # MS_REC | MS_PRIVATE: nothing goes back
+        _mount("tmpfs", root, "tmpfs", 14, "size=1m")  # nosuid, nodev, noexec
+        os.makedirs(root + "/dev/shm")
+        for path in (*_READABLE, *_DEVICES):
+            place = root + path
+            if os.path.islink(path):
+                os.symlink(os.readlink(path), place)
+            elif os.path.exists(path) and not os.path.exists(place):
+                os.makedirs(place) if os.path.isdir(path) else open(place, "w").close()
+                _mount(path, place, "none", 0x5000)  # MS_BIND | MS_REC
+                kept = os.statvfs(place).f_flag & 14  # the flags that a mount of others must keep
+                _mount("none", place, "none", 0x1021 | kept)  # MS_BIND | MS_REMOUNT | MS_RDONLY
+        os.mkdir(root + "/proc")
+        _mount("proc", root + "/proc", "proc", 14)
+        for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
+            os.symlink(f"/proc/self/fd{target}", f"{root}/dev/{name}")
+        _mount("none", root, "none", 0x1021 | 14)
+    except OSError:
+        return False
+    os.chroot(root)
+    return True
+
+
+def _walls(spaces: bool) -> dict:
     """What a helper prepares for its children: the layers that it has itself, the rules of Landlock, the filter."""
-    layers = ["rlimits", *(name for name in spaces if name != "mount namespace")]
-    if "mount namespace" in spaces:
-        _libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: nothing goes back
-        if _libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 14, b"size=16m,nr_inodes=1k") == 0:  # nosuid, nodev, noexec
-            layers.append("mount namespace")
-    os.chdir("/dev/shm" if "mount namespace" in layers else "/")
-    return {"layers": layers, "rules": _landlock("mount namespace" in layers), "filter": _seccomp()}
+    if spaces:
+        _mount("tmpfs", "/dev/shm", "tmpfs", 14, "size=16m,nr_inodes=1k")
+    os.chdir("/dev/shm" if spaces else "/")
+    return {"layers": ["rlimits"] + ["namespaces"] * spaces, "rules": _landlock(spaces), "filter": _seccomp()}
 
 
 def _limit(kind: int, value: int) -> None:
@@ -1461,10 +1506,8 @@ def _confine(job: dict, walls: dict, first_unused: int) -> list[str]:
     _limit(resource.RLIMIT_FSIZE, job["output"])
     _limit(resource.RLIMIT_CPU, int(job["timeout"]) + 1)
     layers, prctl = list(walls["layers"]), _libc.prctl
-    if "no capabilities" not in _SANS and _libc.capset(*_NO_CAPABILITIES) == 0:
-        layers.append("no capabilities")
-    if "no_new_privs" not in _SANS and prctl(38, 1, 0, 0, 0) == 0:
-        layers.append("no_new_privs")
+    if walls["filter"] or walls["rules"] >= 0:
+        prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: what both of them ask of a plain user
     prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the helper
     if walls["rules"] >= 0 and _libc.syscall(446, walls["rules"], 0) == 0:  # landlock_restrict_self
         layers.append("landlock")
@@ -1481,17 +1524,14 @@ def _confine(job: dict, walls: dict, first_unused: int) -> list[str]:
 
 def _landlock(scratch: bool) -> int:
     """Rules under which a process opens nothing but libraries, four devices and its scratch folder; -1 without."""
-    create, add = 444, 445  # the same numbers on every architecture
+    create, add = 444, 445
     abi = _libc.syscall(create, None, 0, 1)
     if "landlock" in _SANS or abi < 1:
         return -1
     every = (1 << 13 + (abi > 1) + (abi > 2) + (abi > 4)) - 1  # 13 rights, then REFER, TRUNCATE, IOCTL_DEV
-    # Handled: file rights; TCP bind and connect from ABI 4; abstract sockets and signals from ABI 6.
-    rules = _libc.syscall(create, struct.pack("QQQ", every, 3 * (abi > 3), 3 * (abi > 5)), 24, 0)
+    rules = _libc.syscall(create, struct.pack("Q", every), 8, 0)
     read_file, read_folder, write_file = 4, 8, 2
-    rights = dict.fromkeys((os.path.dirname(os.__file__), sys.base_prefix + "/lib", "/lib", "/lib64", "/usr/lib",
-                            "/usr/lib64", "/usr/share/zoneinfo"), read_file | read_folder)
-    rights |= dict.fromkeys(("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"), read_file | write_file)
+    rights = dict.fromkeys(_READABLE, read_file | read_folder) | dict.fromkeys(_DEVICES, read_file | write_file)
     rights |= {"/dev/shm": every} if scratch else {}
     for path, allowed in rights.items():
         if os.path.exists(path):
@@ -1501,38 +1541,29 @@ def _landlock(scratch: bool) -> int:
     return rules
 
 
-_NO_CAPABILITIES = struct.pack("Ii", 0x20080522, 0), bytes(24)
-
-
 def _seccomp() -> tuple | None:
-    """The filter (BPF) that admits _CALLS and, with these arguments only, the calls below: its code, the places for
-    the process's own number, a pointer to it (struct sock_fprog).  A child has only to fill in its number."""
-    machine = os.uname().machine
-    if "seccomp" in _SANS or machine not in ("x86_64", "aarch64") or sys.maxsize < 1 << 32:
+    """The filter (BPF) that admits _CALLS and, with these arguments only, _CHECKED_CALLS: its code, the places for the
+    process's own number, a pointer to it (struct sock_fprog).  A child has only to fill in its number."""
+    if "seccomp" in _SANS or os.uname().machine != "x86_64" or sys.maxsize < 1 << 32:
         return None
-    column, architecture = (0, 0xC000003E) if machine == "x86_64" else (1, 0xC00000B7)
-    own = 0xEEEEEEEE  # to be filled in
-    checked = (  # call numbers, which argument, its admitted values
-        ((56, 220), 0, (0x3D0F00, 0x7D0F00)),                       # clone: threads, of glibc and of musl
-        ((62, 129), 0, (own,)), ((234, 131), 0, (own,)),            # kill, tgkill: itself
-        ((302, 261), 0, (0, own)),                                  # prlimit64: itself
-        ((53, 199), 1, (1, 0x801, 0x80001, 0x80801)),               # socketpair: streams, which go nowhere else
-        ((72, 25), 1, (0, 1, 2, 3, 4, 5, 6, 7, 1030)),              # fcntl: no F_SETOWN, which can signal others
-        ((16, 29), 1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)))  # ioctl: isatty and the like
     load, equal, leave, admit, kill = 0x20, 0x15, 0x06, 0x7FFF0000, 0x80000000
     refuse = 0x50000 | 38  # ENOSYS: then the C library falls back from clone3 to clone
-    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (leave, 0, 0, kill), (load, 0, 0, 0)]
-    for numbers, argument, values in checked:
-        code += [(equal, 0, len(values) + 3, numbers[column]), (load, 0, 0, 16 + 8 * argument)]
-        code += [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
+    code = [(load, 0, 0, 4), (equal, 1, 0, 0xC000003E), (leave, 0, 0, kill), (load, 0, 0, 0)]
+    for line in _CHECKED_CALLS.strip().split("\n"):
+        number, argument, *values = line[:40].split()
+        code += [(equal, 0, len(values) + 3, int(number)), (load, 0, 0, 16 + 8 * int(argument))]
+        code += _jumps(values, 16)
         code += [(leave, 0, 0, refuse), (leave, 0, 0, admit)]
-    calls = [call.split()[1 + column] for call in _CALLS.split(",")]
-    calls = [int(call) for call in calls if call != "-"]
-    code += [(equal, len(calls) - i, 0, call) for i, call in enumerate(calls)]
+    code += _jumps([call.split()[1] for call in _CALLS.split(",")], 10)
     code += [(leave, 0, 0, refuse), (leave, 0, 0, admit)]
-    places = [8 * i + 4 for i, line in enumerate(code) if line[3] == own]
+    places = [8 * i + 4 for i, line in enumerate(code) if line[3] == _OWN]
     filled = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     return filled, places, struct.pack("HP", len(code), ctypes.addressof(filled))
+
+
+def _jumps(values: list[str], base: int) -> list[tuple]:
+    """Jumps behind the refusal that follows for each of the values."""
+    return [(0x15, len(values) - i, 0, int(value, base)) for i, value in enumerate(values)]
 
 
 # ---------------------------------------------------------------- command line
@@ -1544,69 +1575,22 @@ def probe() -> int:
     return 0 if all(found.values()) else 1
 
 
-def bench() -> None:
-    """Prints programs per second (4 stdin tests each; right ones, and such as fail all) against one subprocess per
-    test, bare and with a limit set by preexec_fn, without and with 3 GB in this process; what its fork costs; its
-    memory over 10,000 programs."""
-    from concurrent.futures import ThreadPoolExecutor
-    tests, count = [{"input": str(i), "output": str(i + 1)} for i in range(4)], itertools.count()
-
-    def helpers(n: int, each: int = 4, right: bool = True) -> None:
-        programs = [f"print(int(input()) + {1 if right else 2})  # {next(count)}" for _ in range(n)]
-        assert {verdict.ok for verdict in run_programs(programs, [tests[:each]] * n)} == {right}
-
-    def subprocesses(n: int, limit=None) -> None:
-        def one(_) -> None:
-            for test in tests:
-                done = subprocess.run([sys.executable, "-c", "print(int(input()) + 1)"], input=test["input"], text=True,
-                                      capture_output=True, preexec_fn=limit)
-                assert done.stdout.split() == [test["output"]]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(one, range(n)))
-
-    def fork(n: int) -> None:
-        for _ in range(n):
-            os.waitpid(os.fork() or os._exit(0), 0)
-
-    def rate(work, n: int) -> float:
-        started = time.monotonic()
-        work(n)
-        return n / (time.monotonic() - started)
-
-    print(f"{os.cpu_count()} cores, layers missing: {[name for name, on in layers().items() if not on] or 'none'}")
-    for gigabytes in (0, 3):
-        ballast = b"x" * (gigabytes << 30)
-        for _ in range(3):
-            warm, cold, forks = rate(helpers, 200), rate(subprocesses, 20), rate(fork, 20)
-            fails = rate(lambda n: helpers(n, right=False), 100)
-            slow = rate(lambda n: subprocesses(n, lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0))), 10)
-            times = lambda rival: f"{rival:.1f} (x{warm / rival:.0f}, x{fails / rival:.0f})"
-            print(f"holding {len(ballast) >> 30} GB: {warm:.0f} programs/s that pass, {fails:.0f} that fail; one "
-                  f"subprocess per test {times(cold)}, with preexec_fn {times(slow)}; "
-                  f"a fork of this process {1000 / forks:.1f} ms", flush=True)
-        del ballast
-    for done in range(0, 10_001, 2_000):
-        with open("/proc/self/statm") as file:
-            pages = int(file.read().split()[1])
-        print(f"after {done:6,} more programs (1 test each): {pages * 4 / 1024:.1f} MiB in this process", flush=True)
-        if done < 10_000:
-            helpers(2_000, 1)
-
-
 def main(arguments: list[str]) -> int:
     """The command line -> exit status: 0 passed, 1 not, 2 bad input."""
     if arguments in (["-h"], ["--help"]):
         return print(__doc__) or 0
-    if arguments not in (["probe"], ["bench"]) and len(arguments) != 2:
-        print("usage: python verify.py PROGRAM.py TESTS.json | probe | bench", file=sys.stderr)
+    if arguments != ["probe"] and len(arguments) != 2:
+        print("usage: python verify.py PROGRAM.py TESTS.json | probe", file=sys.stderr)
         return 2
     try:
         if arguments == ["probe"]:
             return probe()
-        if arguments == ["bench"]:
-            return bench() or 0
-        with open(arguments[0], encoding="utf-8") as program, open(arguments[1], encoding="utf-8") as tests:
-            verdict = run_programs([program.read()], [json.load(tests)])[0]
+        with open(arguments[0], encoding="utf-8") as program, open(arguments[1], encoding="utf-8") as file:
+            try:
+                tests = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"{arguments[1]} is no JSON: {error}") from None
+            verdict = run_programs([program.read()], [tests])[0]
     except (OSError, ValueError, SandboxError) as error:
         print(f"verify.py: {error}", file=sys.stderr)
         return 2
