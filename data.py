@@ -136,7 +136,7 @@ class Source:
         return perturb(problem, problem.reference_reasoning, kind, rng)
 
 
-# (source, task_type): the sources that are not plain real text
+# (source, task_type): filled in sections 3 and 4
 SOURCES: dict[tuple[str, str], Source] = {}
 
 
@@ -146,28 +146,29 @@ def source_of(problem: Problem) -> Source:
 
 
 def planner_prompt(problem: Problem) -> str:
-    """What the planner reads. Its completion is `<reasoning>...</reasoning>`."""
+    """What the planner reads. Its completion is `<reasoning>...</reasoning>`. In the tiny world: the problem alone."""
     return source_of(problem).planner_prompt(problem)
 
 
 def executor_prompt(problem: Problem, reasoning: str | None) -> str:
-    """What the executor reads, with a trace or (None) without one. An empty trace is a trace."""
+    """What the executor reads, with a trace or (None) without one. An empty trace is a trace. In the tiny world: the
+    problem, the trace between its tags, "Answer:"."""
     return source_of(problem).executor_prompt(problem, reasoning)
 
 
 def rm_text(problem: Problem, reasoning: str) -> str:
-    """What the reward model scores: problem and trace, never the executor's output or the reference."""
+    """What the reward model scores: problem and trace (and tests where they are given as text), never the executor's
+    output, never the reference. In the tiny world: the problem, and on the next line <reasoning>trace</reasoning>."""
     return source_of(problem).rm_text(problem, reasoning)
 
 
 def extract_reasoning(completion: str) -> str:
     """The trace in a planner's completion: from the first opening tag to the first closing tag after it.
 
-    A completion that was cut at the token limit has no closing tag: its trace is all that was written. Whoever shows
-    that trace to the executor or the reward model closes the tag, so neither sees that it was cut. Text after the
-    closing tag, and before an opening one, is no part of the trace and reaches nobody; its tokens were sampled all
-    the same, and get gradient like all others. No opening tag: the trace begins where the completion does. What a
-    thinking model writes before "</think>" is no part of its completion.
+    A completion without a closing tag (most are cut at the token limit) is a trace as far as it goes; nothing is
+    repaired. Text after the closing tag, or before an opening one, is no part of the trace and reaches nobody; its
+    tokens were sampled all the same, and get gradient like all others. No opening tag: the trace begins where the
+    completion does. What a thinking model writes before "</think>" is no part of its completion.
     """
     after_thinking = completion.rpartition("</think>")[2]
     after_open = after_thinking.split(OPEN, 1)[-1]
@@ -293,7 +294,8 @@ NEGATIVE_KINDS = {
 def perturb(problem: Problem, reasoning: str, kind: str, rng: random.Random) -> str | None:
     """A copy of a correct trace with one localized flaw of this kind, or None where this trace does not allow it.
 
-    GSM8K traces must still carry their calculator annotations (<<48/2=24>>): they say what is a calculation.
+    GSM8K traces must still carry their calculator annotations (<<48/2=24>>): they say what is a calculation. A wrong
+    result is carried into all later ones by `_carry` (GSM8K), and by `_chain` in the tiny world.
     ValueError for a kind that the problem's task type does not know."""
     kinds = NEGATIVE_KINDS[problem.task_type]
     if kind not in kinds:
@@ -516,13 +518,6 @@ def problem_of(group: dict) -> Problem:
                    constraints=constraints)
 
 
-def rm_text_form(problem: Problem) -> str:
-    """The shape of what the reward model reads of problems like this one. To be kept beside a trained reward model:
-    with another shape it would be shown texts of a kind that it never saw."""
-    example = dataclasses.replace(problem, problem="PROBLEM", kind="TYPE", constraints="TESTS")
-    return rm_text(example, "REASONING")
-
-
 def read_problems(path, need_tests: bool = True) -> list[Problem]:
     """The problems of a groups file. UserError, unless they need not be run, for programs without tests: they could
     only ever fail."""
@@ -589,8 +584,7 @@ def _why_not(where, group, need_tests):
         return "no tests in --tests FILE" if need_tests else None
     program = verify.extract_code(solution)
     try:
-        if hasattr(verify, "check_tests"):
-            verify.check_tests(problem.tests)
+        verify.check_tests(problem.tests)
         verdict, = verify.run_programs([program], [problem.tests])
     except ValueError as error:
         raise UserError(f"{where}: {problem.problem_id}: {error}; mend the test or delete this line") from None

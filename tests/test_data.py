@@ -623,12 +623,6 @@ def test_a_group_that_we_built_reads_as_its_problem_does():
         f"<task>math</task>\n<type>math</type>\n<problem>\n{QUESTION}\n</problem>\n<reasoning>\nt\n</reasoning>")
 
 
-def test_the_form_of_the_reward_models_text():
-    """One form per kind of text, whatever the problem says; so a reward model that read another can be told."""
-    real_ones = {data.rm_text_form(data.problem_of(record)) for record, task, _, _ in PUBLIC if task == "code"}
-    tiny = {data.rm_text_form(p) for task in TASKS for p in tiny_problems(task, 2, 0)}
-    assert len(real_ones) == len(tiny) == 1 and real_ones != tiny and "<tests>" in real_ones.pop()
-
 
 def test_neither_rubrics_nor_task_type_say_what_a_group_is(tmp_path):
     for record in (public("math", task_type="algebra", positive_pool=[], negative_bank=[]),
@@ -759,12 +753,10 @@ def test_tests_that_verify_refuses_are_found_when_they_enter(tmp_path, monkeypat
 
     def refuse(tests):
         raise ValueError(f"{len(tests)} tests that nobody should run")
-    monkeypatch.setattr(verify, "check_tests", refuse, raising=False)
+    monkeypatch.setattr(verify, "check_tests", refuse)
     with pytest.raises(UserError, match="g.jsonl:1: code-17: 1 tests that nobody should run; mend the test"):
         data.teachable(path, data.read_any_groups(path), 9)
     monkeypatch.undo()
-    if not hasattr(verify, "check_tests"):
-        pytest.skip("verify.check_tests is not there yet")
     verify.check_tests([{"input": "1", "output": "2"}])
     with pytest.raises(ValueError):
         verify.check_tests([{"assert": "f(1) == 2"}])
