@@ -101,7 +101,7 @@ def read_prompts(model, prompts: list[list[int]], slots: int):
     mask = torch.zeros(len(prompts), slots, dtype=torch.long, device=device)
     mask[:, :P] = position >= 0                                                   # 0: padding, nobody looks at it
     cache = empty_cache(model, slots)
-    # Some columns of all rows at a time bound the memory. Convolutions and recurrences start anew in every pass.
+    # Some columns of all rows at a time bound the memory; convolutions and recurrences would start anew with each.
     steady = all(type(layer) in (SlotLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
     columns = max(1, PASS // len(prompts)) if steady else P
     for start in range(0, P, columns):
@@ -207,14 +207,15 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
         for step in range(max_new_tokens):
             token, logp = sample(logits, temperature, draw[:, step])
             told = torch.stack([token.double(), logp.double()]).tolist()          # where the host waits for the device
-            for row, (t, l) in enumerate(zip(*told)):
-                if not done[row]:
-                    if not math.isfinite(l):
-                        raise FloatingPointError("the model's logits are not finite; its weights are damaged, or too "
-                                                 "large for its dtype")
-                    result.tokens[place[row]].append(int(t))
-                    result.logprobs[place[row]].append(l)
-                    done[row] = int(t) in ends
+            for row, (t, log) in enumerate(zip(*told)):
+                if done[row]:
+                    continue
+                if not math.isfinite(log):
+                    raise FloatingPointError("the model's logits are not finite; its weights are damaged, or too large "
+                                             "for its dtype")
+                result.tokens[place[row]].append(int(t))
+                result.logprobs[place[row]].append(log)
+                done[row] = int(t) in ends
             if all(done) or step == max_new_tokens - 1:
                 break
 
@@ -229,6 +230,7 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
             mask[:, P + step] = 1
             logits = read(model, token[:, None], position[:, None], mask[:, :P + step + 1], cache)
             position = position + 1
+        del cache                                                                 # before the next is allocated
     return result
 
 
@@ -429,18 +431,14 @@ def token_logits(model, ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[at]
 
 
-def selected(rows: list[tuple[list[int], list[int]]], pad_id: int, device) -> tuple[torch.Tensor, ...]:
-    """ids (B, T), the positions `at` (M,) that have a label, and their labels (M,), of some (ids, labels)."""
-    ids = pad([row[0] for row in rows], pad_id, device)
-    labels = pad([row[1] for row in rows], IGNORE, "cpu").flatten()
-    at = (labels != IGNORE).nonzero()[:, 0]
-    return ids, at.to(device), labels[at].to(device)
-
-
 def sequence_loss(model, rows: list[tuple[list[int], list[int]]], pad_id: int) -> torch.Tensor:
     """Mean cross-entropy over the labels of some (ids, labels)."""
-    ids, at, labels = selected(rows, pad_id, model.get_input_embeddings().weight.device)
-    return F.cross_entropy(token_logits(model, ids, at).float(), labels)
+    device = model.get_input_embeddings().weight.device
+    ids = pad([row[0] for row in rows], pad_id, device)                           # (B, T)
+    labels = pad([row[1] for row in rows], IGNORE, "cpu").flatten()
+    at = (labels != IGNORE).nonzero()[:, 0]                                       # (M,), found without the device
+    logits = token_logits(model, ids, at.to(device)).float()
+    return F.cross_entropy(logits, labels[at].to(device))
 
 
 @torch.no_grad()
