@@ -515,6 +515,7 @@ def enable_checkpointing(model) -> None:
     if any(_distance(evaluation, x) > 1e-3 for x in training):     # the same kernels, in every dtype
         raise UserError(f"{name} models compute something else in training mode than in evaluation; train without "
                         "--checkpointing")
+    model.recomputes_activations = True
 
 
 def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: float, batch_size: int,
