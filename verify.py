@@ -94,18 +94,18 @@ _NUMBER = re.compile(rf"(?<![\^_0-9.])(?<!\^-)(?:(?<![\w)\]}}])([-+])(\s*))?(?:(
 
 # Words beside a number are its unit if they are ordinary words of three letters or more, or among the short ones below.
 # Those of _NOT_UNITS, Greek letters and products of letters make another number of it, and then it is none.
-_NOT_UNITS = set("""hundred thousand million billion trillion quadrillion lakh crore bn mn tn bil mil mio grand myriad
+_NOT_UNITS = set("""hundred thousand million billion trillion quadrillion lakh crore bn mn tn bil mil mio myriad
     dozen gross half halve third quarter fourth fifth sixth seventh eighth ninth tenth eleventh twelfth twentieth
-    hundredth thousandth millionth billionth squared cubed factorial times power root reciprocal inverse divided
-    multiplied plus minus over or not pi sqrt sin cos tan log ln exp mod choose infinity infinite negative below zero
-    basis maybe perhaps possibly probably but otherwise except either neither nor without approximately approx roughly
-    wrong incorrect undefined double triple twice thrice about around nearly almost under than least most between isn
-    alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron rho sigma tau upsilon phi chi psi
-    omega""".split())
+    hundredth thousandth millionth billionth squared cubed factorial power root reciprocal inverse divided multiplied
+    plus minus or not pi sqrt sin cos tan log ln exp mod choose infinity infinite negative below zero basis maybe
+    perhaps possibly probably but otherwise except either neither nor without approximately approx roughly wrong
+    incorrect undefined double triple twice thrice least most isn alpha beta gamma delta epsilon zeta eta theta iota
+    kappa lambda mu nu xi omicron rho sigma tau upsilon phi chi psi omega""".split())
+_HEDGES = set("about around nearly almost over under than between within".split())  # before a number
 _LETTER_UNITS = set("m s g h L l".split())                  # alone, after a space; another letter may be a variable
 _JOINED_UNITS = set("mm cm km mg kg ml mL in ft lb lbs oz hr hrs min mins sec mph kmh am pm".split())  # 5cm
 _SHORT_WORDS = _JOINED_UNITS | set("""kph rpm pcs yd yds mi sq cu gb mb kb tb ms ns kw kj kn mw hz rs usd eur gbp inr cny
-    jpy pt pts qt gal yr yrs tbsp tsp bc ad ce is he we it of in on at by as an so if us to no be do go per the and she
+    jpy kgs kms mls cds dvds tvs pt pts qt gal yr yrs tbsp tsp bc ad ce is he we it of in on at by as an so if us to no be do go per the and she
     her his they there this that""".split())
 _PRODUCT = re.compile(r"[a-d]+|[h-n]+|[p-t]+|[u-z]+|[^aeiouy]+")  # abc, xyz: three letters, yet no word
 _CJK_NUMBER = re.compile(r"[十百千万萬亿億兆半打负負천만억](?![克米])")
@@ -176,6 +176,7 @@ _TYPOGRAPHY = _rules(r"""
     ¾ => ␣3/4␣
     ⅕ => ␣1/5␣
     ⅛ => ␣1/8␣
+    \b([ap])\.\s?m\b => \1m
     ㎝ => cm
     ㎞ => km
     ㎏ => kg
@@ -266,9 +267,9 @@ def _last_number(line: str) -> str | None:
         return line[numbers[0].start():end]
     chunk = start - len(re.split(r"[\s=]|(?<![\w√\]])\(", line[:start])[-1])
     clause = re.split(r"[.;!?)](?:\s|$)|,\s|[。，；！？]", line[end:], maxsplit=1)[0]
-    phrase = line[chunk:end] + clause
-    before = " ".join(line[:chunk].split()[-3:])
-    if _NOT_UNITS & _words(before):
+    phrase = line[chunk:end] + re.match(r"\S*(?:\s+\S+){0,2}", clause).group()
+    before = " ".join(line[:chunk].split()[-2:])
+    if (_NOT_UNITS | _HEDGES) & _words(before):
         return f"{before} {phrase}"
     return numbers[-1].group().strip() if _phrase(phrase) else phrase
 
@@ -329,7 +330,7 @@ def _marked(text: str) -> tuple[str | None, bool]:
         line, _, below = text[match.end():match.end() + MAX_ANSWER + 1].partition("\n")
         line = _LABEL.sub("", _END.split(_DASH.sub(r"\1 ", line), maxsplit=1)[0]).strip(" \t\r*`_")
         formula = re.fullmatch(r"([^0-9$]*)\$([^$]+)\$([^0-9$]*)", line)
-        if formula and not _NOT_UNITS & _words(formula[1]):
+        if formula and not (_NOT_UNITS | _HEDGES) & _words(formula[1]):
             return formula[2] + formula[3], cut
         if re.search(r"[0-9½⅓¼√π∞=]|\\(?!text|math|mbox)[A-Za-z]", line) or _OPTION.fullmatch(line.strip(" $\\()*.")):
             return line, cut
@@ -461,14 +462,15 @@ def _phrase(text: str) -> _Answer | None:
     # x3, f(3; "x 3"; "Total - 3", where the dash is no minus sign
     if re.search(r"[\w^/()\[]$|\^", lead) or before and (number[2] or before[-1] not in "aI" and len(before[-1]) == 1):
         return None
-    if not _are_units([word for word in before if len(word) > 1]):
+    if _HEDGES & _words(lead) or not _are_units([word for word in before if len(word) > 1]):
         return None
     joined = re.match(r"[A-Za-z]+", after)  # 2x is no number
     if joined and joined.group() not in _JOINED_UNITS or re.match(r"[(\[^_'\"]|\.\S", after):
         return None
     unit, _, remark = after.partition(",")
-    units, others = (re.findall(r"[^\s,.:;()\"/]+", part) for part in (unit, remark))
-    if not _are_units([word for word in units + others if word != "-"]):
+    units, others = (re.findall(r"[^\s,.:;()\"/]*[^\s,.:;()\"/-][^\s,.:;()\"/]*", part) for part in (unit, remark))
+    found = units + others
+    if not _are_units([word for word in found if word != "a" or len(found) == 1]):
         return None
     words = {word.casefold() for word in before + others} - {"usd", "us", "eur", "gbp", "inr", "cny", "jpy", "rs"}
     return _Answer(value, words=frozenset(words))
