@@ -1,37 +1,44 @@
 """Did it come out right?  The verifier of TraceLift: final answers of word problems, and programs against tests.
 
     extract_answer, math_equal     the last marked answer of a text, compared as an exact value
-    extract_code                   the last fenced block of a completion
+    code_blocks, extract_code      the fenced blocks of a completion that may be its program; the likeliest one
+    check_tests                    refuses tests that cannot be judged, when a problem enters
     run_programs, exec_score       programs run in throw-away processes -> Verdict -> reward
     layers                         which walls of the sandbox this machine gives
 
-    python verify.py PROGRAM.py TESTS.json | probe | bench        standard library only; programs need Linux
+    python verify.py PROGRAM.py TESTS.json | probe        standard library only; programs need Linux on x86_64
 
-In RL the verifier is the reward, and what it wrongly accepts is what the planner learns.  So nothing that a program
-says about itself is believed, only values count:
+In RL the verifier is the reward, and what it wrongly accepts is what the planner learns.  Who trusts whom:
 
-    trainer --- descriptors: program, stdin, stdout ---> helper --- fork ---> program        stdin tests: see below
-       `------- descriptors: program, asserts, report -> helper --- fork ---> program <-values-> judge    all asserts
+    trainer     starts helpers, decides         <- believes numbers and bytes: exit status, CPU time, stdout, the judge
+      |  ^       compares stdout with outputs
+      |  |  descriptors of nameless files: blocks, stdin, outputs, asserts, report
+      v  |
+    helper      clean, warm interpreter, forks  <- believed by the trainer; never reads those files
+      |   `------------.
+      v                v
+    program <-JSON-> judge                      <- the judge believes of the program only plain values
+    behind walls     behind the same walls, holds the asserts and no code of the program
 
-The helper is a clean, warm interpreter (no torch, a bare environment) that stays alive between calls; the trainer, with
-its gigabytes, threads and CUDA, never forks.  The helper passes descriptors on and never reads them, so neither it nor
-a program forked from it ever held an expected value: there is nothing to steal.  After a stdin test the trainer
-compares stdout.  Several of them are played in one process first; unless all pass there, each gets a process of its
-own, and only that counts.  Asserts run in the judge, a second sandboxed process that holds no code of the program: it
-sends each call's arguments over and gets plain values back, as JSON, so an __eq__ that always agrees, an int subclass,
-a patched builtin do not arrive there.  A pass needs right values and a normal end; there is no marker to forge.
+The trainer, with its gigabytes, threads and CUDA, never forks.  Neither a helper nor a program forked from it ever
+holds an expected value: there is nothing to steal, and no marker to forge; a pass needs right values and a normal end.
+Several stdin tests are played in one process first, each with an output file of its own (_run_stdin says what that
+decides).  The judge calls the program's functions, objects and methods by name; arguments and results cross as JSON.
+Plain values arrive as such (None, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, deque,
+Decimal, Fraction, datetime; subclasses as their base, iterators as iterators), lists, dicts, sets and deques that a call
+changed come back changed, and an object stays where it is: the judge has its number, can call it and read or set its
+attributes, and refuses to compare it, so that an __eq__ that always agrees is never asked.
 
 Threat model: programs written by a language model under reward pressure.  Stopped, by the LAYERS below: reading or
 changing the user's files, environment and processes, signals, network, new processes, what outlives a run, floods of
 output, memory, CPU and wall time.  A kernel without a layer runs with fewer, and says so on stderr.  NOT stopped: bugs
 of the kernel, timing channels, reading the files of Python and of /usr/lib; a program may say that it failed when it
-did not, and see the inputs of all its stdin tests.  Honest programs that need processes, sockets or more than 16 MB of
-files are refused these, too.
+did not, and see the inputs of all its stdin tests.  Honest programs that need processes, sockets, more than 16 MB of
+files or anything beyond the standard library are refused these, too.
 
-Not checkable by asserts, because only plain values cross (None, bool, int, float, complex, str, bytes, list, tuple,
-dict, set, frozenset; their subclasses and iterators as such): comparisons of the program's own objects, and changes
-that it makes to its arguments, fail for every program; functions as arguments raise ValueError.  Helpers that a test
-takes from the program (HumanEval/32 calls its `poly`) are what the program makes them.
+Not checkable by asserts: whether two objects of the program are equal or of a class of it, and its own exception
+classes; functions as arguments raise ValueError.  Helpers that a test takes from the program (HumanEval/32 calls its
+`poly`) are what the program makes them.
 """
 from __future__ import annotations
 
@@ -96,17 +103,19 @@ _NUMBER = re.compile(rf"(?<![\^_0-9.])(?<!\^-)(?:(?<![\w)\]}}])([-+])(\s*))?(?:(
 # Those of _NOT_UNITS, Greek letters and products of letters make another number of it, and then it is none.
 _NOT_UNITS = set("""hundred thousand million billion trillion quadrillion lakh crore bn mn tn bil mil mio myriad
     dozen gross half halve third quarter fourth fifth sixth seventh eighth ninth tenth eleventh twelfth twentieth
+    thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth thirtieth fortieth fiftieth sixtieth
     hundredth thousandth millionth billionth squared cubed factorial power root reciprocal inverse divided multiplied
     plus minus or not pi sqrt sin cos tan log ln exp mod choose infinity infinite negative below zero basis maybe
     perhaps possibly probably but otherwise except either neither nor without approximately approx roughly wrong
-    incorrect undefined double triple twice thrice least most isn alpha beta gamma delta epsilon zeta eta theta iota
+    incorrect undefined double triple twice thrice least most isn doesn wasn cannot never alpha beta gamma delta epsilon zeta eta theta iota
     kappa lambda mu nu xi omicron rho sigma tau upsilon phi chi psi omega""".split())
 _HEDGES = set("about around nearly almost over under than between within".split())  # before a number
 _LETTER_UNITS = set("m s g h L l".split())                  # alone, after a space; another letter may be a variable
 _JOINED_UNITS = set("mm cm km mg kg ml mL in ft lb lbs oz hr hrs min mins sec mph kmh am pm".split())  # 5cm
-_SHORT_WORDS = _JOINED_UNITS | set("""kph rpm pcs yd yds mi sq cu gb mb kb tb ms ns kw kj kn mw hz rs usd eur gbp inr cny
-    jpy kgs kms mls cds dvds tvs pt pts qt gal yr yrs tbsp tsp bc ad ce is he we it of in on at by as an so if us to no be do go per the and she
-    her his they there this that""".split())
+_SMALL_WORDS = set("""ce is he we it of in on at by as an so if us to no be do go per the and she her his they there this
+    that""".split())
+_SHORT_WORDS = _JOINED_UNITS | _SMALL_WORDS | set("""kph rpm pcs yd yds mi sq cu gb mb kb tb ms ns kw kj kn mw hz rs usd
+    eur gbp inr cny jpy kgs kms mls cds dvds tvs pt pts qt gal yr yrs tbsp tsp bc ad""".split())
 _PRODUCT = re.compile(r"[a-d]+|[h-n]+|[p-t]+|[u-z]+|[^aeiouy]+")  # abc, xyz: three letters, yet no word
 _CJK_NUMBER = re.compile(r"[十百千万萬亿億兆半打负負천만억](?![克米])")
 _WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*(?:\^-?[1-3])?[!?]?")
@@ -177,6 +186,7 @@ _TYPOGRAPHY = _rules(r"""
     ⅕ => ␣1/5␣
     ⅛ => ␣1/8␣
     \b([ap])\.\s?m\b => \1m
+    (?:^|\s)~\s?(?=\$?[0-9]) => ␣≈
     ㎝ => cm
     ㎞ => km
     ㎏ => kg
@@ -205,6 +215,8 @@ _TYPOGRAPHY = _rules(r"""
     \\neq?(?![a-z])|!= => ≠
     \\lt(?![a-z]) => <
     \\gt(?![a-z]) => >
+    \\(?:emptyset|varnothing)(?![a-z]) => ∅
+    \\angle(?![a-z]) => ∠
     \\(?:times|cdot)(?![a-z]) => *
     \\cup(?![a-z]) => ∪
     \\cap(?![a-z]) => ∩
@@ -420,7 +432,7 @@ def _equation(text: str, depth: int) -> _Answer | None:
     if not others or re.search("[<>≤≥≠≈]", text):
         return None
     name = _as_text(first)
-    named = re.fullmatch(r"[^\W\d_][\w' ]*(?:\([^()=]*\))?(?:\+[^\W\d_]\w*)*|\([^\W\d](?:,[^\W\d])*\)|", name)
+    named = re.fullmatch(r"∠?[^\W\d_][\w' ]*(?:\([^()=]*\))?(?:\+[^\W\d_]\w*)*|\([^\W\d](?:,[^\W\d])*\)|", name)
     arithmetic = re.fullmatch(r"(?:[0-9\s.,+*/()%÷-]|x(?= ?[0-9]))*", re.sub(r"[A-Za-z]{3,}", "", name))
     last = _value(others[-1], depth + 1) if named or arithmetic else None
     return last and last._replace(name=name if named else "")
@@ -471,6 +483,8 @@ def _phrase(text: str) -> _Answer | None:
     units, others = (re.findall(r"[^\s,.:;()\"/]*[^\s,.:;()\"/-][^\s,.:;()\"/]*", part) for part in (unit, remark))
     found = units + others
     if not _are_units([word for word in found if word != "a" or len(found) == 1]):
+        return None
+    if not before and after.strip() in _SMALL_WORDS - _JOINED_UNITS:  # 2 as: a product, no unit
         return None
     words = {word.casefold() for word in before + others} - {"usd", "us", "eur", "gbp", "inr", "cny", "jpy", "rs"}
     return _Answer(value, words=frozenset(words))
