@@ -1265,8 +1265,9 @@ def _check_asserts(source: str, job: dict) -> None:
 
     def ask(what: str, target, *rest):
         nonlocal said
-        requests.write(json.dumps(_encode([what, target, *rest])).encode() + b"\n")
+        request = json.dumps(_encode([what, target, *rest])).encode() + b"\n"
         try:
+            requests.write(request)
             requests.flush()
             line = replies.readline(_MAX_VALUE)
         except OSError:
@@ -1307,17 +1308,18 @@ def _check_asserts(source: str, job: dict) -> None:
 
 
 def _evaluate(text: str, *_):
-    """eval for what a program returned: literals, containers and arithmetic of bounded size."""
-    tree = ast.parse(text[:10_000].strip(), mode="eval")
-    numbers = (ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop)
-    powers = 0
-    for node in ast.walk(tree):
-        inside = numbers if isinstance(node, (ast.BinOp, ast.UnaryOp)) else (*numbers, ast.List, ast.Tuple, ast.Set, ast.Dict)
-        powers += isinstance(node, (ast.Pow, ast.LShift))
-        for child in ast.iter_child_nodes(node):
-            large = isinstance(getattr(child, "value", 0), (str, bytes)) or powers and getattr(child, "value", 0) > 1000
-            if not isinstance(child, (*inside, ast.expr_context)) or inside is numbers and large or powers > 1:
-                raise ValueError(f"{text[:80]!r} is more than a value")
+    """eval for what a program returned: literals, containers and arithmetic of bounded size, else ValueError."""
+    tree = ast.parse(text.strip(), mode="eval")
+    nodes = list(ast.walk(tree))
+    arithmetic = (ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop)
+    containers = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.expr_context)
+    operations = [node for node in nodes if isinstance(node, arithmetic)]
+    operands = [operand for node in operations for operand in ast.iter_child_nodes(node)]
+    powers = [node for node in operations if isinstance(getattr(node, "op", None), (ast.Pow, ast.LShift))]
+    bounded = all(isinstance(node, arithmetic) or type(getattr(node, "value", "")) in (int, float) for node in operands)
+    bounded = bounded and len(powers) < 2 and all(abs(getattr(node.right, "value", 1001)) <= 1000 for node in powers)
+    if not bounded or not all(isinstance(node, arithmetic + containers) for node in nodes):
+        raise ValueError(f"{text[:80]!r} is more than a value")
     return eval(compile(tree, "<value>", "eval"), {"__builtins__": {}})
 
 
@@ -1389,14 +1391,9 @@ def _encode(value, kept: dict | None = None):
     for kind in (tuple, set, frozenset, collections.deque):
         if isinstance(value, kind):
             return {kind.__name__: [_encode(item, kept) for item in value]}
-    for kind in (decimal.Decimal, Fraction):
+    for kind in _EXACT:
         if isinstance(value, kind):
-            return {kind.__name__: str(value)}
-    for kind in (datetime.datetime, datetime.date, datetime.time):
-        if isinstance(value, kind):
-            return {kind.__name__: value.isoformat()}
-    if isinstance(value, datetime.timedelta):
-        return {"timedelta": [value.days, value.seconds, value.microseconds]}
+            return {kind.__name__: [_encode(part, kept) for part in kind.__reduce__(value)[1]]}
     if type(value) is _Object:
         return {"object": value._number}
     lazy = hasattr(type(value), "__iter__") and not isinstance(value, type)
@@ -1410,11 +1407,11 @@ def _encode(value, kept: dict | None = None):
     raise error(f"a {type(value).__name__} as an argument is not a plain value")
 
 
-_MAKE = {"int": lambda text: int(text, 16), "complex": lambda parts: complex(*parts), "bytes": bytes.fromhex,
-         "timedelta": lambda parts: datetime.timedelta(*parts), "datetime": datetime.datetime.fromisoformat,
-         "date": datetime.date.fromisoformat, "time": datetime.time.fromisoformat, "Decimal": decimal.Decimal,
-         "Fraction": Fraction, "dict": dict, "tuple": tuple, "set": set, "frozenset": frozenset,
-         "deque": collections.deque, "iter": iter}
+# Kinds that are made again from the arguments that they give to pickle.
+_EXACT = (decimal.Decimal, Fraction, datetime.datetime, datetime.date, datetime.time, datetime.timedelta)
+_MAKE = {kind.__name__: kind for kind in (dict, tuple, set, frozenset, collections.deque)}
+_MAKE |= {kind.__name__: lambda parts, kind=kind: kind(*parts) for kind in (complex, *_EXACT)}
+_MAKE |= {"int": lambda text: int(text, 16), "bytes": bytes.fromhex, "iter": iter}
 
 
 def _decode(line: bytes, find):
