@@ -89,7 +89,8 @@ class Source:
     needs_base_model = False          # True: only a model trained on `base_corpus` speaks this language
     no_step = None                    # the replacement step that means "the trace should have ended here"
     step_joint = "\n"                 # between a trace and a step that is added to it
-    step_end = re.compile(r"\n+|(?<=[.!?])(?<!^\d\.)\s+(?=[A-Z])", re.MULTILINE)  # but "1." opens a list item
+    # a line or a sentence ends a step, but "1." opens a list item
+    step_end = re.compile(r"\n+|(?<=[.!?])(?<!^\d\.)\s+(?=[A-Z])", re.MULTILINE)
     planner_task = {
         "math": "Write a short step by step reasoning trace that leads to the answer of this problem, so that someone "
                 f"else can finish it. Put it between {OPEN} and {CLOSE}. Write ? in place of the final answer.\n\n"
@@ -111,8 +112,9 @@ class Source:
 
     def rm_text(self, problem, reasoning):
         """The form in which public reward models were trained."""
-        parts = [f"<task>{problem.task_type}</task>", f"<type>{problem.kind or problem.task_type}</type>",
-                 "<problem>", problem.problem.strip(), "</problem>"]
+        kind = problem.kind or problem.task_type
+        parts = [f"<task>{problem.task_type}</task>", f"<type>{kind}</type>"]
+        parts += ["<problem>", problem.problem.strip(), "</problem>"]
         if problem.constraints:
             parts += ["<tests>", problem.constraints.strip(), "</tests>"]
         parts += [OPEN, reasoning.strip(), CLOSE]
@@ -134,7 +136,8 @@ class Source:
         return perturb(problem, problem.reference_reasoning, kind, rng)
 
 
-SOURCES: dict[tuple[str, str], Source] = {}  # (source, task_type): the sources that are not plain real text
+# (source, task_type): filled in sections 3 and 4
+SOURCES: dict[tuple[str, str], Source] = {}
 
 
 def source_of(problem: Problem) -> Source:
@@ -143,28 +146,29 @@ def source_of(problem: Problem) -> Source:
 
 
 def planner_prompt(problem: Problem) -> str:
-    """What the planner reads. Its completion is `<reasoning>...</reasoning>`."""
+    """What the planner reads. Its completion is `<reasoning>...</reasoning>`. In the tiny world: the problem alone."""
     return source_of(problem).planner_prompt(problem)
 
 
 def executor_prompt(problem: Problem, reasoning: str | None) -> str:
-    """What the executor reads, with a trace or (None) without one. An empty trace is a trace."""
+    """What the executor reads, with a trace or (None) without one. An empty trace is a trace. In the tiny world: the
+    problem, the trace between its tags, "Answer:"."""
     return source_of(problem).executor_prompt(problem, reasoning)
 
 
 def rm_text(problem: Problem, reasoning: str) -> str:
-    """What the reward model scores: problem and trace, never the executor's output or the reference."""
+    """What the reward model scores: problem and trace (and tests where they are given as text), never the executor's
+    output, never the reference. In the tiny world: the problem, and on the next line <reasoning>trace</reasoning>."""
     return source_of(problem).rm_text(problem, reasoning)
 
 
 def extract_reasoning(completion: str) -> str:
     """The trace in a planner's completion: from the first opening tag to the first closing tag after it.
 
-    A completion that was cut at the token limit has no closing tag: its trace is all that was written. Whoever shows
-    that trace to the executor or the reward model closes the tag, so neither sees that it was cut. Text after the
-    closing tag, and before an opening one, is no part of the trace and reaches nobody; its tokens were sampled all
-    the same, and get gradient like all others. No opening tag: the trace begins where the completion does. What a
-    thinking model writes before "</think>" is no part of its completion.
+    A completion without a closing tag (most are cut at the token limit) is a trace as far as it goes; nothing is
+    repaired. Text after the closing tag, or before an opening one, is no part of the trace and reaches nobody; its
+    tokens were sampled all the same, and get gradient like all others. No opening tag: the trace begins where the
+    completion does. What a thinking model writes before "</think>" is no part of its completion.
     """
     after_thinking = completion.rpartition("</think>")[2]
     after_open = after_thinking.split(OPEN, 1)[-1]
@@ -193,7 +197,8 @@ def encode_prompt(tokenizer, prompt: str, template_arguments: dict | None = None
                                              **(template_arguments or {}))
 
     def ids(text: str, **options) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, **options)["input_ids"]  # the template writes its own
+        # none added: the template writes its own
+        return tokenizer(text, add_special_tokens=False, **options)["input_ids"]
 
     harmless = ids(prompt, split_special_tokens=True)
     if harmless == ids(prompt):
@@ -289,7 +294,8 @@ NEGATIVE_KINDS = {
 def perturb(problem: Problem, reasoning: str, kind: str, rng: random.Random) -> str | None:
     """A copy of a correct trace with one localized flaw of this kind, or None where this trace does not allow it.
 
-    GSM8K traces must still carry their calculator annotations (<<48/2=24>>): they say what is a calculation.
+    GSM8K traces must still carry their calculator annotations (<<48/2=24>>): they say what is a calculation. A wrong
+    result is carried into all later ones by `_carry` (GSM8K), and by `_chain` in the tiny world.
     ValueError for a kind that the problem's task type does not know."""
     kinds = NEGATIVE_KINDS[problem.task_type]
     if kind not in kinds:
@@ -344,9 +350,10 @@ def _read_text(path: Path) -> str:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
         if content.startswith(b"PAR1"):
-            convert = f"pandas.read_parquet('{path}').to_json('{path.stem}.jsonl', orient='records', lines=True)"
-            raise UserError(f"{path}: a parquet file; make JSON lines of it (with pandas and pyarrow installed): "
-                            f'python -c "import pandas; {convert}"')
+            convert = (f"import pandas; pandas.read_parquet('{path}')"
+                       f".to_json('{path.stem}.jsonl', orient='records', lines=True)")
+            raise UserError(f"{path}: a parquet file; make JSON lines of it (this needs pandas and "
+                            f'pyarrow): python -c "{convert}"')
         return content.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
@@ -377,7 +384,8 @@ def _values(path: Path):
         for i, value in enumerate(_parse(text, path, 1), 1):
             yield f"{path}: element {i}", value
     elif text.strip():
-        for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # only \n ends a JSON line
+        lines = text.removesuffix("\n").split("\n")              # only \n ends a JSON line, unlike splitlines
+        for number, line in enumerate(lines, 1):
             yield f"{path}:{number}", _parse(line, path, number)
 
 
@@ -498,31 +506,29 @@ def problem_of(group: dict) -> Problem:
     more = more if isinstance(more, dict) else {}
     domain, source = domain_of(group), group.get("source") or ""
     kind = group.get("task_type") or more.get("task_type") or source or "unknown"
-    texts = [text for text in (group.get("tests_or_constraints"), tests) if isinstance(text, str) and text.strip()]
+    constraints = ""
+    for text in (tests, group.get("tests_or_constraints")):       # the last one that is a text
+        if isinstance(text, str) and text.strip():
+            constraints = text
     positives = [trace["reasoning"] for trace in group["positive_pool"]]
     return Problem(group["problem_id"], source, domain, group["problem"], group["reference_solution"],
                    tests=tests if isinstance(tests, list) else [],
                    reference_reasoning=positives[0] if positives else None,
                    kind="" if kind == domain else str(kind).strip(),
-                   constraints=texts[0] if texts else "")
-
-
-def rm_text_form(problem: Problem) -> str:
-    """The shape of what the reward model reads of problems like this one. To be kept beside a trained reward model:
-    with another shape it would be shown texts of a kind that it never saw."""
-    example = dataclasses.replace(problem, problem="PROBLEM", kind="TYPE", constraints="TESTS")
-    return rm_text(example, "REASONING")
+                   constraints=constraints)
 
 
 def read_problems(path, need_tests: bool = True) -> list[Problem]:
     """The problems of a groups file. UserError, unless they need not be run, for programs without tests: they could
     only ever fail."""
     problems = [problem_of(group) for group in read_groups(path)]
-    bare = [problem.problem_id for problem in problems if problem.task_type == "code" and not problem.tests]
+    programs = [problem for problem in problems if problem.task_type == "code"]
+    bare = [problem.problem_id for problem in programs if not problem.tests]
     if bare and need_tests:
-        raise UserError(f"{path}: {len(bare)} of {len(problems)} problems are programs without tests to run, the first "
-                        f"is {bare[0]!r}: they can train a reward model, but no planner; give them key 'tests', or a "
-                        "file of tests to data.py --tests FILE, with another --run_dir")
+        raise UserError(f"{path}: {len(bare)} of {len(problems)} problems are programs without tests "
+                        f"to run, the first is {bare[0]!r}: they can train a reward model, but no "
+                        "planner; give them key 'tests', or a file of tests to data.py --tests FILE, "
+                        "with another --run_dir")
     return problems
 
 
@@ -554,7 +560,8 @@ def _without_repeats(groups, left_out):
     for where, group in groups:
         content = json.dumps({**group, "problem_id": ""}, sort_keys=True)
         if content in contents:
-            left_out.setdefault("the same as an earlier line", []).append(f"{group['problem_id']} ({where})")
+            name = f"{group['problem_id']} ({where})"
+            left_out.setdefault("the same as an earlier line", []).append(name)
         else:
             contents.add(content)
             kept.append((where, group))
@@ -570,20 +577,22 @@ def _why_not(where, group, need_tests):
     problem = problem_of(group)
     solution = problem.reference_solution
     if problem.task_type == "math":
-        has_value = verify.extract_answer(solution) is not None and verify.math_equal(solution, solution)
-        return None if has_value else "the reference answer has no value"
+        if verify.extract_answer(solution) is None or not verify.math_equal(solution, solution):
+            return "the reference answer has no value"
+        return None
     if not problem.tests:
         return "no tests in --tests FILE" if need_tests else None
     program = verify.extract_code(solution)
     try:
-        if hasattr(verify, "check_tests"):
-            verify.check_tests(problem.tests)
+        verify.check_tests(problem.tests)
         verdict, = verify.run_programs([program], [problem.tests])
     except ValueError as error:
         raise UserError(f"{where}: {problem.problem_id}: {error}; mend the test or delete this line") from None
     if verdict.outcome == "no_tests":
         return "the tests expect nothing"
-    return f"the own solution gives {verdict.outcome}" if program.strip() and not verdict.ok else None
+    if program.strip() and not verdict.ok:
+        return f"the own solution gives {verdict.outcome}"
+    return None
 
 
 def teachable(path, groups: list[tuple[str, dict]], n: int, need_tests: bool = False) -> list[dict]:
@@ -846,7 +855,7 @@ class TinyMath(Tiny):
             return render_chain([*beginning, _close(last)])
         if last.op == "-":  # fails: goes back to the first number
             return render_chain([*beginning, last._replace(a=beginning[0].a)])
-        return render_chain([*beginning[:-1], last._replace(a=beginning[-1].a)])  # fails: drops the step before
+        return render_chain([*beginning[:-1], last._replace(a=beginning[-1].a)])   # fails: drops the step before
 
     def follow(self, reasoning):
         """What the base model's executor is taught to make of a trace: exactly what it says, right or wrong."""
@@ -1411,7 +1420,7 @@ def check_settings(settings) -> None:
     """UserError for a value that its knob does not allow, before anything is read or written."""
     for f in dataclasses.fields(settings):
         value, rule = getattr(settings, f.name), f.metadata
-        if isinstance(value, int) and not -2**63 <= value < 2**63:  # more than a generator's seed can hold
+        if isinstance(value, int) and not -2**63 <= value < 2**63:     # more than a seed can hold
             raise UserError(f"--{f.name} {value}: must fit 64 bits, below {2**63}")
         if rule["choices"] and value not in rule["choices"]:
             raise UserError(f"--{f.name} {value!r}: must be one of {', '.join(map(str, rule['choices']))}")
@@ -1489,11 +1498,12 @@ def stage_folder(path, settings, inputs: dict[str, str] | None = None):
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     _refuse_old_run(path.parent)
-    with _only_writer(path):
-        if path.exists():
-            _compare(path, settings, inputs or {})
-            yield None
-            return
+    if path.exists():
+        _compare(path, settings, inputs or {})
+        yield None
+        return
+    partial.mkdir(parents=True, exist_ok=True)
+    with _only_writer(partial):
         if _has_content(partial):
             _compare(partial, settings, inputs or {})
         record = {"settings": dataclasses.asdict(settings), "inputs": inputs or {}, "environment": environment()}
@@ -1508,18 +1518,21 @@ def stage_folder(path, settings, inputs: dict[str, str] | None = None):
 
 
 @contextmanager
-def _only_writer(path):
-    """Locks a stage: two processes that write the same logs would spoil both. The lock ends with its process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _only_writer(partial: Path):
+    """Locks a folder: two processes that write the same logs would spoil both. The lock is on the folder itself, leaves
+    no file behind, and ends with its process."""
     if fcntl is None:                                             # Windows
         yield
         return
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+    folder = os.open(partial, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{path}: another process is making it; wait for it, or stop it first") from None
+            raise UserError(f"{partial}: another process is making it; wait for it, or stop it first") from None
         yield
+    finally:
+        os.close(folder)
 
 
 def _has_content(partial: Path) -> bool:
@@ -1605,7 +1618,7 @@ def _downloading(name: str):
     """One line for whatever keeps a file from being downloaded."""
     try:
         yield
-    except Exception as error:  # no network, no such file, wrong bytes: every library has errors of its own
+    except Exception as error:          # no network, no such file, wrong bytes: each library has its own errors
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name}: cannot be downloaded ({reason}); download it elsewhere and pass --data or "
                         "--heldout_data FILE (run.sh: DATA, HELDOUT_DATA)") from None

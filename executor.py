@@ -7,8 +7,8 @@ first training step to the last.
 Shapes: N prompts, R rows (all samples of all prompts), P tokens of the longest prompt, L slots, V vocabulary,
 B sequences, T tokens, M selected positions, H hidden, K executor runs.
 
-Sections 1 and 2 are to be read. 3 to 6 (scoring and supervised training, loading, LoRA, the tiny base model) are there
-to look things up in. Section 1 needs nothing of ours: copy it, imports included.
+Sections 1 and 2 are to be read. 3 to 7 (checks, scoring and supervised training, loading, LoRA, the tiny base model)
+are there to look things up in. Sections 1 and 3, the decoder, need nothing of ours: copy them, imports included.
 
     python executor.py --run_dir runs/tiny-math                            # trains the tiny base model
     python executor.py --run_dir runs/gsm8k-math --model Qwen/Qwen2.5-0.5B-Instruct
@@ -40,10 +40,6 @@ class Completions:
     logprobs: list[list[float]]                  # of each token, under the sampling temperature
 
 
-class ContextError(ValueError):
-    """A prompt and its new tokens exceed the positions that the model knows."""
-
-
 class SlotLayer(DynamicLayer):
     """Keys and values of one attention layer, (R, heads, L slots, width), in slots that are allocated once.
 
@@ -61,8 +57,8 @@ class SlotLayer(DynamicLayer):
     def update(self, keys, values, *_, **__):
         """Called by attention: stores (R, heads, T, width) behind what is there, returns all of it."""
         if not self.stores:
-            # Zeros, because 0 * NaN is NaN behind the mask. In the dtype of the values: under autocast they have that
-            # of the computation, while keys come out of the rotary embedding in float32.
+            # Zeros: a masked slot has weight 0, and 0 times the NaN of fresh memory would be NaN. In the dtype of the
+            # values: under autocast they have that of the computation, while keys come in float32.
             for new in (keys, values):
                 self.stores.append(values.new_zeros(*new.shape[:2], self.slots, new.shape[3]))
         start, self.filled = self.filled, self.filled + keys.shape[2]
@@ -95,7 +91,8 @@ def read(model, ids, position, mask, cache) -> torch.Tensor:
 
 def read_prompts(model, prompts: list[list[int]], slots: int):
     """Reads prompts, longest first, into an empty cache of that many slots. Returns the logits (N, V) of what follows,
-    the cache, the mask (N, slots) and the lengths (N,)."""
+    the cache, the mask (N, slots) and the position (N,) of the next token. Padded with id 0, on the left: any id would
+    do, since the mask hides it."""
     device = model.get_input_embeddings().weight.device
     P = len(prompts[0])
     ids = torch.tensor([[0] * (P - len(prompt)) + prompt for prompt in prompts], device=device)          # (N, P)
@@ -104,13 +101,13 @@ def read_prompts(model, prompts: list[list[int]], slots: int):
     mask = torch.zeros(len(prompts), slots, dtype=torch.long, device=device)
     mask[:, :P] = position >= 0                                                   # 0: padding, nobody looks at it
     cache = empty_cache(model, slots)
-    # Some columns of all rows at a time bound the memory. Convolutions and recurrences start anew in every pass.
+    # Some columns of all rows at a time bound the memory; convolutions and recurrences would start anew with each.
     steady = all(type(layer) in (SlotLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
     columns = max(1, PASS // len(prompts)) if steady else P
     for start in range(0, P, columns):
         end = min(start + columns, P)
         logits = read(model, ids[:, start:end], position[:, start:end].clamp(min=0), mask[:, :end], cache)
-    return logits, cache, mask, length
+    return logits, cache, mask, length                                            # positions count from 0
 
 
 def sample(logits: torch.Tensor, temperature: float, draw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,36 +128,24 @@ def sample(logits: torch.Tensor, temperature: float, draw: torch.Tensor) -> tupl
 def draws(names: list[str], count: int) -> torch.Tensor:
     """(len(names), count) numbers in [0, 1), float64. Row i is a function of names[i] alone, on every machine. (Not
     torch's generator: on the CPU it keeps 32 bits of a seed.)"""
-    rows = []
-    for name in names:
+    numbers = torch.zeros(len(names), count, dtype=torch.float64)
+    for row, name in zip(numbers, names):
         rng = random.Random(name)
-        rows.append([rng.random() for _ in range(count)])
-    return torch.tensor(rows, dtype=torch.float64).reshape(len(names), count)
-
-
-def context_of(model) -> float:
-    """How many positions a model knows; inf without a limit. A window of attention is none. The original length of
-    longrope is one: beyond it other frequencies hold, for the whole batch (transformers, modeling_rope_utils.py)."""
-    config = model.config.get_text_config()
-    limits = [getattr(config, "max_position_embeddings", None)]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in (rope, *rope.values()):                                           # it may differ by kind of layer
-        if isinstance(part, dict) and part.get("rope_type") == "longrope":
-            limits.append(part["original_max_position_embeddings"])
-    return min(filter(None, limits), default=math.inf)
+        row[:] = torch.tensor([rng.random() for _ in range(count)], dtype=torch.float64)
+    return numbers
 
 
 def batches(prompts, samples: list[int], new: int, max_cache_tokens: int, equal_lengths: bool = False):
     """Numbers of the prompts, longest first, in lists whose cache (rows times slots) stays under the limit; a prompt
     that exceeds it on its own makes a list of its own."""
-    batch, rows = [], 0
+    batch, rows, longest = [], 0, 0
     for n in sorted(range(len(prompts)), key=lambda n: -len(prompts[n])):
-        if batch:
-            longest = len(prompts[batch[0]])
-            full = (rows + samples[n]) * (longest + new) > max_cache_tokens
-            if full or equal_lengths and len(prompts[n]) < longest:
-                yield batch
-                batch, rows = [], 0
+        full = (rows + samples[n]) * (longest + new) > max_cache_tokens
+        if batch and (full or equal_lengths and len(prompts[n]) < longest):
+            yield batch
+            batch, rows = [], 0
+        if not batch:
+            longest = len(prompts[n])
         batch.append(n)
         rows += samples[n]
     if batch:
@@ -175,7 +160,8 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
 
     Batch by batch, in four phases:
       read    every prompt once, padded on the left, so that all of them end in the same slot
-      copy    its keys and values to each of its samples: equal tokens at equal positions have equal keys
+      copy    its keys and values to each of its samples: equal tokens at equal positions have equal keys. Samples
+              part at the first token where their own random numbers differ enough, and store their own keys from there
       decode  one token for all rows at a time, into the same slot in every row
       leave   rows that are done go once they are a quarter of the batch
 
@@ -210,12 +196,10 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
         logits, cache, mask, position = read_prompts(model, [prompts[n] for n in batch], P + max_new_tokens)
 
         # 2. Copy: each sample of a prompt gets its own keys and values. place: where a row goes in the result.
-        copied = [i for i, n in enumerate(batch) for _ in range(samples[n])]
         place = [first_row[n] + s for n in batch for s in range(samples[n])]
-        if len(place) > len(batch):
-            rows = torch.tensor(copied, device=device)
-            cache.reorder_cache(rows)
-            logits, mask, position = logits[rows], mask[rows], position[rows]
+        rows = torch.tensor([i for i, n in enumerate(batch) for _ in range(samples[n])], device=device)
+        cache.reorder_cache(rows)
+        logits, mask, position = logits[rows], mask[rows], position[rows]
         draw = draws[place].to(device)                                            # (R, max_new_tokens)
 
         # 3. Decode one token for all rows at a time.
@@ -223,14 +207,15 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
         for step in range(max_new_tokens):
             token, logp = sample(logits, temperature, draw[:, step])
             told = torch.stack([token.double(), logp.double()]).tolist()          # where the host waits for the device
-            for row, (t, l) in enumerate(zip(*told)):
-                if not done[row]:
-                    if not math.isfinite(l):
-                        raise FloatingPointError("the model's logits are not finite; its weights are damaged, or too "
-                                                 "large for its dtype")
-                    result.tokens[place[row]].append(int(t))
-                    result.logprobs[place[row]].append(l)
-                    done[row] = int(t) in ends
+            for row, (t, log) in enumerate(zip(*told)):
+                if done[row]:
+                    continue
+                if not math.isfinite(log):
+                    raise FloatingPointError("the model's logits are not finite; its weights are damaged, or too large "
+                                             "for its dtype")
+                result.tokens[place[row]].append(int(t))
+                result.logprobs[place[row]].append(log)
+                done[row] = int(t) in ends
             if all(done) or step == max_new_tokens - 1:
                 break
 
@@ -245,20 +230,8 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
             mask[:, P + step] = 1
             logits = read(model, token[:, None], position[:, None], mask[:, :P + step + 1], cache)
             position = position + 1
+        del cache                                                                 # before the next is allocated
     return result
-
-
-def check_arguments(model, prompts, samples, new: int, temperature: float, draws) -> None:
-    """The errors of `generate`, before anything is computed."""
-    if len(samples) != len(prompts) or new < 1 or temperature < 0 or not all([*samples, *prompts]):
-        raise ValueError(f"prompts must not be empty, num_samples be one number >= 1 or one for each prompt, "
-                         f"max_new_tokens {new} >= 1, temperature {temperature} >= 0")
-    if draws is None or len(draws) != sum(samples) or draws.shape[1] < new:
-        raise ValueError(f"draws: needed at a temperature > 0, ({sum(samples)}, {new}); or give a generator")
-    longest, context = max(map(len, prompts), default=0), context_of(model)
-    if longest + new > context:
-        raise ContextError(f"a prompt of {longest} tokens and {new} new ones exceed the model's context of {context}; "
-                           "shorten the problems or lower the number of new tokens")
 
 
 # ---------------------------------------------------------------------------------------- 2. the frozen executor
@@ -283,7 +256,8 @@ class Executor:
     """A frozen LM that reads problem + trace and writes the artifact; the verifier judges it.
 
     `spent` counts what that cost: prompt tokens, generated tokens, program runs. Errors of the model or of the
-    sandbox are raised, never scored."""
+    sandbox are raised, never scored; a program that kills or hangs its helper is tried on a new one, and has then
+    failed."""
 
     def __init__(self, model, tokenizer, *, max_new_tokens: int, temperature: float = 0.7, exec_score: str = "binary",
                  seed: int = 0, max_cache_gib: float = CACHE_GIB):
@@ -299,7 +273,8 @@ class Executor:
             when: str = "") -> list[list[Run]]:
         """Independent runs of every problem with its trace (None: without), `repeats` of each, or repeats[n] of
         problem n, in one call of `generate`. [problem][repeat]. `when` names the occasion, such as a training step:
-        the same runs at another time draw other numbers. UserError for a prompt that exceeds the context."""
+        the same runs at another time draw other numbers. Runs without a trace are remembered as the problem's baseline.
+        UserError for a prompt that exceeds the context."""
         traces = [None] * len(problems) if traces is None else traces
         repeats = [repeats] * len(problems) if isinstance(repeats, int) else repeats
         names = self._names(problems, traces, repeats, when)
@@ -335,15 +310,14 @@ class Executor:
         return names
 
     def _judge(self, problems: list[Problem], outputs: list[str]) -> list[Run]:
-        programs = [i for i, p in enumerate(problems) if p.task_type == "code"]
-        codes = [verify.extract_code(outputs[i]) for i in programs]
-        verdicts = verify.run_programs(codes, [problems[i].tests for i in programs]) if programs else []
-        self.spent["program_runs"] += len(programs)
-        verdict_of = dict(zip(programs, verdicts))
-        runs = []
-        for i, (problem, output) in enumerate(zip(problems, outputs)):
+        codes = [verify.extract_code(o) for p, o in zip(problems, outputs) if p.task_type == "code"]
+        verdicts = verify.run_programs(codes, [p.tests for p in problems if p.task_type == "code"])
+        self.spent["program_runs"] += len(codes)
+        runs, verdicts = [], iter(verdicts)
+        for problem, output in zip(problems, outputs):
             if problem.task_type == "code":
-                ok, score = verdict_of[i].ok, verify.exec_score(verdict_of[i], self.exec_score)
+                verdict = next(verdicts)
+                ok, score = verdict.ok, verify.exec_score(verdict, self.exec_score)
             else:
                 ok = verify.math_equal(verify.extract_answer(output), problem.reference_solution)
                 score = float(ok)
@@ -359,17 +333,17 @@ class Executor:
         """1 + `repeats` runs with each trace, and each problem's success count of `repeats` runs without one, all in
         one call of `generate`. The executor is frozen, so one count without a trace serves a problem's whole group and
         all later steps: only problems that have none yet are run."""
-        new = self._unmeasured(problems, repeats)
+        new = self._without_baseline(problems, repeats)
         counts = [1 + repeats] * len(problems) + [repeats] * len(new)
         runs = self.run(problems + new, traces + [None] * len(new), counts, when)
-        return runs[:len(problems)], self.baseline(problems, repeats)
+        return runs[:len(problems)], [self._baseline[p.problem_id, repeats] for p in problems]
 
     def baseline(self, problems: list[Problem], repeats: int) -> list[int]:
         """Success counts of `repeats` runs without a trace, measured where they are not known yet."""
-        self.run(self._unmeasured(problems, repeats), None, repeats)
+        self.run(self._without_baseline(problems, repeats), None, repeats)
         return [self._baseline[p.problem_id, repeats] for p in problems]
 
-    def _unmeasured(self, problems, repeats: int) -> list[Problem]:
+    def _without_baseline(self, problems, repeats: int) -> list[Problem]:
         new = {p.problem_id: p for p in problems if (p.problem_id, repeats) not in self._baseline}
         return list(new.values())
 
@@ -382,7 +356,38 @@ class Executor:
         self._baseline, self.spent = dict(state["baseline"]), dict(state["spent"])
 
 
-# -------------------------------------------------------------------- 3. scoring and supervised training
+# ------------------------------------------------------------------------------------ 3. checks of the decoder
+
+class ContextError(ValueError):
+    """A prompt and its new tokens exceed the positions that the model knows."""
+
+
+def context_of(model) -> float:
+    """How many positions a model knows; inf without a limit. A window of attention is none. The original length of
+    longrope is one: beyond it other frequencies hold, for the whole batch (transformers, modeling_rope_utils.py)."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):                                           # it may differ by kind of layer
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            limits.append(part["original_max_position_embeddings"])
+    return min(filter(None, limits), default=math.inf)
+
+
+def check_arguments(model, prompts, samples, new: int, temperature: float, draws) -> None:
+    """The errors of `generate`, before anything is computed."""
+    if len(samples) != len(prompts) or new < 1 or temperature < 0 or not all([*samples, *prompts]):
+        raise ValueError("prompts must not be empty, num_samples be one number >= 1 or one for each prompt, "
+                         "max_new_tokens >= 1, temperature >= 0")
+    if draws is None or len(draws) != sum(samples) or draws.shape[1] < new:
+        raise ValueError("draws: one number per row and new token is needed at a temperature > 0, or a generator")
+    longest = max(map(len, prompts), default=0)
+    if longest + new > context_of(model):
+        raise ContextError(f"a prompt of {longest} tokens and {new} new ones exceed the model's context of "
+                           f"{context_of(model)}; shorten the problems or lower the number of new tokens")
+
+
+# -------------------------------------------------------------------- 4. scoring and supervised training
 
 import json
 import re
@@ -426,18 +431,14 @@ def token_logits(model, ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[at]
 
 
-def selected(rows: list[tuple[list[int], list[int]]], pad_id: int, device) -> tuple[torch.Tensor, ...]:
-    """ids (B, T), the positions `at` (M,) that have a label, and their labels (M,), of some (ids, labels)."""
-    ids = pad([row[0] for row in rows], pad_id, device)
-    labels = pad([row[1] for row in rows], IGNORE, "cpu").flatten()
-    at = (labels != IGNORE).nonzero()[:, 0]
-    return ids, at.to(device), labels[at].to(device)
-
-
 def sequence_loss(model, rows: list[tuple[list[int], list[int]]], pad_id: int) -> torch.Tensor:
     """Mean cross-entropy over the labels of some (ids, labels)."""
-    ids, at, labels = selected(rows, pad_id, model.get_input_embeddings().weight.device)
-    return F.cross_entropy(token_logits(model, ids, at).float(), labels)
+    device = model.get_input_embeddings().weight.device
+    ids = pad([row[0] for row in rows], pad_id, device)                           # (B, T)
+    labels = pad([row[1] for row in rows], IGNORE, "cpu").flatten()
+    at = (labels != IGNORE).nonzero()[:, 0]                                       # (M,), found without the device
+    logits = token_logits(model, ids, at.to(device)).float()
+    return F.cross_entropy(logits, labels[at].to(device))
 
 
 @torch.no_grad()
@@ -496,7 +497,7 @@ def enable_checkpointing(model) -> None:
     cannot, or whose training mode computes something else (router noise)."""
     name = model.config.model_type
     without_dropout(model)
-    # Called gradient_checkpointing_enable up to transformers 5.23, which is to go in 6.
+    # Older versions of transformers call it gradient_checkpointing_enable; that name goes in 6.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})
@@ -564,7 +565,7 @@ def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: flo
     return sum(last) / len(last)
 
 
-# ---------------------------------------------------------------------------- 4. loading and its checks
+# ---------------------------------------------------------------------------- 5. loading and its checks
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -574,9 +575,9 @@ def pick_device(device: str = "") -> torch.device:
     with a GPU that torch does not see: hours on the CPU in its place would be a surprise."""
     if not device and DRIVER.exists() and not torch.cuda.is_available():
         driver = re.search(r"\d+\.\d[\d.]*", DRIVER.read_text())
-        raise UserError(f"the NVIDIA driver {driver[0] if driver else ''} is there, but torch {torch.__version__} (CUDA "
-                        f"{torch.version.cuda}) sees no GPU; PyPI's torch needs driver 580 or newer: update it, install "
-                        "torch from download.pytorch.org/whl/ for an older CUDA, or give --device cpu")
+        raise UserError(f"the NVIDIA driver {driver[0] if driver else ''} is there, but torch {torch.__version__} for "
+                        f"CUDA {torch.version.cuda} sees no GPU; PyPI's torch needs driver 580 or newer: update it, or "
+                        "install torch from download.pytorch.org/whl/ for an older CUDA, or give --device cpu")
     try:
         found = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
@@ -616,8 +617,8 @@ def load(path_or_name: str, device=None, dtype=None):
         return load(path_or_name, device, work_dtype(model))
     size = len(model.get_input_embeddings().weight)
     if len(tokenizer) > size:
-        raise UserError(f"{path_or_name}: the tokenizer has {len(tokenizer)} tokens, the model's embedding table {size}; "
-                        "they do not belong together")
+        raise UserError(f"{path_or_name}: the tokenizer has {len(tokenizer)} tokens, the model's embedding table "
+                        f"{size}; they do not belong together")
     check_decoding(model, path_or_name)
     return model, tokenizer
 
@@ -643,8 +644,8 @@ def load_tokenizer(path_or_name: str):
     if file.is_file():
         wanted = Tokenizer.from_file(str(file)).encode(SENTENCE, add_special_tokens=False).ids
         if tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] != wanted:
-            raise UserError(f"{file}: transformers reads another tokenizer from this folder; name the right "
-                            "tokenizer_class in tokenizer_config.json (PreTrainedTokenizerFast reads the file as it is)")
+            raise UserError(f"{file}: transformers reads another tokenizer from this folder; set tokenizer_class in "
+                            "tokenizer_config.json (PreTrainedTokenizerFast takes the file as it is)")
     return tokenizer
 
 
@@ -799,7 +800,7 @@ def base_of(run_dir) -> str:
     return str(folder) if model == "." else model
 
 
-# --------------------------------------------------------------------------------------------------- 5. LoRA
+# --------------------------------------------------------------------------------------------------- 6. LoRA
 
 class Lora:
     """A low-rank adapter (arXiv 2106.09685) on a frozen model: y = W x + alpha / rank * B A x, in which only A (rank,
@@ -901,7 +902,7 @@ class Lora:
             own[name].copy_(saved[name])
 
 
-# --------------------------------------------------------------------------- 6. the tiny base model, and the command
+# --------------------------------------------------------------------------- 7. the tiny base model, and the command
 
 _TINY_TOKEN = r"</?reasoning>|\n *| ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]"
 
@@ -989,8 +990,8 @@ def train_base(s: BaseSettings, task_type: str, folder: Path) -> float:
 
 def make_base(s: BaseSettings, folder: Path) -> None:
     """Fills the stage folder: the tiny base model, or nothing for a pretrained one; and what its executor can do."""
-    heldout = data.read_problems(Path(s.run_dir) / "groups" / "heldout.jsonl")[:s.eval_problems]
-    tiny = heldout[0].source == "tiny"
+    heldout = data.read_problems(Path(s.run_dir) / "groups" / "heldout.jsonl", need_tests=False)[:s.eval_problems]
+    tiny = data.needs_base_model(heldout[0])
     if tiny and s.model:
         raise UserError(f"{s.run_dir}/groups are of the tiny world, whose prompts are bare problems: leave out --model")
     if not tiny and not s.model:
@@ -1001,11 +1002,12 @@ def make_base(s: BaseSettings, folder: Path) -> None:
     model, tokenizer = load(s.model or str(folder), pick_device(s.device), torch.float32 if tiny else None)
     frozen = Executor(model, tokenizer, max_new_tokens=s.max_answer_tokens, temperature=s.executor_temperature,
                       seed=s.seed, max_cache_gib=s.max_cache_gib)
-    record["no_trace"] = sum(frozen.success(heldout, None, 1)) / len(heldout)
+    record |= {"no_trace": None, "reference_trace": None}
     references = [p.reference_reasoning for p in heldout]
-    record["reference_trace"] = None                               # HumanEval and MBPP come without traces
-    if None not in references:
-        record["reference_trace"] = sum(frozen.success(heldout, references, 1, "base")) / len(heldout)
+    if all(p.tests or p.task_type == "math" for p in heldout):     # groups for the reward model may have no tests
+        record["no_trace"] = sum(frozen.success(heldout, None, 1)) / len(heldout)
+        if None not in references:                                 # HumanEval and MBPP come without traces
+            record["reference_trace"] = sum(frozen.success(heldout, references, 1, "base")) / len(heldout)
     data.write_atomic(folder / "base.json", json.dumps(record, indent=1))
 
 
@@ -1017,11 +1019,9 @@ def main(argv) -> None:
         if folder is not None:
             make_base(s, folder)
     record = json.loads((base / "base.json").read_text())
-    given = "no reference traces"
-    if record["reference_trace"] is not None:
-        given = f"{record['reference_trace']:.2f} with the reference trace"
-    print(f"{base}/base.json: {record['model']}, executor success on {record['problems']} held-out problems "
-          f"{record['no_trace']:.2f} without a trace, {given}")
+    print(f"{base}/base.json: {record['model']}; executor success on {record['problems']} held-out problems:")
+    for key in ("no_trace", "reference_trace"):
+        print(f"  {key.replace('_', ' ')}: " + ("not measured" if record[key] is None else f"{record[key]:.2f}"))
     print(f"next: python rm.py --run_dir {s.run_dir}")
 
 

@@ -78,12 +78,6 @@ case $preset in
   *) echo "PRESET: there is no $preset; choose tiny, gsm8k, code, paper-math or paper-code" >&2; exit 2 ;;
 esac
 
-for mode in ${MODES:-}; do
-  case $mode in
-    exec_only | tracelift | tracelift-code | rm_only | uplift_only) ;;
-    *) echo "MODES: there is no mode $mode" >&2; exit 2 ;;
-  esac
-done
 for seed in ${SEEDS:-}; do
   case $seed in *[!0-9]*) echo "SEEDS: $seed is no number" >&2; exit 2 ;; esac
 done
@@ -106,7 +100,7 @@ pipeline() {
   case $preset in tiny | smoke) data="$data --task_type $1" ;; esac
   stage data.py $data ${DATA:+--data "$DATA"} ${HELDOUT_DATA:+--heldout_data "$HELDOUT_DATA"} ${TESTS:+--tests "$TESTS"}
   stage executor.py $base
-  if [[ "${INT:-0}" = 1 || "${MODES:-tracelift}" = *tracelift* || "$MODES" = *rm_only* ]]; then
+  if [ "${INT:-0}" = 1 ] || [ "$needs_rm" = 1 ]; then
     stage rm.py $rm
   fi
   if [ "${INT:-0}" = 1 ]; then
@@ -124,10 +118,21 @@ pipeline() {
 }
 
 exec 3>&1
-# Triton that cannot start is found here, in one line, and not after hours.
-"$python" -c 'import executor, kernels
-try: kernels.check(executor.pick_device())
-except (RuntimeError, ValueError, executor.UserError) as error: raise SystemExit(f"error: {error}")'
+# Before the first stage: a mode that is not there, a GPU that torch cannot use, Triton that cannot start are one line.
+# Says whether a reward model is needed.
+needs_rm=$("$python" - ${MODES:-exec_only tracelift} <<'EOF'
+import sys
+import executor, kernels, tracelift
+try:
+    for mode in sys.argv[1:]:
+        if mode not in tracelift.REWARDS:
+            raise SystemExit(f"MODES: there is no {mode}; choose from {', '.join(tracelift.REWARDS)}")
+    kernels.check(executor.pick_device())
+except (RuntimeError, ValueError, executor.UserError) as error:
+    raise SystemExit(f"error: {error}")
+print(int(any("rm" in tracelift.REWARDS[mode].needs for mode in sys.argv[1:])))
+EOF
+) || exit 2
 case $preset in
   tiny | smoke) ;;
   *code) pipeline code; exit ;;

@@ -1,4 +1,4 @@
-"""TraceLift: train a reasoning planner with executor-grounded rewards (arXiv 2605.03862), in one file.
+"""TraceLift: train a reasoning planner with executor-grounded rewards (arXiv 2605.03862).
 
 A planner writes a reasoning trace. A frozen executor turns problem + trace into an artifact, an answer or a program; the
 verifier says whether it is right. Success alone also pays for traces that are right for the wrong reason. So the reward
@@ -52,7 +52,75 @@ from data import Problem, UserError, knob
 from executor import Completions, Executor, Run
 from rm import RubricRewardModel
 
-# ------------------------------------------------------------------------------------------------ 1. settings
+# ------------------------------------------------------------------------------------------------ 1. the reward
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The parts of one trace's reward beside the scalar; None where the mode does not measure a part. e2e is a run of
+    its own: what pays for success must not also decide whether the trace was worth it."""
+    e2e: float | None             # score of one executor run with the trace; success, or a program's partial score
+    rm: float | None              # the reward model's score of the trace, 0..1
+    with_trace: int | None        # successes of K more runs with the trace
+    without_trace: int | None     # successes of K runs without a trace
+    uplift: float | None          # (with_trace - without_trace) / K
+    total: float | None = None
+    repeats: int = 1              # K
+
+
+def product(r: Reward, w_e: float, w_r: float) -> float:
+    """The paper's reward: quality multiplies measured usefulness, so neither earns without the other. By default
+    w_e = w_r = 0.5: e2e 1, rm 0.9, 3 of 3 runs right with the trace and 1 of 3 without give 0.5 + 0.5 * 0.9 * 2/3 = 0.8.
+    """
+    return w_e * r.e2e + w_r * r.rm * r.uplift
+
+
+def product_for_code(r: Reward, w_e: float, w_r: float) -> float:
+    """The public code's variant for programs: clamp(e2e + 0.2 * rm * coeff, 0, 1). coeff: 1 with more successes with
+    the trace than without, -1 with fewer; on a tie the share of runs that succeeded, but 0.5 for one of three (theirs
+    too). With e2e = 1 the clamp removes a positive bonus: among passing traces the reward model has no say."""
+    if r.with_trace > r.without_trace:
+        coeff = 1.0
+    elif r.with_trace < r.without_trace:
+        coeff = -1.0
+    elif (r.with_trace, r.repeats) == (1, 3):
+        coeff = 0.5
+    else:
+        coeff = r.with_trace / r.repeats
+    return min(1.0, max(0.0, r.e2e + 0.2 * r.rm * coeff))
+
+
+def success_alone(r: Reward, w_e: float, w_r: float) -> float:
+    """What the product is compared with: success, whatever the trace is like."""
+    return r.e2e
+
+
+def quality_alone(r: Reward, w_e: float, w_r: float) -> float:
+    """The reward model's score, whatever the executor makes of the trace."""
+    return r.rm
+
+
+def success_and_uplift(r: Reward, w_e: float, w_r: float) -> float:
+    """The product without its quality."""
+    return w_e * r.e2e + w_r * r.uplift
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A reward function and what has to be measured for it. A new mode is one function and one line below, which is
+    all that the flags, the training and run.sh know of modes."""
+    total: Callable[[Reward, float, float], float]
+    needs: tuple[str, ...]        # of "runs" (executor runs with the trace), "uplift" (K more, and K without), "rm"
+    weighted: bool = False        # w_e and w_r have an effect
+
+
+REWARDS = {"tracelift": Mode(product, needs=("runs", "uplift", "rm"), weighted=True),
+           "tracelift-code": Mode(product_for_code, needs=("runs", "uplift", "rm")),
+           "exec_only": Mode(success_alone, needs=("runs",)),
+           "rm_only": Mode(quality_alone, needs=("rm",)),
+           "uplift_only": Mode(success_and_uplift, needs=("runs", "uplift"), weighted=True)}
+
+# ------------------------------------------------------------------------------------------------ 2. settings
 
 
 @dataclass(frozen=True)
@@ -72,8 +140,7 @@ class Settings:
 class TrainSettings(Settings):
     """Settings of `python tracelift.py train`."""
     # what
-    mode: str = knob("tracelift", "reward: tracelift, tracelift-code, exec_only, rm_only or uplift_only",
-                     choices=("tracelift", "tracelift-code", "exec_only", "rm_only", "uplift_only"))
+    mode: str = knob("tracelift", "reward: " + ", ".join(REWARDS), choices=tuple(REWARDS))
     name: str = knob("", "the planner is saved as planner-NAME-seedSEED; empty: the mode")
     init: str = knob("", "model that the planner starts from; empty: the run's base model")
     # sampling
@@ -117,106 +184,13 @@ class TrainSettings(Settings):
     eval_problems: int = knob(50, "held-out problems of these", low=1, affects_result=False)
 
 
-# ------------------------------------------------------------------------------------------------ 2. reward
-
-
-@dataclass(frozen=True)
-class Reward:
-    """The parts of one trace's reward beside the scalar; None where the mode does not measure a part."""
-    e2e: float | None             # score of one executor run with the trace, drawn apart from the K uplift runs: what
-    rm: float | None              #     pays for success must not also decide whether the trace was worth it
-    with_trace: int | None        # successes of K runs with the trace
-    without_trace: int | None     # successes of K runs without a trace
-    uplift: float | None          # (with_trace - without_trace) / K
-    total: float | None = None
-    repeats: int = 1              # K
-
-
-def product(r: Reward, w_e: float, w_r: float) -> float:
-    """The paper's reward: quality multiplies measured usefulness, so neither earns without the other."""
-    return w_e * r.e2e + w_r * r.rm * r.uplift
-
-
-def product_for_code(r: Reward, w_e: float, w_r: float) -> float:
-    """The public code's variant for programs: clamp(e2e + 0.2 * rm * coeff, 0, 1). coeff: 1 with more successes with
-    the trace than without, -1 with fewer; on a tie 0 when no run succeeded, 1 when all did, 0.5 for one of three, else
-    the share. With e2e = 1 the clamp removes a positive bonus: among passing traces the reward model has no say."""
-    if r.with_trace > r.without_trace:
-        coeff = 1.0
-    elif r.with_trace < r.without_trace:
-        coeff = -1.0
-    elif (r.with_trace, r.repeats) == (1, 3):
-        coeff = 0.5
-    else:
-        coeff = r.with_trace / r.repeats
-    return min(1.0, max(0.0, r.e2e + 0.2 * r.rm * coeff))
-
-
-def success_alone(r: Reward, w_e: float, w_r: float) -> float:
-    """What the product is compared with: success, whatever the trace is like."""
-    return r.e2e
-
-
-def quality_alone(r: Reward, w_e: float, w_r: float) -> float:
-    """The reward model's score, whatever the executor makes of the trace."""
-    return r.rm
-
-
-def success_and_uplift(r: Reward, w_e: float, w_r: float) -> float:
-    """The product without its quality."""
-    return w_e * r.e2e + w_r * r.uplift
-
-
-@dataclass(frozen=True)
-class Mode:
-    """A reward function and what has to be measured for it. A new mode is one function and one line below."""
-    total: Callable[[Reward, float, float], float]
-    needs: tuple[str, ...]        # of "runs" (executor runs with the trace), "uplift" (K more, and K without), "rm"
-    weighted: bool = False        # w_e and w_r have an effect
-
-
-REWARDS = {"tracelift": Mode(product, needs=("runs", "uplift", "rm"), weighted=True),
-           "tracelift-code": Mode(product_for_code, needs=("runs", "uplift", "rm")),
-           "exec_only": Mode(success_alone, needs=("runs",)),
-           "rm_only": Mode(quality_alone, needs=("rm",)),
-           "uplift_only": Mode(success_and_uplift, needs=("runs", "uplift"), weighted=True)}
-
-
-def measure_rewards(problems: list[Problem], traces: list[str], frozen: Executor, rm: RubricRewardModel | None,
-                    mode: str, repeats: int, w_e: float, w_r: float,
-                    when: str = "") -> tuple[list[Reward], list[list[Run]]]:
-    """Rewards of B traces (problems[i] belongs to traces[i]) and the executor runs behind them: run 0 is e2e, the other
-    K are the uplift's. Failures of executor, sandbox or reward model are raised, never scored."""
-    needs = REWARDS[mode].needs
-    scores: list = [None] * len(traces)
-    without: list = [None] * len(traces)
-    runs: list = [[] for _ in traces]
-    if "rm" in needs:                                     # problem and trace, never what the executor wrote
-        texts = [data.rm_text(problem, trace) for problem, trace in zip(problems, traces)]
-        scores = rm.score(texts)[0].tolist()
-    if "uplift" in needs:                                 # the executor is frozen: once per problem is enough without
-        runs, without = frozen.run_with_baseline(problems, traces, repeats, when)
-    elif "runs" in needs:
-        runs = frozen.run(problems, traces, 1, when)
-    rewards = []
-    for own, score, baseline in zip(runs, scores, without):
-        e2e = own[0].score if own else None
-        with_trace, uplift = None, None
-        if baseline is not None:
-            with_trace = sum(run.ok for run in own[1:])
-            uplift = (with_trace - baseline) / repeats
-        parts = Reward(e2e, score, with_trace, baseline, uplift, repeats=repeats)
-        rewards.append(replace(parts, total=REWARDS[mode].total(parts, w_e, w_r)))
-    return rewards, runs
-
-
 # ------------------------------------------------------------------------------------------------ 3. rollout
 
 
 @dataclass
 class Part:
-    """One micro-batch: b neighbouring sequences of a batch and their m scored tokens."""
-    sequences: slice              # which of the B
+    """One micro-batch: b neighbouring sequences of a batch and their m scored tokens. Names as in Batch."""
+    rows: slice                   # which of the B
     tokens: slice                 # which of the M
     ids: torch.Tensor             # (b, T)
     at: torch.Tensor              # (m,) into ids.flatten()
@@ -232,11 +206,13 @@ class Batch:
         scored    -  -  x  x  x -  -        the logits at x predict ...
         target   p1 p2 t0 t1 E  .  -        ... this token
 
-    What is scored follows from the lengths sampled, never from ids: E may be the padding too. E is in the loss, so that
-    stopping is learned; so is whatever was sampled after </reasoning>, though no one reads it."""
+    What is scored follows from the lengths sampled, never from ids: the padding may be a real token, E for one. It
+    stands behind all that is scored, where causal attention does not look. E is in the loss, so that stopping is
+    learned; so is what was sampled after </reasoning>, though no one reads it. A completion that was cut at the limit
+    has no E; its tokens are in the loss like all others, unless --truncated mask leaves them out."""
     problems: list[Problem]       # (B) each problem G times
     traces: list[str]             # (B) what the executor and the reward model read
-    closed: list[bool]            # (B) the completion has a </reasoning>; without one it is used as far as it goes
+    closed: list[bool]            # (B) the completion has a </reasoning>; without one the trace is all of it
     truncated: list[bool]         # (B) cut at the limit: no E
     completions: Completions      # tokens, and their log-probs when they were sampled
     ids: torch.Tensor             # (B, T) prompt + completion, padded on the right
@@ -265,19 +241,19 @@ def rollout(planner, tokenizer, problems: list[Problem], group_size: int, temper
     names = sample_names(problems, group_size, when)
     completions, texts = complete(planner, tokenizer, prompts, group_size, temperature, max_trace_tokens, names,
                                   max_cache_tokens)
-    prompts = [prompt for prompt in prompts for _ in range(group_size)]
     ends = executor.eos_ids(planner, tokenizer)
     truncated = [tokens[-1] not in ends for tokens in completions.tokens]
 
-    rows = [prompt + tokens for prompt, tokens in zip(prompts, completions.tokens)]
+    prompt_of = [prompt for prompt in prompts for _ in range(group_size)]                      # of each of the B
+    rows = [prompt + tokens for prompt, tokens in zip(prompt_of, completions.tokens)]
     ids = executor.pad(rows, executor.pad_id(tokenizer), "cpu")                                # (B, T)
     scored = torch.zeros(ids.shape, dtype=torch.bool)
     sampled = []
-    for b, prompt in enumerate(prompts):
+    for b, prompt in enumerate(prompt_of):
         if learn_truncated or not truncated[b]:
             scored[b, len(prompt) - 1:len(rows[b]) - 1] = True            # the last prompt token predicts the first
             sampled += completions.logprobs[b]
-    at = scored.flatten().nonzero().squeeze(1)                                                 # (M,)
+    at = scored.flatten().nonzero().squeeze(1)                                                 # (M,), see the picture
     target = ids.flatten()[at + 1]
     sequence = at // ids.shape[1]
     device = planner.device
@@ -285,16 +261,6 @@ def rollout(planner, tokenizer, problems: list[Problem], group_size: int, temper
                  [data.extract_reasoning(text) for text in texts], [data.CLOSE in text for text in texts], truncated,
                  completions, ids.to(device), scored, at.to(device), target.to(device), sequence.to(device),
                  torch.tensor(sampled, device=device))
-
-
-def sample_names(problems: list[Problem], num_samples: int, when: str) -> list[str]:
-    """A name for the random numbers of each sample. A problem that comes again in a step counts on."""
-    seen, names = Counter(), []
-    for problem in problems:
-        for _ in range(num_samples):
-            names.append(f"trace {when} {problem.problem_id} {seen[problem.problem_id]}")
-            seen[problem.problem_id] += 1
-    return names
 
 
 def complete(planner, tokenizer, prompts: list[list[int]], num_samples: int, temperature: float, max_tokens: int,
@@ -307,25 +273,68 @@ def complete(planner, tokenizer, prompts: list[list[int]], num_samples: int, tem
     return completions, executor.decode_text(tokenizer, completions.tokens)
 
 
-# ------------------------------------------------------------------------------------------------ 4. training
+# ------------------------------------------------------------------------------------------------ 4. measuring the reward
+
+
+def measure_rewards(problems: list[Problem], traces: list[str], frozen: Executor, rm: RubricRewardModel | None,
+                    mode: str, repeats: int, w_e: float, w_r: float,
+                    when: str = "") -> tuple[list[Reward], list[list[Run]]]:
+    """Rewards of B traces (problems[i] belongs to traces[i]) and the executor runs behind them: run 0 is e2e, the other
+    K are the uplift's.
+
+    A step costs N * G prompts with a trace, of 1 + K outputs each, and one prompt without for each of its problems that
+    has none yet, of K outputs: the executor is frozen, so once is enough for the whole training. N = 10, G = 4, K = 2:
+    50 prompts and 140 outputs at first, 40 and 120 when the problems come again.
+
+    What could not be measured is no reward: a sandbox that cannot start (SandboxError), a reward model that is not
+    finite, an executor that fails end the training, with its last checkpoint. A program that kills its helper is tried
+    on a new one, and has then failed."""
+    needs = REWARDS[mode].needs
+    scores: list = [None] * len(traces)
+    without: list = [None] * len(traces)
+    runs: list = [[] for _ in traces]
+    if "rm" in needs:                                     # it reads problem and trace, never what the executor wrote
+        texts = [data.rm_text(problem, trace) for problem, trace in zip(problems, traces)]
+        scores = rm.score(texts)[0].tolist()
+    if "uplift" in needs:
+        runs, without = frozen.run_with_baseline(problems, traces, repeats, when)
+    elif "runs" in needs:
+        runs = frozen.run(problems, traces, 1, when)
+    rewards = []
+    for own, score, baseline in zip(runs, scores, without):
+        e2e = own[0].score if own else None
+        with_trace, uplift = None, None
+        if baseline is not None:                          # uplift counts successes also where e2e is a partial score
+            with_trace = sum(run.ok for run in own[1:])
+            uplift = (with_trace - baseline) / repeats
+        parts = Reward(e2e, score, with_trace, baseline, uplift, repeats=repeats)
+        rewards.append(replace(parts, total=REWARDS[mode].total(parts, w_e, w_r)))
+    return rewards, runs
+
+
+# ------------------------------------------------------------------------------------------------ 5. training
 
 
 def train(s: TrainSettings) -> Path:
-    """Trains one planner with GRPO and returns its folder: model, tokenizer, metrics.jsonl, samples.jsonl."""
+    """Trains one planner with GRPO and returns its folder: model, tokenizer, metrics.jsonl, samples.jsonl.
+
+    `run` (TrainingRun, behind the fence) holds the roles planner, executor and rm, the problems, and what lies on disk:
+    steps() are those that are left, log() writes metrics and checkpoints."""
     with training_run(s) as run:
         for step in run.steps():
             # 1. Rollout: the planner writes G traces for each of N problems.
             run.phase("rollout")
             problems = problems_of_step(run.problems, step, s.problems_per_step, s.seed)
             batch = rollout(run.planner, run.tokenizer, problems, s.group_size, s.temperature, s.max_trace_tokens,
-                            f"{s.seed} {step}", run.max_cache_tokens, s.truncated == "use")
+                            when=f"{s.seed} {step}", max_cache_tokens=run.max_cache_tokens,
+                            learn_truncated=s.truncated == "use")
 
-            # 2. Reward: the executor tries every trace (1 + K runs) and, once per problem, none (K runs); the verifier
-            #    judges what it wrote; the reward model reads problem and trace.
+            # 2. Reward: the executor tries every trace (1 + K runs) and, once in the whole training, the problem alone
+            #    (K runs); the verifier judges what it wrote; the reward model reads problem and trace.
             run.phase("reward")
             with run.base_model():                                        # LoRA: the adapter is off
                 rewards, runs = measure_rewards(batch.problems, batch.traces, run.executor, run.rm, s.mode, s.repeats,
-                                                s.w_e, s.w_r, str(step))
+                                                s.w_e, s.w_r, when=str(step))          # the executor has its own seed
             reward = torch.tensor([r.total for r in rewards])                                  # (B,)
 
             # 3. Advantage: better or worse than the other traces of the same problem? All equal: exactly 0.
@@ -362,21 +371,27 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
                         old: torch.Tensor | None, ref: torch.Tensor | None, group_size: int, micro_batch: int,
                         weights: str, max_len: int, *, temperature: float, clip_low: float, clip_high: float,
                         beta: float, scale: bool) -> dict:
-    """Adds the gradient of one update to planner's .grad; returns loss, entropy, KL, clip share and sampler gap, means
-    over the M tokens (None where not measured). reward, advantage (B,); old and ref: log-probs (M,).
+    """Adds the gradient of one update to planner's .grad. Returns means over the M tokens: loss (their weighted sum),
+    entropy of the next-token distribution, sampler_gap, and None where not measured: kl, the estimate of KL(planner ||
+    reference), and clip_share, of tokens where the clip stops the gradient. reward, advantage (B,); old, ref: log-probs
+    (M,) or None.
 
-    The kernel takes rewards, not advantages: each row works out its own group. A micro-batch whose advantages are all 0
-    has no gradient without KL, and so no backward pass; where no group has spread, .grad stays None and the optimizer,
-    with its momentum, leaves the planner as it is."""
+    Log-probs are scored at the temperature of sampling. sampler_gap, the mean absolute difference between them and
+    those of the sampler, is where a mismatch of the two would show.
+
+    The loss takes all B rewards, not advantages: each token works out its own group from them, so a micro-batch may cut
+    through a group. The advantages here only tell which micro-batches have no gradient, and so no backward pass: those
+    where all are 0, without KL. Where no group has spread, .grad stays None, and the optimizer, with its momentum, leaves
+    the planner as it is."""
     M = max(1, len(batch.target))
     device = batch.ids.device
     weight = kernels.token_weights(batch.scored, weights, max_len)[batch.scored].to(device)    # (M,), of the whole step
     reward = reward.to(device)
     health = {"loss": 0.0, "entropy": 0.0, "sampler_gap": 0.0, "kl": None if ref is None else 0.0,
               "clip_share": None if old is None else 0.0}
-    planner.train(planner.is_gradient_checkpointing)                      # which needs it; there is no dropout
+    planner.train(planner.is_gradient_checkpointing)                      # it works in training mode only
     for part in batch.parts(micro_batch):
-        learns = beta > 0 or bool(advantage[part.sequences].any())
+        learns = len(part.target) > 0 and (beta > 0 or bool(advantage[part.rows].any()))
         own_old = None if old is None else old[part.tokens]
         own_ref = None if ref is None else ref[part.tokens]
         with torch.set_grad_enabled(learns):
@@ -399,22 +414,11 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
     return health
 
 
-@torch.no_grad()
-def completion_logp(model, batch: Batch, temperature: float, micro_batch: int) -> torch.Tensor:
-    """Log-probs (M,) of the scored tokens under a model, at the sampling temperature."""
-    found = []
-    for part in batch.parts(micro_batch):
-        with executor.autocast(model):
-            logits = executor.token_logits(model, part.ids, part.at)                           # (m, V)
-        found.append(kernels.token_logp(logits, part.target, temperature)[0])
-    return torch.cat(found)
-
-
 # =====================================================================================================================
 # You have read the method. What follows runs it on disk, measures it and warm-starts it; each part can be read alone.
 # =====================================================================================================================
 
-# ------------------------------------------------------------------------------------------------ 5. a training run on disk
+# ------------------------------------------------------------------------------------------------ 6. a training run on disk
 
 
 def planner_folder(s: TrainSettings) -> Path:
@@ -439,7 +443,6 @@ def check_train(s: TrainSettings) -> None:
     without_effect = {"w_e": (not mode.weighted, with_mode), "w_r": (not mode.weighted, with_mode),
                       "repeats": ("uplift" not in mode.needs, with_mode),
                       "executor_temperature": ("runs" not in mode.needs, with_mode),
-                      "max_answer_tokens": ("runs" not in mode.needs, with_mode),
                       "exec_score": ("runs" not in mode.needs, with_mode),
                       "clip_low": (s.inner_epochs == 1, "with one update per rollout (--inner_epochs 1): rho is 1"),
                       "clip_high": (s.inner_epochs == 1, "with one update per rollout (--inner_epochs 1): rho is 1"),
@@ -504,7 +507,8 @@ class TrainingRun:
         if "rm" in REWARDS[s.mode].needs:
             self.rm = RubricRewardModel.from_pretrained(run_dir / "rm", self.device)
         self.check_lengths()
-        self.optimizer = executor.adamw(trained(self.planner).values(), s.learning_rate, betas=(0.9, 0.95))
+        self.optimizer = executor.adamw(trained(self.planner).values(), s.learning_rate, betas=(0.9, 0.95),
+                                        weight_decay=0.0)
         self.loss_settings = {"temperature": s.temperature, "clip_low": s.clip_low, "clip_high": s.clip_high,
                               "beta": s.beta, "scale": s.scale == "std"}
         self.state = {"step": 0, "seconds": 0.0, "planner_tokens": 0}
@@ -604,7 +608,7 @@ class TrainingRun:
         return norm
 
     def log(self, step: int, batch: Batch, rewards: list[Reward], runs: list, updates: list[dict]) -> None:
-        """One line of metrics; every save_every steps a group to read, and a checkpoint."""
+        """One line of metrics, and about every save_every steps a group to read and a checkpoint."""
         self.phase("")
         s, state = self.s, self.state
         state["step"] = step + 1
@@ -632,13 +636,16 @@ class TrainingRun:
         s = self.s
         batch = rollout(self.planner, self.tokenizer, self.heldout, 1, 0.0, s.max_trace_tokens, "eval",
                         self.max_cache_tokens)
-        greedy = frozen_executor(self.executor.model, self.executor.tokenizer, replace(s, executor_temperature=0.0))
+        greedy = copy.copy(self.executor)                                 # not a new one, which would freeze an adapter
+        greedy.temperature, greedy.spent = 0.0, dict(greedy.spent)
         with self.base_model():
             return mean(greedy.success(self.heldout, batch.traces, 1))
 
     def save_checkpoint(self) -> None:
-        """All that the next step depends on, atomically, with the lengths of the logs at this point. No generator:
-        random numbers are a function of seed, step, problem and sample."""
+        """What training has changed, atomically: the weights that learn (with LoRA the adapter's), the optimizer's
+        state, the executor's baselines and costs, the number of the step, time and tokens spent, and how long the logs
+        are. Not in it: the frozen models, the settings, which lie in settings.json, and generators, since random
+        numbers are a function of seed, step, problem and sample."""
         logs = {}
         for name in LOGS:                                                 # on disk before the checkpoint counts on them
             with open(self.work / name, "a") as f:
@@ -705,6 +712,27 @@ def frozen_executor(model, tokenizer, s: Settings, exec_score: str = "binary") -
 def trained(planner) -> dict[str, torch.nn.Parameter]:
     """The parameters that learn: all, or those of the adapter."""
     return {name: p for name, p in planner.named_parameters() if p.requires_grad}
+
+
+def sample_names(problems: list[Problem], num_samples: int, when: str) -> list[str]:
+    """A name for the random numbers of each sample. A problem that comes again in a step counts on."""
+    seen, names = Counter(), []
+    for problem in problems:
+        for _ in range(num_samples):
+            names.append(f"trace {when} {problem.problem_id} {seen[problem.problem_id]}")
+            seen[problem.problem_id] += 1
+    return names
+
+
+@torch.no_grad()
+def completion_logp(model, batch: Batch, temperature: float, micro_batch: int) -> torch.Tensor:
+    """Log-probs (M,) of the scored tokens under a model, at the sampling temperature."""
+    found = []
+    for part in batch.parts(micro_batch):
+        with executor.autocast(model):
+            logits = executor.token_logits(model, part.ids, part.at)                           # (m, V)
+        found.append(kernels.token_logp(logits, part.target, temperature)[0])
+    return torch.cat(found)
 
 
 def loss_of_part(planner, part: Part, reward, weight, group_size: int, old, ref, **settings):
@@ -777,7 +805,7 @@ def append_jsonl(path: Path, records: list[dict]) -> None:
         f.write("".join(json.dumps(r) + "\n" for r in records))
 
 
-# ------------------------------------------------------------------------------------------------ 6. evaluation, inspect
+# ------------------------------------------------------------------------------------------------ 7. evaluation, inspect
 
 
 @dataclass(frozen=True)
@@ -1011,7 +1039,7 @@ def token_lines(planner, tokenizer, batch: Batch, advantage: list[float]) -> lis
     return lines + [f"{f'{padding} of padding':18}{'no':>9}    [Batch, kernels.token_weights, kernels.token_logp]"]
 
 
-# ------------------------------------------------------------------------------------------------ 7. InT
+# ------------------------------------------------------------------------------------------------ 8. InT
 #
 # A warm start for the planner (arXiv 2601.14209): reward on a whole trace also punishes the right steps before the
 # first wrong one. Checking against a reference is easier than solving, so the planner itself names the first wrong step
@@ -1283,7 +1311,7 @@ def learn_interventions(s: IntSettings, run_dir: Path, work: Path) -> None:
     data.write_atomic(work / "int.json", json.dumps(report, indent=1))
 
 
-# ------------------------------------------------------------------------------------------------ 8. commands
+# ------------------------------------------------------------------------------------------------ 9. commands
 
 
 def main(argv) -> None:

@@ -150,8 +150,8 @@ def table(s: BenchSettings, model, prompts, methods, rates, equal, peaks) -> str
     lengths = [len(prompt) for prompt in prompts]
     best = statistics.median(rates["executor.generate"])
     lines = [f"{s.model or 'a small random model'}, {s.dtype}, on {hardware(model.device)}, {s.threads} threads; "
-             f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {s.shared} of them in common within a "
-             f"problem; {s.repeats} outputs of {s.new_tokens} tokens each; {s.rounds} rounds", "",
+             f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {s.shared} of them in common within "
+             f"a problem; {s.repeats} outputs of {s.new_tokens} tokens each; {s.rounds} rounds", "",
              "| decoder | outputs timed | equal | tokens/s, median (range) | ours against it | peak, no weights |",
              "|---" * 6 + "|"]
     for name, rate in rates.items():

@@ -623,12 +623,6 @@ def test_a_group_that_we_built_reads_as_its_problem_does():
         f"<task>math</task>\n<type>math</type>\n<problem>\n{QUESTION}\n</problem>\n<reasoning>\nt\n</reasoning>")
 
 
-def test_the_form_of_the_reward_models_text():
-    """One form per kind of text, whatever the problem says; so a reward model that read another can be told."""
-    real_ones = {data.rm_text_form(data.problem_of(record)) for record, task, _, _ in PUBLIC if task == "code"}
-    tiny = {data.rm_text_form(p) for task in TASKS for p in tiny_problems(task, 2, 0)}
-    assert len(real_ones) == len(tiny) == 1 and real_ones != tiny and "<tests>" in real_ones.pop()
-
 
 def test_neither_rubrics_nor_task_type_say_what_a_group_is(tmp_path):
     for record in (public("math", task_type="algebra", positive_pool=[], negative_bank=[]),
@@ -759,12 +753,10 @@ def test_tests_that_verify_refuses_are_found_when_they_enter(tmp_path, monkeypat
 
     def refuse(tests):
         raise ValueError(f"{len(tests)} tests that nobody should run")
-    monkeypatch.setattr(verify, "check_tests", refuse, raising=False)
+    monkeypatch.setattr(verify, "check_tests", refuse)
     with pytest.raises(UserError, match="g.jsonl:1: code-17: 1 tests that nobody should run; mend the test"):
         data.teachable(path, data.read_any_groups(path), 9)
     monkeypatch.undo()
-    if not hasattr(verify, "check_tests"):
-        pytest.skip("verify.check_tests is not there yet")
     verify.check_tests([{"input": "1", "output": "2"}])
     with pytest.raises(ValueError):
         verify.check_tests([{"assert": "f(1) == 2"}])
@@ -1083,6 +1075,21 @@ def test_an_interrupted_stage_continues_from_its_partial_folder(tmp_path):
     with data.stage_folder(out, Settings(micro_batch=2)) as folder:            # a stopped stage goes on with less memory
         assert (folder / "checkpoint").read_text() == "half"
     assert sorted(os.listdir(out)) == ["checkpoint", "settings.json"] and os.listdir(tmp_path) == ["base"]
+
+
+def test_a_stage_has_one_writer(tmp_path):
+    """The same training started twice: one line for the second, which may not touch what the first writes."""
+    out = tmp_path / "base"
+    code = ("import sys, data, test_data\n"
+            "data.run_command(lambda argv: test_data.fill(sys.argv[1], test_data.Settings()))")
+    with data.stage_folder(out, Settings()) as folder:
+        (folder / "file").write_text("mine")
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        second = subprocess.run([sys.executable, "-c", code, str(out)], env={**os.environ, "PYTHONPATH": path},
+                                capture_output=True, text=True)
+        assert second.returncode == 2 and second.stderr.count("\n") == 1 and "another process is making it" in second.stderr
+        assert (folder / "file").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["base"] and not fill(out, Settings())
 
 
 def test_a_stage_that_made_nothing_leaves_nothing(tmp_path):

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,19 @@ def test_a_small_cache_changes_nothing(llama, monkeypatch):
         assert greedy(llama, PROMPTS, num_samples=2, max_cache_tokens=limit).tokens == whole.tokens
         assert all(rows * slots <= limit or rows == 2 for rows, slots in shapes), shapes
         assert len({slots for _, slots in shapes}) > 1 or limit == 1024
+
+
+def test_one_cache_at_a_time(llama, monkeypatch):
+    """The memory of a batch is free for the next."""
+    alive, most, real = weakref.WeakSet(), [], executor.empty_cache
+
+    def made(*args):
+        most.append(len(alive))
+        alive.add(cache := real(*args))
+        return cache
+    monkeypatch.setattr(executor, "empty_cache", made)
+    greedy(llama, PROMPTS, max_cache_tokens=1)
+    assert most == [0] * len(PROMPTS)
 
 
 def test_batches():
@@ -419,7 +433,7 @@ def test_low_precision_logits_are_normalised_in_float32():
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 48, "max_position_embeddings": 128, "sliding_window": 5, "attention_chunk_size": 5, "head_dim": 8,
-         "initializer_range": 0.4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "vocab_size_per_layer_input": 64,
+         "initializer_range": 0.4, "pad_token_id": 0, "bos_token_id": 1, "vocab_size_per_layer_input": 64,
          "hidden_size_per_layer_input": 8, "global_head_dim": 8, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.4,
          "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
          "shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
@@ -427,7 +441,7 @@ SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_atten
          "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_d_ssm": 64, "state_size": 8,
          "mamba_chunk_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "chunk_size": 8,
          "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-         "embedding_size": 32, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 4, "decoder_layers": 2, "encoder_layers": 2,
+         "embedding_size": 32, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 64, "decoder_layers": 2, "encoder_layers": 2,
          "d_model": 32, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
 OWN = {"deepseek_v3": {"num_key_value_heads": 4}, "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
        "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
@@ -442,11 +456,12 @@ COUNTS = [2, 1, 3, 1]
 
 def tiny_of(kind, **sizes):
     """A tiny random model of a family of transformers, with wide weights, so that greedy choices are no coin tosses.
-    A family that needs other sizes raises whatever it raises."""
+    Sizes that are None are left to the family; one that needs other sizes raises whatever it raises."""
     config_class = type(transformers.CONFIG_MAPPING[kind]().get_text_config())
     known = set(config_class().to_dict()) | set(getattr(config_class, "attribute_map", {}))
     given = {**SIZES, **OWN.get(kind, {}), **sizes}
-    config = config_class(**{k: v for k, v in given.items() if k in known or k == "eos_token_id"}, is_decoder=True)
+    given = {k: v for k, v in given.items() if k in known and v is not None}
+    config = config_class(**given, eos_token_id=None, is_decoder=True)
     torch.manual_seed(3)
     with torch.device("meta"):
         assert AutoModelForCausalLM.from_config(config).num_parameters() < 5e6
@@ -485,6 +500,21 @@ def test_families_decode_as_transformers_does(kind, capsys):
     compare_family(model, kind, whole)
 
 
+def test_the_text_part_of_a_model_that_also_sees_decodes():
+    """What counts is its text config: layers, windows, context."""
+    text = {k: v for k, v in SIZES.items() if k in transformers.Gemma3TextConfig().to_dict()}
+    config = transformers.Gemma3Config(
+        text_config={**text, "layer_types": ["sliding_attention", "full_attention"] * 2}, mm_tokens_per_image=1,
+        vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+                       "image_size": 16, "patch_size": 8}, image_token_index=60, boi_token_index=61, eoi_token_index=62)
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config = transformers.GenerationConfig(pad_token_id=PAD)
+    executor.check_decoding(model, "gemma3")
+    assert not hasattr(model, "decode_alone") and executor.context_of(model) == 128
+    compare_family(model, "gemma3", [reference(model, prompt, 10) for prompt in RAGGED])
+
+
 def test_a_family_that_looks_at_padding_is_decoded_in_equal_lengths(capsys):
     """Bart's decoder takes its positions from the cache."""
     model = tiny_of("bart")
@@ -503,12 +533,12 @@ def test_families_that_keep_their_state_elsewhere_are_refused_by_name(kind):
 def test_every_family_of_the_installed_transformers(capsys):
     """Equal, equal without padding, or refused by name: nothing is wrong in silence. Prints the matrix."""
     names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    matrix = {"equal": [], "equal without padding": [], "refused": [], "no tiny model": []}
+    matrix = {"equal": [], "equal without padding": [], "refused": [], "wrong in silence": [], "no tiny model": []}
     for kind in sorted(names):
         whole = None
-        for sizes in ({}, {"head_dim": None}, {"num_key_value_heads": 4}, {"num_experts_per_tok": 1}):
+        for sizes in ({}, {"head_dim": None}, {"num_key_value_heads": 4}, {"num_key_value_heads": None},
+                      {"head_dim": None, "num_key_value_heads": 4}, {"num_experts_per_tok": 1}):
             try:
-                sizes = {k: v for k, v in sizes.items() if v is not None}
                 model = tiny_of(kind, **sizes)
                 whole = [reference(model, prompt, 10) for prompt in RAGGED]
                 break
@@ -522,12 +552,15 @@ def test_every_family_of_the_installed_transformers(capsys):
         except UserError:
             matrix["refused"].append(kind)
             continue
-        compare_family(model, kind, whole)
-        matrix["equal without padding" if getattr(model, "decode_alone", False) else "equal"].append(kind)
+        try:
+            compare_family(model, kind, whole)
+            matrix["equal without padding" if getattr(model, "decode_alone", False) else "equal"].append(kind)
+        except AssertionError as error:
+            matrix["wrong in silence"].append(f"{kind} {str(error)[:300]}")
     with capsys.disabled():
         for outcome, kinds in matrix.items():
             print(f"\n{outcome} ({len(kinds)}): {', '.join(kinds)}")
-    assert len(matrix["equal"]) > 100
+    assert len(matrix["equal"]) > 100 and not matrix["wrong in silence"]
 
 
 def test_no_warning_of_transformers_comes_from_our_own_calls(tiny, caplog):
