@@ -684,11 +684,6 @@ def _distance(wanted: torch.Tensor, found: torch.Tensor) -> float:
     return float((wanted - found).abs().max() / wanted.abs().max())
 
 
-def _slack(model) -> float:
-    """How far rounding may move logits, as `_distance` measures it."""
-    return 1e-3 if model.dtype == torch.float32 else 0.03
-
-
 @contextmanager
 def in_float32(model):
     """The model with its 16-bit weights in float32 inside, if it is small enough for that; they come back exactly."""
@@ -761,10 +756,11 @@ def check_head(model) -> bool:
     (Gemma 2, Granite, Cohere): then `token_logits` takes them from the model's own forward pass."""
     ids = _some_ids(model, 16)[None]
     full = model(input_ids=ids, use_cache=False).logits[0].float()
+    rounding = 1e-3 if model.dtype == torch.float32 else 0.03
     model.plain_head = True
     try:
         ours = token_logits(model, ids, torch.arange(16, device=ids.device)).float()
-        model.plain_head = ours.shape == full.shape and _distance(full, ours) <= _slack(model)
+        model.plain_head = ours.shape == full.shape and _distance(full, ours) <= rounding
     except (RuntimeError, AttributeError, TypeError):              # a layer between hidden states and head
         model.plain_head = False
     return model.plain_head

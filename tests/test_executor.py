@@ -490,6 +490,25 @@ def compare_family(model, kind, whole):
         assert out.logprobs[row] == pytest.approx(score(model, prompt, tokens), abs=2e-3)
 
 
+def compare_gradient(model):
+    """Of the loss over ragged rows, padded on the right, against that of each row alone, by the model's own forward."""
+    executor.check_head(model)
+    rows = [(ids, ids[1:] + [IGNORE]) for ids in RAGGED if len(ids) > 1]
+    count = sum(len(ids) - 1 for ids, _ in rows)
+    grads = []
+    for padded in (True, False):
+        model.zero_grad()
+        if padded:
+            loss = executor.sequence_loss(model, rows, PAD)
+        else:
+            loss = sum(F.cross_entropy(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0], torch.tensor(labels),
+                                       ignore_index=IGNORE, reduction="sum") for ids, labels in rows) / count
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*grads, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()) + 1e-6)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_families_decode_as_transformers_does(kind, capsys):
     model = tiny_of(kind)
@@ -498,6 +517,7 @@ def test_families_decode_as_transformers_does(kind, capsys):
     whole = [reference(model, prompt, 10) for prompt in RAGGED]
     assert len({tuple(row) for row in whole}) == len(RAGGED)
     compare_family(model, kind, whole)
+    compare_gradient(model)
 
 
 def test_the_text_part_of_a_model_that_also_sees_decodes():
