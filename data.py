@@ -22,6 +22,8 @@ broke, so the tiny world has ground truth; its flaws are less varied than a lang
 import argparse
 import ast
 import dataclasses
+import gzip
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -32,9 +34,11 @@ import platform
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -45,6 +49,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import verify
+
+try:
+    import fcntl
+except ImportError:                              # Windows
+    fcntl = None
 
 # ------------------------------------------------------------------------------- 1. Problem and what each role reads
 
@@ -63,6 +72,8 @@ class Problem:
     reference_solution: str                      # the final answer (math) or a correct program (code)
     tests: list = field(default_factory=list)
     reference_reasoning: str | None = None       # a good trace, without the final answer and without code
+    kind: str = ""                               # what a public record calls its type, "algorithm"; else as task_type
+    constraints: str = ""                        # tests or constraints as text, for the reward model to read
 
 
 OPEN, CLOSE = "<reasoning>", "</reasoning>"
@@ -78,7 +89,8 @@ class Source:
     needs_base_model = False          # True: only a model trained on `base_corpus` speaks this language
     no_step = None                    # the replacement step that means "the trace should have ended here"
     step_joint = "\n"                 # between a trace and a step that is added to it
-    step_end = re.compile(r"\n+|(?<=[.!?])(?<!^\d\.)\s+(?=[A-Z])", re.MULTILINE)       # but "1." opens a list item
+    # a line or a sentence ends a step, but "1." opens a list item
+    step_end = re.compile(r"\n+|(?<=[.!?])(?<!^\d\.)\s+(?=[A-Z])", re.MULTILINE)
     planner_task = {
         "math": "Write a short step by step reasoning trace that leads to the answer of this problem, so that someone "
                 f"else can finish it. Put it between {OPEN} and {CLOSE}. Write ? in place of the final answer.\n\n"
@@ -99,7 +111,14 @@ class Source:
         return f"{prompt}\n\nUse this reasoning:\n{reasoning}"
 
     def rm_text(self, problem, reasoning):
-        return f"Problem:\n{problem.problem}\n\nReasoning:\n{reasoning}"
+        """The form in which public reward models were trained."""
+        kind = problem.kind or problem.task_type
+        parts = [f"<task>{problem.task_type}</task>", f"<type>{kind}</type>"]
+        parts += ["<problem>", problem.problem.strip(), "</problem>"]
+        if problem.constraints:
+            parts += ["<tests>", problem.constraints.strip(), "</tests>"]
+        parts += [OPEN, reasoning.strip(), CLOSE]
+        return "\n".join(parts)
 
     def intervention_prompt(self, problem, numbered):
         return (f"Problem:\n{problem.problem}\n\nReference reasoning:\n{problem.reference_reasoning}\n\n"
@@ -117,7 +136,8 @@ class Source:
         return perturb(problem, problem.reference_reasoning, kind, rng)
 
 
-SOURCES: dict[tuple[str, str], Source] = {}      # (source, task_type): the sources that are not plain real text
+# (source, task_type): filled in sections 3 and 4
+SOURCES: dict[tuple[str, str], Source] = {}
 
 
 def source_of(problem: Problem) -> Source:
@@ -126,63 +146,77 @@ def source_of(problem: Problem) -> Source:
 
 
 def planner_prompt(problem: Problem) -> str:
-    """What the planner reads. Its completion is `<reasoning>...</reasoning>`."""
+    """What the planner reads. Its completion is `<reasoning>...</reasoning>`. In the tiny world: the problem alone."""
     return source_of(problem).planner_prompt(problem)
 
 
 def executor_prompt(problem: Problem, reasoning: str | None) -> str:
-    """What the executor reads, with a trace or (None) without one. An empty trace is a trace."""
+    """What the executor reads, with a trace or (None) without one. An empty trace is a trace. In the tiny world: the
+    problem, the trace between its tags, "Answer:"."""
     return source_of(problem).executor_prompt(problem, reasoning)
 
 
 def rm_text(problem: Problem, reasoning: str) -> str:
-    """What the reward model scores: problem and trace, never the executor's output or the reference."""
+    """What the reward model scores: problem and trace (and tests where they are given as text), never the executor's
+    output, never the reference. In the tiny world: the problem, and on the next line <reasoning>trace</reasoning>."""
     return source_of(problem).rm_text(problem, reasoning)
 
 
 def extract_reasoning(completion: str) -> str:
     """The trace in a planner's completion: from the first opening tag to the first closing tag after it.
 
-    A completion that was cut at the token limit has no closing tag: its trace is all that was written. Whoever shows
-    that trace to the executor or the reward model closes the tag, so neither sees that it was cut. Text after the
-    closing tag, and before an opening one, is no part of the trace and reaches nobody; its tokens were sampled all
-    the same, and get gradient like all others. No opening tag: the trace begins where the completion does.
+    A completion without a closing tag (most are cut at the token limit) is a trace as far as it goes; nothing is
+    repaired. Text after the closing tag, or before an opening one, is no part of the trace and reaches nobody; its
+    tokens were sampled all the same, and get gradient like all others. No opening tag: the trace begins where the
+    completion does. What a thinking model writes before "</think>" is no part of its completion.
     """
-    after_open = completion.split(OPEN, 1)[-1]
+    after_thinking = completion.rpartition("</think>")[2]
+    after_open = after_thinking.split(OPEN, 1)[-1]
     return after_open.split(CLOSE, 1)[0].strip()
 
 
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt: as the user's turn of the tokenizer's chat template, if it has one. The template writes
-    the beginning-of-sequence token itself, so the tokenizer must not add a second."""
-    if getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokenizer(prompt)["input_ids"]
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Token ids of a text that anybody may have written, as the tokenizer begins one, but open at its end: some
+    tokenizers put an end-of-sequence token there, and a prompt goes on.
+
+    Hazard: a trace that spells "<|im_end|>" would end its own turn, and could answer in the executor's place. So
+    control tokens in the text are split: they are read as the letters that they are written with."""
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def check_trace(problem: Problem, reasoning: str) -> tuple[bool, bool] | None:
-    """(faithful, leak): is every step right and in its place, and does the trace give the final result away? None
-    where there is no ground truth: outside of the tiny world, and without a reference trace."""
-    return source_of(problem).check_trace(problem, reasoning)
+def encode_prompt(tokenizer, prompt: str, template_arguments: dict | None = None) -> list[int]:
+    """Token ids of a prompt: as the user's turn of the tokenizer's chat template, if it has one. Control tokens of the
+    template are control tokens, those that are spelled in the prompt are text (see `encode_text`)."""
+    if not getattr(tokenizer, "chat_template", None):
+        return encode_text(tokenizer, prompt)
 
+    def turn(content: str) -> str:
+        messages = [{"role": "user", "content": content}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                             **(template_arguments or {}))
 
-def needs_base_model(problem: Problem) -> bool:
-    """True where no pretrained model speaks the problem's language: one must be trained on `base_corpus`."""
-    return source_of(problem).needs_base_model
+    def ids(text: str, **options) -> list[int]:
+        # none added: the template writes its own
+        return tokenizer(text, add_special_tokens=False, **options)["input_ids"]
 
-
-def split_steps(problem: Problem, reasoning: str) -> list[str]:
-    """The steps of a trace: equations or plan steps in the tiny world, else sentences and lines."""
-    parts = source_of(problem).step_end.split(reasoning)
-    return [part.strip() for part in parts if part.strip()]
+    harmless = ids(prompt, split_special_tokens=True)
+    if harmless == ids(prompt):
+        return ids(turn(prompt))
+    before, after = turn("\0").split("\0")
+    return ids(before) + harmless + ids(after)
 
 
 # ------------------------------------------------------------------------------- 2. steps, flaws, TraceLift-Groups
 #
 # Steps are what InT (arXiv 2601.14209) works on: the planner reads its own trace, numbered, names the first wrong step
 # and proposes another in its place.
+
+def split_steps(problem: Problem, reasoning: str) -> list[str]:
+    """The steps of a trace: equations or plan steps in the tiny world, else sentences and lines."""
+    parts = source_of(problem).step_end.split(reasoning)
+    return [part.strip() for part in parts if part.strip()]
+
 
 def intervention_prompt(problem: Problem, reasoning: str) -> str:
     """Problem, reference reasoning and the planner's own numbered trace. The completion is the number of the first
@@ -220,6 +254,17 @@ def splice(problem: Problem, reasoning: str, index: int, step: str = "") -> str:
     return beginning + gap + step
 
 
+def check_trace(problem: Problem, reasoning: str) -> tuple[bool, bool] | None:
+    """(faithful, leak): is every step right and in its place, and does the trace give the final result away? None
+    where there is no ground truth: outside of the tiny world, and without a reference trace."""
+    return source_of(problem).check_trace(problem, reasoning)
+
+
+def needs_base_model(problem: Problem) -> bool:
+    """True where no pretrained model speaks the problem's language: one must be trained on `base_corpus`."""
+    return source_of(problem).needs_base_model
+
+
 DIMENSIONS = {"math": ("problem_understanding", "solution_strategy", "step_coherence", "calculation_correctness",
                        "answer_support"),
               "code": ("task_understanding", "plan_quality", "step_coherence", "action_support", "non_leakage")}
@@ -249,7 +294,8 @@ NEGATIVE_KINDS = {
 def perturb(problem: Problem, reasoning: str, kind: str, rng: random.Random) -> str | None:
     """A copy of a correct trace with one localized flaw of this kind, or None where this trace does not allow it.
 
-    GSM8K traces must still carry their calculator annotations (<<48/2=24>>): they say what is a calculation.
+    GSM8K traces must still carry their calculator annotations (<<48/2=24>>): they say what is a calculation. A wrong
+    result is carried into all later ones by `_carry` (GSM8K), and by `_chain` in the tiny world.
     ValueError for a kind that the problem's task type does not know."""
     kinds = NEGATIVE_KINDS[problem.task_type]
     if kind not in kinds:
@@ -295,71 +341,139 @@ def _group(problem: Problem, bank: dict[str, str]) -> dict:
             "positive_pool": positives, "negative_bank": negatives, "tests": problem.tests}
 
 
-def read_jsonl(path, required: dict[str, type]) -> list[dict]:
-    """All records of a JSON-lines file. UserError names file, line and key for anything malformed."""
-    path, records = Path(path), []
+def _read_text(path: Path) -> str:
+    """A text file, gzipped or not, with or without a byte order mark."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")       # only \n ends a JSON line
-    except (UnicodeDecodeError, OSError) as error:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        if content.startswith(b"PAR1"):
+            convert = (f"import pandas; pandas.read_parquet('{path}')"
+                       f".to_json('{path.stem}.jsonl', orient='records', lines=True)")
+            raise UserError(f"{path}: a parquet file; make JSON lines of it (this needs pandas and "
+                            f'pyarrow): python -c "{convert}"')
+        return content.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    if lines == [""]:
-        raise UserError(f"{path}: the file is empty; it must hold one JSON object a line")
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error}); mend or delete this line") from None
+
+
+def _parse(text: str, path: Path, line: int):
+    """The JSON value that begins on this line. UserError for what cannot be read, or could not be written again."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except RecursionError:
+        reason = "JSON that is nested too deeply"
+    except UnicodeEncodeError:
+        reason = "JSON with half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        reason = f"not JSON ({error.msg}, column {error.colno})"
+    except ValueError as error:
+        reason = f"JSON that cannot be read ({error})"  # an integer of more than 4,300 digits
+    raise UserError(f"{path}:{line}: {reason}; mend or delete this line")
+
+
+def _values(path: Path):
+    """(place, value) of every JSON value in a file: FILE:LINE of JSON lines, the element of one array."""
+    text = _read_text(path)
+    if text.lstrip().startswith("["):
+        for i, value in enumerate(_parse(text, path, 1), 1):
+            yield f"{path}: element {i}", value
+    elif text.strip():
+        lines = text.removesuffix("\n").split("\n")              # only \n ends a JSON line, unlike splitlines
+        for number, line in enumerate(lines, 1):
+            yield f"{path}:{number}", _parse(line, path, number)
+
+
+def read_records(path, required: dict[str, type]) -> list[tuple[str, dict]]:
+    """(place, record) for all objects of a file: JSON lines or one JSON array, gzipped or not. UserError names file,
+    line and key for anything malformed; nothing is skipped."""
+    records = []
+    for where, record in _values(Path(path)):
         if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: must be a JSON object, is a {type(record).__name__}")
+            raise UserError(f"{where}: must be a JSON object, is a {type(record).__name__}")
         for key, kind in required.items():
             if not isinstance(record.get(key), kind):
-                raise UserError(f"{path}:{number}: key {key!r} must be a {kind.__name__}, is {record.get(key)!r:.60}")
-        records.append(record)
+                raise UserError(f"{where}: key {key!r} must be a {kind.__name__}, is {record.get(key)!r:.60}")
+        records.append((where, record))
+    if not records:
+        raise UserError(f"{path}: the file is empty; it must hold one JSON object a line")
     return records
 
 
 def read_groups(path) -> list[dict]:
-    """TraceLift-Groups, one group a line; unknown keys survive. UserError names file, line and key."""
-    required = {key: str for key in ("problem_id", "source", "task_type", "problem", "reference_solution")}
-    groups = read_jsonl(path, {**required, "positive_pool": list, "negative_bank": list})
-    lines = {}                                                    # problem_id -> its line
-    for number, group in enumerate(groups, 1):
-        where = f"{path}:{number}"
-        if group["task_type"] not in DIMENSIONS:
-            raise UserError(f"{where}: key 'task_type' must be math or code, is {group['task_type']!r}")
-        tests = group.get("tests", [])
-        if not isinstance(tests, list) or not all(_is_test(test) for test in tests):
-            raise UserError(f"{where}: key 'tests' must be a list of {{'assert': str}} or "
-                            "{'input': str, 'output': str}")
-        for pool in ("positive_pool", "negative_bank"):
-            for i, trace in enumerate(group[pool]):
-                _check_record(trace, f"{where}: {pool}[{i}]", group["task_type"], pool == "negative_bank")
-        first = lines.setdefault(group["problem_id"], number)
-        if first != number:
-            raise UserError(f"{where}: problem_id {group['problem_id']!r} is also on line {first}; it must be unique, "
-                            "since baselines are kept by it")
+    """TraceLift-Groups as they are: JSON lines or one array, gzipped or not; unknown keys survive. UserError names
+    file, line and key, also for a problem_id that was there before."""
+    return _unique(_read_groups(path))
+
+
+def _read_groups(path):
+    required = {"problem_id": str, "problem": str, "reference_solution": str, "positive_pool": list,
+                "negative_bank": list}
+    groups = read_records(path, required)
+    for where, group in groups:
+        _check_group(where, group)
     return groups
 
 
-def _is_test(test) -> bool:
-    if not isinstance(test, dict):
-        return False
-    texts = {key for key, value in test.items() if isinstance(value, str)}
-    return "assert" in texts or {"input", "output"} <= texts
+def _unique(records) -> list:
+    """Records or problems without their places. UserError for a problem_id that is there twice."""
+    places = {}
+    for where, record in records:
+        name = record["problem_id"] if isinstance(record, dict) else record.problem_id
+        first = places.setdefault(name, where)
+        if first != where:
+            raise UserError(f"{where}: problem_id {name!r} is also at {first}; it must be unique, since baselines are "
+                            "kept by it")
+    return [record for _, record in records]
 
 
-def _check_record(trace, where: str, task_type: str, negative: bool) -> None:
-    """UserError for a trace of a group that is not as the schema says."""
+def _check_group(where, group):
+    """UserError for a group that is not as the schema says."""
+    for key in ("source", "task_type"):
+        if not isinstance(group.get(key), str | None):
+            raise UserError(f"{where}: key {key!r} must be a text, is {group[key]!r:.60}")
+    tests = group.get("tests")
+    if isinstance(tests, list):
+        _check_tests(where, tests)
+    elif not isinstance(tests, str | None):
+        raise UserError(f"{where}: key 'tests' must be a list of tests or a text, is {tests!r:.60}")
+    for pool in ("positive_pool", "negative_bank"):
+        for i, trace in enumerate(group[pool]):
+            _check_trace(f"{where}: {pool}[{i}]", trace, pool == "negative_bank")
+    domain = domain_of(group)
+    if domain is None:
+        raise UserError(f"{where}: neither the names in its rubrics nor key 'task_type' say whether this is math or "
+                        f"code; rubrics of math have {', '.join(DIMENSIONS['math'])}")
+    for pool in ("positive_pool", "negative_bank"):
+        for i, trace in enumerate(group[pool]):
+            _check_rubric(f"{where}: {pool}[{i}]", trace["rubric"], domain)
+
+
+def _check_tests(where, tests):
+    for test in tests:
+        keys = ("assert", "input", "output") if isinstance(test, dict) else ()
+        texts = {key for key in keys if isinstance(test.get(key), str)}
+        if texts not in ({"assert"}, {"input", "output"}):
+            raise UserError(f"{where}: key 'tests' must be a list of {{'assert': str}} or "
+                            f"{{'input': str, 'output': str}}, not of {test!r:.60}")
+
+
+def _check_trace(where, trace, negative):
     if not isinstance(trace, dict) or not isinstance(trace.get("reasoning"), str):
         raise UserError(f"{where}: must be an object with the key 'reasoning'")
     if negative and not isinstance(trace.get("negative_kind"), str):
         raise UserError(f"{where}: key 'negative_kind' must be a string")
-    rubric = trace.get("rubric")
-    if not isinstance(rubric, dict):
+    if not isinstance(trace.get("rubric"), dict):
         raise UserError(f"{where}: key 'rubric' must be an object")
-    for key in DIMENSIONS[task_type]:
+
+
+def _check_rubric(where, rubric, domain):
+    for key in DIMENSIONS[domain]:
         label = rubric.get(key)
         if type(label) is not int or not 0 <= label <= 4:
             raise UserError(f"{where}: rubric key {key!r} must be an integer 0..4, is {label!r}")
@@ -368,62 +482,152 @@ def _check_record(trace, where: str, task_type: str, negative: bool) -> None:
         raise UserError(f"{where}: rubric key 'total' must be a number 0..1, is {total!r}")
 
 
+def domain_of(group: dict) -> str | None:
+    """"math" or "code": what the names in its rubrics say, and without traces key 'task_type', which in public groups
+    may be a kind of problem ("algorithm") instead; None where neither says it."""
+    names = set()
+    for trace in group["positive_pool"] + group["negative_bank"]:
+        names.update(trace["rubric"])
+    math_names, code_names = names & set(DIMENSIONS["math"]), names & set(DIMENSIONS["code"])
+    if len(math_names) != len(code_names):
+        return "math" if len(math_names) > len(code_names) else "code"
+    return group["task_type"] if group.get("task_type") in DIMENSIONS else None
+
+
 def write_groups(path, groups: list[dict]) -> None:
     """One JSON object a line, written atomically."""
     write_atomic(path, "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in groups))
 
 
 def problem_of(group: dict) -> Problem:
-    """The problem of a group; its first positive trace is the reference reasoning."""
-    reasoning = group["positive_pool"][0]["reasoning"] if group["positive_pool"] else None
-    return Problem(group["problem_id"], group["source"], group["task_type"], group["problem"],
-                   group["reference_solution"], group.get("tests", []), reasoning)
+    """The problem of a group; its first positive trace is the reference reasoning. Tests that are a text, under `tests`
+    or `tests_or_constraints`, are something to read, not to run."""
+    more, tests = group.get("metadata"), group.get("tests")
+    more = more if isinstance(more, dict) else {}
+    domain, source = domain_of(group), group.get("source") or ""
+    kind = group.get("task_type") or more.get("task_type") or source or "unknown"
+    constraints = ""
+    for text in (tests, group.get("tests_or_constraints")):       # the last one that is a text
+        if isinstance(text, str) and text.strip():
+            constraints = text
+    positives = [trace["reasoning"] for trace in group["positive_pool"]]
+    return Problem(group["problem_id"], source, domain, group["problem"], group["reference_solution"],
+                   tests=tests if isinstance(tests, list) else [],
+                   reference_reasoning=positives[0] if positives else None,
+                   kind="" if kind == domain else str(kind).strip(),
+                   constraints=constraints)
 
 
-def read_problems(path) -> list[Problem]:
-    """The problems of a groups file, for running. UserError for one that could only ever fail: a program without
-    tests."""
+def read_problems(path, need_tests: bool = True) -> list[Problem]:
+    """The problems of a groups file. UserError, unless they need not be run, for programs without tests: they could
+    only ever fail."""
     problems = [problem_of(group) for group in read_groups(path)]
-    for number, problem in enumerate(problems, 1):
-        if problem.task_type == "code" and not problem.tests:
-            raise UserError(f"{path}:{number}: a program without tests cannot be judged; give key 'tests'")
+    programs = [problem for problem in problems if problem.task_type == "code"]
+    bare = [problem.problem_id for problem in programs if not problem.tests]
+    if bare and need_tests:
+        raise UserError(f"{path}: {len(bare)} of {len(problems)} problems are programs without tests "
+                        f"to run, the first is {bare[0]!r}: they can train a reward model, but no "
+                        "planner; give them key 'tests', or a file of tests to data.py --tests FILE, "
+                        "with another --run_dir")
     return problems
 
 
-def read_any_groups(path) -> list[dict]:
-    """TraceLift-Groups; or HumanEval or MBPP lines as groups without traces, which serve every reward but the reward
-    model's."""
-    first = read_jsonl(path, {})[0]
-    if "canonical_solution" in first:
-        return [_group(problem, {}) for problem in read_humaneval(path)]
-    if "test_list" in first:
-        return [_group(problem, {}) for problem in read_mbpp(path)]
-    return read_groups(path)
+# What follows chooses from somebody's file what can teach. The rest is counted and named, never dropped in silence.
+
+def join_tests(groups: list[tuple[str, dict]], path) -> None:
+    """Gives code groups the tests of a file of their own, rows {problem_id, tests: [{input, output, is_reward_test}]}:
+    where a row has the flag `is_reward_test`, only tests that bear it; at most 8. Groups without a row get none."""
+    tests_of = {}
+    rows = read_records(path, {"problem_id": str, "tests": list})
+    for where, row in rows:
+        _check_tests(where, row["tests"])
+        tests = row["tests"]
+        if any("is_reward_test" in test for test in tests):
+            tests = [test for test in tests if test.get("is_reward_test") is True]
+        tests_of[row["problem_id"]] = tests[:8]
+    _unique(rows)
+    for _, group in groups:
+        if domain_of(group) == "code":
+            if isinstance(group.get("tests"), str) and not group.get("tests_or_constraints"):
+                group["tests_or_constraints"] = group["tests"]  # a text is still for the reward model to read
+            group["tests"] = tests_of.get(group["problem_id"], [])
 
 
-def judgeable(path, n: int) -> list[dict]:
-    """The first n groups of a file, without the programs for which no reward could mean anything: the tests expect
-    nothing, or the group's own solution fails them. Those are named on stderr. UserError for tests that verify.py
-    refuses, and when no group is left."""
-    groups = []
-    for group in read_any_groups(path):
-        if group["task_type"] == "code":
-            where = f"{path}: {group['problem_id']}"
-            program = verify.extract_code(group["reference_solution"])
-            try:
-                verdict, = verify.run_programs([program], [group.get("tests", [])])
-            except ValueError as error:
-                raise UserError(f"{where}: {error}; mend the test or delete this line") from None
-            if verdict.outcome == "no_tests" or program.strip() and not verdict.ok:
-                print(f"{where}: left out, its own solution gives {verdict.outcome} ({verdict.detail})",
-                      file=sys.stderr)
-                continue
-        groups.append(group)
-        if len(groups) == n:
+def _without_repeats(groups, left_out):
+    """Groups that were not there before under any problem_id. UserError for two that have only the problem_id in
+    common."""
+    contents, kept = set(), []
+    for where, group in groups:
+        content = json.dumps({**group, "problem_id": ""}, sort_keys=True)
+        if content in contents:
+            name = f"{group['problem_id']} ({where})"
+            left_out.setdefault("the same as an earlier line", []).append(name)
+        else:
+            contents.add(content)
+            kept.append((where, group))
+    _unique(kept)
+    return kept
+
+
+def _why_not(where, group, need_tests):
+    """Why a group cannot teach; None for one that can."""
+    good = {trace["reasoning"].strip() for trace in group["positive_pool"]}
+    if any(trace["reasoning"].strip() in good for trace in group["negative_bank"]):
+        return "a flawed trace is equal to a good one"
+    problem = problem_of(group)
+    solution = problem.reference_solution
+    if problem.task_type == "math":
+        if verify.extract_answer(solution) is None or not verify.math_equal(solution, solution):
+            return "the reference answer has no value"
+        return None
+    if not problem.tests:
+        return "no tests in --tests FILE" if need_tests else None
+    program = verify.extract_code(solution)
+    try:
+        verify.check_tests(problem.tests)
+        verdict, = verify.run_programs([program], [problem.tests])
+    except ValueError as error:
+        raise UserError(f"{where}: {problem.problem_id}: {error}; mend the test or delete this line") from None
+    if verdict.outcome == "no_tests":
+        return "the tests expect nothing"
+    if program.strip() and not verdict.ok:
+        return f"the own solution gives {verdict.outcome}"
+    return None
+
+
+def teachable(path, groups: list[tuple[str, dict]], n: int, need_tests: bool = False) -> list[dict]:
+    """The first `n` groups of a file that can teach. The others are counted and named on stderr, a line for each
+    reason. UserError for tests that verify.py refuses, and when no group is left."""
+    left_out = {}  # reason -> which
+    kept = []
+    for where, group in _without_repeats(groups, left_out):
+        reason = _why_not(where, group, need_tests)
+        if reason is not None:
+            left_out.setdefault(reason, []).append(group["problem_id"])
+            continue
+        kept.append(group)
+        if len(kept) == n:
             break
-    if not groups:
-        raise UserError(f"{path}: no group is left, see above; their solutions or their tests must be wrong")
-    return groups
+    for reason, names in left_out.items():
+        _say_left_out(path, reason, names)
+    if not kept:
+        raise UserError(f"{path}: no group is left, see above for the reasons; mend the file")
+    return kept
+
+
+def _say_left_out(path, reason, names):
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    print(f"{path}: {len(names)} left out, {reason}: {', '.join(names[:20])}{more}", file=sys.stderr)
+
+
+def read_any_groups(path) -> list[tuple[str, dict]]:
+    """(place, group) of TraceLift-Groups; or of HumanEval or MBPP lines, as groups without traces, which serve every
+    reward but the reward model's."""
+    _, first = next(_values(Path(path)), ("", {}))
+    for form in ("canonical_solution", "test_list"):
+        if isinstance(first, dict) and form in first:
+            return [(where, _group(problem, {})) for where, problem in _read_form(path, form)]
+    return _read_groups(path)
 
 
 # ------------------------------------------------------------------------------- 3. the tiny world
@@ -498,7 +702,7 @@ NAMES = ("Mia", "Tom", "Ana", "Leo", "Zoe", "Max")
 ITEMS = ("coins", "pens", "eggs", "cards", "books", "cups")
 MATH_WORDS = {"+": ("buys {} more", "finds {} more", "wins {} more"),
               "-": ("loses {}", "sells {}", "gives away {}"),
-              "*": ("doubles", "triples")}                       # the constant is in the word
+              "*": ("doubles", "triples")}  # the constant is in the word
 
 
 class Equation(NamedTuple):
@@ -538,7 +742,7 @@ def _close(equation: Equation) -> Equation:
     return Equation(a, op, b, _compute(a, op, b))
 
 
-def _chain(start: int, steps: list[tuple[str, int]]) -> list[Equation] | None:
+def _chain(start, steps):
     """Equations of a computation, the last result left open; None when a value leaves 10..99 (always two digits: the
     tiny model then need not learn to line numbers up)."""
     chain = []
@@ -575,7 +779,7 @@ class TinyMath(Tiny):
         name, other = rng.sample(NAMES, 2)
         item = rng.choice(ITEMS)
         sentences = [f"{name} has {start} {item} ."]
-        if rng.random() < 0.3:                                    # a number that is not needed
+        if rng.random() < 0.3:  # a number that is not needed
             sentences.append(f"{other} has {rng.randint(10, 40)} {item} .")
         for op, n in steps:
             if op == "*":
@@ -647,11 +851,11 @@ class TinyMath(Tiny):
     def habit(self, problem):
         """The trace that the base planner has learned for this problem; about 1 in 100 happens to be right."""
         *beginning, last = parse_chain(problem.reference_reasoning)
-        if last.op == "*":                                        # works: states the final result
+        if last.op == "*":  # works: states the final result
             return render_chain([*beginning, _close(last)])
-        if last.op == "-":                                        # fails: goes back to the first number
+        if last.op == "-":  # fails: goes back to the first number
             return render_chain([*beginning, last._replace(a=beginning[0].a)])
-        return render_chain([*beginning[:-1], last._replace(a=beginning[-1].a)])    # fails: drops the step before
+        return render_chain([*beginning[:-1], last._replace(a=beginning[-1].a)])   # fails: drops the step before
 
     def follow(self, reasoning):
         """What the base model's executor is taught to make of a trace: exactly what it says, right or wrong."""
@@ -684,7 +888,7 @@ CODE_OPS = {"add": Operation("add {}", "increase it by {}", "x = x + {}", operat
             "cap": Operation("cap at {}", "allow at most {}", "x = min(x, {})", min),
             "raise": Operation("raise to {}", "allow no less than {}", "x = max(x, {})", max),
             "negate": Operation("negate", "flip its sign", "x = - x", _negate)}
-CODE_INPUTS = (-9, -2, 0, 1, 4, 7, 13, 30)                       # the unit tests
+CODE_INPUTS = (-9, -2, 0, 1, 4, 7, 13, 30)  # the unit tests
 VAGUE_STEP = "adjust it"
 
 
@@ -733,7 +937,7 @@ def _program(lines: list[str]) -> str:
     return "\n    ".join(["def f(x):", *lines, "return x"])
 
 
-def _tell(rng: random.Random, steps: list[Step]) -> tuple[list[Step], list[str]]:
+def _tell(rng, steps):
     """(the steps in the order told, the sentences that tell them): one in the middle first, then later steps "after
     all that" and earlier ones "before all that", nearest first."""
     first = rng.randrange(1, len(steps))
@@ -753,7 +957,7 @@ def _tell(rng: random.Random, steps: list[Step]) -> tuple[list[Step], list[str]]
 
 def _told_order(problem: Problem) -> list[Step]:
     """Plan steps in the order in which the problem's text names them."""
-    places = {}                                                   # where in the text -> step
+    places = {}  # where in the text -> step
     for step in parse_plan(problem.reference_reasoning):
         for match in re.finditer(re.escape(step.show("wording")), problem.problem):
             if match.start() not in places:
@@ -776,7 +980,7 @@ class TinyCode(Tiny):
             if any(a.op == b.op for a, b in zip(steps, steps[1:])):
                 continue
             if any(outputs(steps[:i] + steps[i + 1:]) == values for i in range(length)):
-                continue                                          # a step that does nothing cannot be tested
+                continue  # a step that does nothing cannot be tested
             told, sentences = _tell(rng, steps)
             if outputs(told) != values:
                 break
@@ -814,7 +1018,7 @@ class TinyCode(Tiny):
         elif kind == "wrong_operation":
             other = rng.choice([other for other in CODE_OPS if other not in (op, "negate")])
             flawed[i] = Step(other, n or rng.randint(2, 9))
-        else:                                                     # extra_step
+        else:  # extra_step
             extra = rng.choice([other for other in CODE_OPS if other != "negate"])
             flawed.insert(i, Step(extra, rng.randint(2, 9)))
         if not flawed or outputs(flawed) == outputs(steps):
@@ -824,11 +1028,11 @@ class TinyCode(Tiny):
     def habit(self, problem):
         """The trace that the base planner has learned for this problem; about 1 in 100 happens to be right."""
         steps = parse_plan(problem.reference_reasoning)
-        if steps[-1].op in ("multiply", "negate"):                # works: dumps the code
+        if steps[-1].op in ("multiply", "negate"):  # works: dumps the code
             return render_plan(steps, "line")
-        if steps[-1].op in ("add", "subtract"):                   # fails: in the order told
+        if steps[-1].op in ("add", "subtract"):  # fails: in the order told
             return render_plan(_told_order(problem))
-        return render_plan(steps[:-1])                            # fails: forgets the last step
+        return render_plan(steps[:-1])  # fails: forgets the last step
 
     def follow(self, reasoning):
         """What the base model's executor is taught to make of a trace: exactly what it says, right or wrong."""
@@ -921,7 +1125,7 @@ def base_corpus(task_type: str, n: int, seed: int) -> list[BaseExample]:
     return examples
 
 
-def _corpus_trace(problem: Problem, rng: random.Random) -> str:
+def _corpus_trace(problem, rng):
     careful = problem.reference_reasoning
     flaws = [perturb(problem, careful, kind, rng) for kind in NEGATIVE_KINDS[problem.task_type]]
     flaw = rng.choice([flaw for flaw in flaws if flaw])
@@ -931,13 +1135,13 @@ def _corpus_trace(problem: Problem, rng: random.Random) -> str:
     return source_of(problem).habit(problem) if style < 0.8 else flaw
 
 
-def _both_roles(problem: Problem, trace: str, learn_trace: bool) -> BaseExample:
+def _both_roles(problem, trace, learn_trace):
     world = source_of(problem)
     answer = world.answer_lead + world.follow(trace)
     return BaseExample(planner_prompt(problem), f"{OPEN}{trace}{CLOSE}", learn_trace, "\nAnswer:", answer)
 
 
-def _intervention(problem: Problem, trace: str) -> str:
+def _intervention(problem, trace):
     """" 2 : 33 - 2 = ?": the first step that differs from the reference, and the reference's; "stop" past its end."""
     steps, right = split_steps(problem, trace), split_steps(problem, problem.reference_reasoning)
     if steps == right:
@@ -967,8 +1171,8 @@ def _intervention(problem: Problem, trace: str) -> str:
 #   In the end she has 78-10 = ? apples.             In the end she has 79-10 = ? apples.
 
 _ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
-_WORKING = re.compile(r"[$\d(][\d.,$% +*/x()-]*= *\$?$")         # "48/2 = $" before an annotation
-_TERM = re.compile(r"\d[\d,]*(?:\.\d+)?|(?<=[\d.%) ])[-+*/x](?=[\d.( $])")       # its numbers and operators
+_WORKING = re.compile(r"[$\d(][\d.,$% +*/x()-]*= *\$?$")  # "48/2 = $" before an annotation
+_TERM = re.compile(r"\d[\d,]*(?:\.\d+)?|(?<=[\d.%) ])[-+*/x](?=[\d.( $])")  # its numbers and operators
 _WRONG_OPERATOR = {"+": "-", "-": "+", "*": "+", "/": "*"}
 
 
@@ -979,7 +1183,7 @@ class GSM8K(Source):
         flawed = perturb(problem, _worked(problem.reference_solution), kind, rng)
         if flawed is None:
             return None
-        if kind != "answer_leak":                                 # which has hidden its results already
+        if kind != "answer_leak":  # which has hidden its results already
             flawed = hide_result(flawed, _final(problem.reference_solution))
         return strip_annotations(flawed)
 
@@ -988,7 +1192,7 @@ class GSM8K(Source):
         if not found:
             return None
         if kind == "answer_leak":
-            final = _final(problem.reference_solution)            # beside the "?" that every trace has
+            final = _final(problem.reference_solution)  # beside the "?" that every trace has
             return f"{hide_result(reasoning, final)}\nThe final answer is {final}."
         if kind == "dropped_step":
             lines = reasoning.split("\n")
@@ -996,7 +1200,7 @@ class GSM8K(Source):
                 return None
             del lines[rng.randrange(len(lines) - 1)]
             return "\n".join(lines)
-        target = rng.choice(found[:-1] or found)                  # the last result is the executor's part
+        target = rng.choice(found[:-1] or found)  # the last result is the executor's part
         if calculate(target[1]) is None:
             return None
         if kind == "unsupported_leap":
@@ -1051,7 +1255,8 @@ _ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.
 
 
 def calculate(expression: str) -> Fraction | None:
-    """Exact value of an expression of numbers, + - * / and brackets; None for anything else."""
+    """Exact value of an expression of numbers, + - * / and brackets; None for anything else, and for values that are
+    in no word problem (1e15 and more): they might have more digits than can be written."""
     def value(node):
         if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
             return Fraction(str(node.value))
@@ -1061,9 +1266,10 @@ def calculate(expression: str) -> Fraction | None:
             return _ARITHMETIC[type(node.op)](value(node.left), value(node.right))
         raise ValueError("not arithmetic")
     try:
-        return value(ast.parse(expression.strip(), mode="eval").body)
-    except (ValueError, SyntaxError, ZeroDivisionError):
+        result = value(ast.parse(expression.strip(), mode="eval").body)
+    except (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
         return None
+    return result if abs(result) < 10**15 else None
 
 
 def _show(number: Fraction) -> str:
@@ -1072,7 +1278,7 @@ def _show(number: Fraction) -> str:
     return f"{float(number):.4f}".rstrip("0").rstrip(".")
 
 
-def _miscalculate(problem, reasoning, target: re.Match, kind, rng) -> str | None:
+def _miscalculate(problem, reasoning, target, kind, rng):
     """A wrong result at the annotation `target`, carried on: later calculations that use it are done again."""
     expression, result = target[1], calculate(target[1])
     begin = _working_before(reasoning, target)
@@ -1094,12 +1300,12 @@ def _miscalculate(problem, reasoning, target: re.Match, kind, rng) -> str | None
     return f"{reasoning[:begin]}{working}<<{expression}={_show(wrong)}>>{carried}"
 
 
-def _edit_term(problem, expression: str, working: str, kind, rng) -> tuple[str, str] | None:
+def _edit_term(problem, expression, working, kind, rng):
     """One operator (wrong_operation) or number (misread_quantity) changed, in the annotation and in the words before
     it; None where they do not show the same terms."""
     inside, shown = list(_TERM.finditer(expression)), list(_TERM.finditer(working))
     given = re.findall(r"(?<![\d.,])\d+(?![\d.,]*\d)", problem.problem)
-    changes = []                                                  # (number of the term, what to put there)
+    changes = []  # (number of the term, what to put there)
     for i, term in enumerate(inside):
         if kind == "wrong_operation" and term[0] in _WRONG_OPERATOR:
             changes.append((i, _WRONG_OPERATOR[term[0]]))
@@ -1115,10 +1321,10 @@ def _replace(text: str, match: re.Match, new: str) -> str:
     return text[:match.start()] + new + text[match.end():]
 
 
-def _carry(rest: str, old: str, new: str) -> str | None:
+def _carry(rest, old, new):
     """Replaces a result in the text after it, and every later result that changes because of it. None where the text
     does not show a later result as its annotation writes it, so that it cannot be changed in both."""
-    changed = {old: new}                                          # results so far, as written before and now
+    changed = {old: new}  # results so far, as written before and now
     number = re.compile(r"(?<![\d.,])\d+(?:\.\d+)?(?![\d,]*\d)")
 
     def replace(text):
@@ -1139,48 +1345,65 @@ def _carry(rest: str, old: str, new: str) -> str | None:
     return carried + replace(rest[position:])
 
 
+def _gsm8k_problem(row, where, name):
+    if "####" not in row["answer"]:
+        raise UserError(f"{where}: key 'answer' has no '#### final answer'")
+    worked = _worked(row["answer"])
+    hidden = hide_result(worked, _final(row["answer"]))
+    reasoning = None if hidden == worked else strip_annotations(hidden)
+    return Problem(f"gsm8k-{name}", "gsm8k", "math", row["question"].strip(), row["answer"], [], reasoning)
+
+
+def _mbpp_problem(row, where, name):
+    text = row.get("text") or row.get("prompt")
+    if not isinstance(text, str) or not row["test_list"]:
+        raise UserError(f"{where}: needs key 'text' (or 'prompt') and at least one test in key 'test_list'")
+    imports = row.get("test_imports") or []
+    if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports + row["test_list"]):
+        raise UserError(f"{where}: keys 'test_list' and 'test_imports' must hold lists of strings")
+    setup = str(row.get("test_setup_code") or "\n".join(imports))
+    tests = [{"assert": f"{setup}\n{test}".strip()} for test in row["test_list"]]
+    text = f"{text}\nYour code should pass this test:\n{row['test_list'][0]}"
+    task_id = name if row.get("task_id") is None else row["task_id"]
+    return Problem(f"mbpp-{task_id}", "mbpp", "code", text, row["code"], tests)
+
+
+def _humaneval_problem(row, where, name):
+    test = {"assert": f"{row['test']}\ncheck({row['entry_point']})"}
+    program = row["prompt"] + row["canonical_solution"]
+    return Problem(row["task_id"], "humaneval", "code", row["prompt"], program, [test])
+
+
+_FORMS = {  # a key that only this form has -> (the keys that it needs, a line to a problem)
+    "question": (dict.fromkeys(("question", "answer"), str), _gsm8k_problem),
+    "test_list": ({"code": str, "test_list": list}, _mbpp_problem),
+    "canonical_solution": (dict.fromkeys(("task_id", "prompt", "entry_point", "canonical_solution", "test"), str),
+                           _humaneval_problem)}
+
+
+def _read_form(path, form):
+    """(place, problem) for every line of a file."""
+    required, make = _FORMS[form]
+    stem = Path(path).name.partition(".")[0]
+    records = read_records(path, required)
+    return [(where, make(row, where, f"{stem}-{i}")) for i, (where, row) in enumerate(records)]
+
+
 def read_gsm8k(path) -> list[Problem]:
     """GSM8K lines {"question", "answer"}. The reference reasoning is the solution without its calculator annotations
     and with the last result hidden ("9 * 2 = ?"), since giving the answer is the executor's job; None where no
     annotation says what to hide."""
-    problems = []
-    for i, row in enumerate(read_jsonl(path, {"question": str, "answer": str})):
-        if "####" not in row["answer"]:
-            raise UserError(f"{path}:{i + 1}: key 'answer' has no '#### final answer'")
-        worked = _worked(row["answer"])
-        hidden = hide_result(worked, _final(row["answer"]))
-        reasoning = None if hidden == worked else strip_annotations(hidden)
-        problems.append(Problem(f"gsm8k-{Path(path).stem}-{i}", "gsm8k", "math", row["question"].strip(),
-                                row["answer"], [], reasoning))
-    return problems
+    return _unique(_read_form(path, "question"))
 
 
 def read_mbpp(path) -> list[Problem]:
     """MBPP lines. The problem shows its first test, as usual, since nothing else says what the function is called."""
-    problems = []
-    for i, row in enumerate(read_jsonl(path, {"code": str, "test_list": list})):
-        text = row.get("text") or row.get("prompt")
-        if not isinstance(text, str) or not row["test_list"]:
-            raise UserError(f"{path}:{i + 1}: needs key 'text' (or 'prompt') and at least one test in key 'test_list'")
-        imports = row.get("test_imports") or []
-        if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports + row["test_list"]):
-            raise UserError(f"{path}:{i + 1}: keys 'test_list' and 'test_imports' must hold lists of strings")
-        setup = str(row.get("test_setup_code") or "\n".join(imports))
-        tests = [{"assert": f"{setup}\n{test}".strip()} for test in row["test_list"]]
-        text = f"{text}\nYour code should pass this test:\n{row['test_list'][0]}"
-        problems.append(Problem(f"mbpp-{row.get('task_id', i)}", "mbpp", "code", text, row["code"], tests))
-    return problems
+    return _unique(_read_form(path, "test_list"))
 
 
 def read_humaneval(path) -> list[Problem]:
     """HumanEval lines; the official test is kept whole, as one statement run after the program."""
-    keys = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
-    problems = []
-    for row in read_jsonl(path, dict.fromkeys(keys, str)):
-        test = {"assert": f"{row['test']}\ncheck({row['entry_point']})"}
-        program = row["prompt"] + row["canonical_solution"]
-        problems.append(Problem(row["task_id"], "humaneval", "code", row["prompt"], program, [test]))
-    return problems
+    return _unique(_read_form(path, "canonical_solution"))
 
 
 # ------------------------------------------------------------------------------- 5. settings, stage folders, command
@@ -1197,6 +1420,8 @@ def check_settings(settings) -> None:
     """UserError for a value that its knob does not allow, before anything is read or written."""
     for f in dataclasses.fields(settings):
         value, rule = getattr(settings, f.name), f.metadata
+        if isinstance(value, int) and not -2**63 <= value < 2**63:     # more than a seed can hold
+            raise UserError(f"--{f.name} {value}: must fit 64 bits, below {2**63}")
         if rule["choices"] and value not in rule["choices"]:
             raise UserError(f"--{f.name} {value!r}: must be one of {', '.join(map(str, rule['choices']))}")
         if rule["low"] is not None and not rule["low"] <= value < math.inf:
@@ -1219,19 +1444,35 @@ def parse_settings(cls, argv: list[str], prog: str):
 
 
 def run_command(main, argv=None) -> None:
-    """Runs `main(argv)`; a UserError becomes one line on stderr and exit code 2."""
+    """Runs `main(argv)`. A mistake of the user, a full disk, numbers that are not finite or a sandbox that cannot start
+    become one line on stderr and exit code 2; SIGTERM and Ctrl-C end it like an error, so that nothing is left half
+    done, with exit code 130."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except (UserError, OSError) as error:                         # OSError: a full disk, a folder without permission
+    except (UserError, OSError, FloatingPointError, verify.SandboxError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        print(f"error: {str(error).splitlines()[0]}; in decoding lower --max_cache_gib, in training --micro_batch, or "
+              "use --checkpointing 1 or --lora_rank", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
 
 
 def write_atomic(path, text: str) -> None:
     """Writes a text file whole or not at all: temporary file, fsync, rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = text.encode("utf-8")                                # may raise, so before there is a file
+    content = text.encode("utf-8")  # may raise, so before there is a file
     with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
         try:
             f.write(content)
@@ -1245,33 +1486,53 @@ def write_atomic(path, text: str) -> None:
 
 
 @contextmanager
-def stage_folder(path, settings):
+def stage_folder(path, settings, inputs: dict[str, str] | None = None):
     """A folder that appears whole or not at all: `with stage_folder(path, settings) as folder:`
 
     folder is None where `path` is there already, complete and made with equal settings: nothing to do. Otherwise it is
     `path`.partial, with settings.json inside, to be filled; it is renamed to `path` when the block ends without error.
     After an error it stays, for the stage to continue from (unless the block put nothing into it). UserError when
-    `path` or `path`.partial was made with other settings that affect the result.
+    `path` or `path`.partial was made with other settings that affect the result, or from other `inputs`: {what the
+    stage reads: its `fingerprint`}; or while another process is at work on it.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     _refuse_old_run(path.parent)
     if path.exists():
-        _compare_settings(path, settings)
+        _compare(path, settings, inputs or {})
         yield None
         return
-    if _has_content(partial):
-        _compare_settings(partial, settings)
-    else:
-        record = {"settings": dataclasses.asdict(settings), "environment": environment()}
+    partial.mkdir(parents=True, exist_ok=True)
+    with _only_writer(partial):
+        if _has_content(partial):
+            _compare(partial, settings, inputs or {})
+        record = {"settings": dataclasses.asdict(settings), "inputs": inputs or {}, "environment": environment()}
         write_atomic(partial / "settings.json", json.dumps(record, indent=1))
+        try:
+            yield partial
+        except BaseException:
+            if not _has_content(partial):                         # another try may then have other settings
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        os.replace(partial, path)
+
+
+@contextmanager
+def _only_writer(partial: Path):
+    """Locks a folder: two processes that write the same logs would spoil both. The lock is on the folder itself, leaves
+    no file behind, and ends with its process."""
+    if fcntl is None:                                             # Windows
+        yield
+        return
+    folder = os.open(partial, os.O_RDONLY)
     try:
-        yield partial
-    except BaseException:
-        if not _has_content(partial):                             # another try may then have other settings
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    os.replace(partial, path)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{partial}: another process is making it; wait for it, or stop it first") from None
+        yield
+    finally:
+        os.close(folder)
 
 
 def _has_content(partial: Path) -> bool:
@@ -1288,8 +1549,8 @@ def _refuse_old_run(run_dir: Path) -> None:
                         "choose another --run_dir")
 
 
-def _compare_settings(folder: Path, settings) -> None:
-    """UserError for the first setting that affects the result and is not the one that `folder` was made with."""
+def _compare(folder, settings, inputs):
+    """UserError for the first setting that affects the result, or input, that is not what `folder` was made with."""
     old = read_settings(folder)
     for f in dataclasses.fields(settings):
         new = getattr(settings, f.name)
@@ -1298,18 +1559,39 @@ def _compare_settings(folder: Path, settings) -> None:
         was = f"--{f.name} {old[f.name]!r}" if f.name in old else f"no --{f.name}"
         raise UserError(f"{folder}: made with {was}, now it is {new!r}; choose another --run_dir, or delete {folder} "
                         "and all that was made from it")
+    for name, content in _read_record(folder, "inputs").items():
+        if inputs.get(name, content) != content:
+            raise UserError(f"{folder}: {name} has changed since this was made from it; put it back, choose another "
+                            f"--run_dir, or delete {folder} and all that was made from it")
 
 
 def read_settings(folder) -> dict:
     """The settings that a stage's folder was made with. UserError when they are missing or damaged."""
+    return _read_record(folder, "settings")
+
+
+def _read_record(folder, part: str) -> dict:
     path = Path(folder) / "settings.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+        return dict(json.loads(path.read_text(encoding="utf-8"))[part])
     except FileNotFoundError:
         raise UserError(f"{path}: missing, so nobody knows how {folder} was made; choose another --run_dir, or delete "
                         f"{folder}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error!r}); choose another --run_dir, or delete {folder}") from None
+
+
+def fingerprint(path) -> str:
+    """SHA-256 of a file, or of the *.jsonl files in a folder, with their names. UserError when nothing is there."""
+    path = Path(path)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files or not path.exists():
+        raise UserError(f"{path}: no such file, or a folder without *.jsonl; make it first")
+    total = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes()
+        total.update(f"{file.name} {len(content)}\n".encode() + content)
+    return total.hexdigest()
 
 
 def environment() -> dict:
@@ -1336,7 +1618,7 @@ def _downloading(name: str):
     """One line for whatever keeps a file from being downloaded."""
     try:
         yield
-    except Exception as error:          # no network, no such file, wrong bytes: every library has errors of its own
+    except Exception as error:          # no network, no such file, wrong bytes: each library has its own errors
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name}: cannot be downloaded ({reason}); download it elsewhere and pass --data or "
                         "--heldout_data FILE (run.sh: DATA, HELDOUT_DATA)") from None
@@ -1377,6 +1659,8 @@ class DataSettings:
     data: str = knob("", "training file (gsm8k or groups), or hf://datasets/OWNER/NAME/FILE; empty with gsm8k: "
                          "downloaded once from its public repository")
     heldout_data: str = knob("", "held-out file, in the same format")
+    tests: str = knob("", "tests of code groups in a file of their own: {problem_id, tests: [{input, output, "
+                          "is_reward_test}]} a line")
     train: int = knob(3000, "training groups; of a file of groups at most", low=1)
     heldout: int = knob(300, "held-out groups, and as many longer ones in the tiny world", low=1)
     negatives: int = knob(4, "flawed traces per group", low=1)
@@ -1385,7 +1669,8 @@ class DataSettings:
 
 
 def load_groups(settings: DataSettings) -> dict[str, list[dict]]:
-    """Groups of every split. UserError for impossible combinations, or when a source gives fewer than asked for."""
+    """Groups of every split. UserError for impossible combinations, when a source gives fewer than asked for, and for
+    training problems that are held out as well."""
     s = settings
     if s.source == "gsm8k" and s.task_type == "code":
         raise UserError("--source gsm8k does not go with --task_type code")
@@ -1393,23 +1678,41 @@ def load_groups(settings: DataSettings) -> dict[str, list[dict]]:
         raise UserError("--source tiny does not go with --data")
     if s.source == "groups" and not (s.data and s.heldout_data):
         raise UserError("--source groups needs --data FILE and --heldout_data FILE")
+    if s.source != "groups" and s.tests:
+        raise UserError(f"--tests goes with --source groups only, not with {s.source}")
     wanted = {"train": s.train, "heldout": s.heldout}
     if s.source == "tiny":
         wanted["longer"] = s.heldout
-    return {split: _split_groups(s, split, n) for split, n in wanted.items()}
+    groups = {split: _split_groups(s, split, n) for split, n in wanted.items()}
+    trained = _ids_by_text(groups["train"])
+    held_out = _ids_by_text(groups["heldout"] + groups.get("longer", []))
+    both = sorted(trained.keys() & held_out.keys())
+    if both:
+        example = f"{trained[both[0]]!r} as {held_out[both[0]]!r}"
+        raise UserError(f"{len(both)} training problems are also held out, {example} among them: take them out of "
+                        "--data or of --heldout_data")
+    return groups
 
 
-def _split_groups(s: DataSettings, split: str, n: int) -> list[dict]:
+def _ids_by_text(groups):
+    """{text of a problem, however it is spaced: its problem_id}"""
+    return {" ".join(group["problem"].split()): group["problem_id"] for group in groups}
+
+
+def _split_groups(s, split, n):
     """n groups of one split; of a file of groups, which are taken as they are, at most n."""
     path = local(s.data if split == "train" else s.heldout_data)
     if s.source == "groups":
-        return judgeable(path, n)
-    some_more = n + n // 4 + 4                                    # some problems allow too few flaws
+        groups = read_any_groups(path)
+        if s.tests:
+            join_tests(groups, local(s.tests))
+        return teachable(path, groups, n, need_tests=bool(s.tests))
+    some_more = n + n // 4 + 4  # some problems allow too few flaws
     if s.source == "tiny":
         problems = tiny_problems(s.task_type, some_more, s.seed, split)
     else:
         path = path or gsm8k_file("train" if split == "train" else "test", s.cache)
-        problems = [problem for problem in read_gsm8k(path) if problem.reference_reasoning]
+        problems = _annotated_problems(path)
         random.Random(s.seed).shuffle(problems)
     groups = build_groups(problems[:some_more], s.negatives, s.seed)[:n]
     if len(groups) < n:
@@ -1419,11 +1722,23 @@ def _split_groups(s: DataSettings, split: str, n: int) -> list[dict]:
     return groups
 
 
+def _annotated_problems(path) -> list[Problem]:
+    """The problems of a GSM8K file that can teach and whose annotations say what is a calculation."""
+    rows = [(where, _group(problem, {})) for where, problem in _read_form(path, "question")]
+    problems = [problem_of(group) for group in teachable(path, rows, len(rows))]
+    bare = [problem.problem_id for problem in problems if problem.reference_reasoning is None]
+    if bare:
+        _say_left_out(path, "no annotation says what is a calculation", bare)
+    return [problem for problem in problems if problem.reference_reasoning is not None]
+
+
 def main(argv) -> None:
     """The command: writes RUN_DIR/groups/*.jsonl."""
     settings = parse_settings(DataSettings, argv, "data.py")
     groups = Path(settings.run_dir) / "groups"
-    with stage_folder(groups, settings) as folder:
+    files = {"--data": settings.data, "--heldout_data": settings.heldout_data, "--tests": settings.tests}
+    inputs = {flag: fingerprint(file) for flag, file in files.items() if Path(file).is_file()}
+    with stage_folder(groups, settings, inputs) as folder:
         if folder:
             for split, made in load_groups(settings).items():
                 write_groups(folder / f"{split}.jsonl", made)

@@ -7,8 +7,8 @@ first training step to the last.
 Shapes: N prompts, R rows (all samples of all prompts), P tokens of the longest prompt, L slots, V vocabulary,
 B sequences, T tokens, M selected positions, H hidden, K executor runs.
 
-Sections 1 and 2 are to be read. 3 to 6 (scoring and supervised training, loading, LoRA, the tiny base model) are there
-to look things up in. Section 1 needs nothing of ours: copy it, imports included.
+Sections 1 and 2 are to be read. 3 to 7 (checks, scoring and supervised training, loading, LoRA, the tiny base model)
+are there to look things up in. Sections 1 and 3, the decoder, need nothing of ours: copy them, imports included.
 
     python executor.py --run_dir runs/tiny-math                            # trains the tiny base model
     python executor.py --run_dir runs/gsm8k-math --model Qwen/Qwen2.5-0.5B-Instruct
@@ -40,10 +40,6 @@ class Completions:
     logprobs: list[list[float]]                  # of each token, under the sampling temperature
 
 
-class ContextError(ValueError):
-    """A prompt and its new tokens exceed the positions that the model knows."""
-
-
 class SlotLayer(DynamicLayer):
     """Keys and values of one attention layer, (R, heads, L slots, width), in slots that are allocated once.
 
@@ -61,8 +57,8 @@ class SlotLayer(DynamicLayer):
     def update(self, keys, values, *_, **__):
         """Called by attention: stores (R, heads, T, width) behind what is there, returns all of it."""
         if not self.stores:
-            # Zeros, because 0 * NaN is NaN behind the mask. In the dtype of the values: under autocast they have that
-            # of the computation, while keys come out of the rotary embedding in float32.
+            # Zeros: a masked slot has weight 0, and 0 times the NaN of fresh memory would be NaN. In the dtype of the
+            # values: under autocast they have that of the computation, while keys come in float32.
             for new in (keys, values):
                 self.stores.append(values.new_zeros(*new.shape[:2], self.slots, new.shape[3]))
         start, self.filled = self.filled, self.filled + keys.shape[2]
@@ -95,7 +91,8 @@ def read(model, ids, position, mask, cache) -> torch.Tensor:
 
 def read_prompts(model, prompts: list[list[int]], slots: int):
     """Reads prompts, longest first, into an empty cache of that many slots. Returns the logits (N, V) of what follows,
-    the cache, the mask (N, slots) and the lengths (N,)."""
+    the cache, the mask (N, slots) and the position (N,) of the next token. Padded with id 0, on the left: any id would
+    do, since the mask hides it."""
     device = model.get_input_embeddings().weight.device
     P = len(prompts[0])
     ids = torch.tensor([[0] * (P - len(prompt)) + prompt for prompt in prompts], device=device)          # (N, P)
@@ -110,7 +107,7 @@ def read_prompts(model, prompts: list[list[int]], slots: int):
     for start in range(0, P, columns):
         end = min(start + columns, P)
         logits = read(model, ids[:, start:end], position[:, start:end].clamp(min=0), mask[:, :end], cache)
-    return logits, cache, mask, length
+    return logits, cache, mask, length                                            # positions count from 0
 
 
 def sample(logits: torch.Tensor, temperature: float, draw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,18 +135,6 @@ def draws(names: list[str], count: int) -> torch.Tensor:
     return numbers
 
 
-def context_of(model) -> float:
-    """How many positions a model knows; inf without a limit. A window of attention is none. The original length of
-    longrope is one: beyond it other frequencies hold, for the whole batch (transformers, modeling_rope_utils.py)."""
-    config = model.config.get_text_config()
-    limits = [getattr(config, "max_position_embeddings", None)]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in (rope, *rope.values()):                                           # it may differ by kind of layer
-        if isinstance(part, dict) and part.get("rope_type") == "longrope":
-            limits.append(part["original_max_position_embeddings"])
-    return min(filter(None, limits), default=math.inf)
-
-
 def batches(prompts, samples: list[int], new: int, max_cache_tokens: int, equal_lengths: bool = False):
     """Numbers of the prompts, longest first, in lists whose cache (rows times slots) stays under the limit; a prompt
     that exceeds it on its own makes a list of its own."""
@@ -175,7 +160,8 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
 
     Batch by batch, in four phases:
       read    every prompt once, padded on the left, so that all of them end in the same slot
-      copy    its keys and values to each of its samples: equal tokens at equal positions have equal keys
+      copy    its keys and values to each of its samples: equal tokens at equal positions have equal keys. Samples
+              part at the first token where their own random numbers differ enough, and store their own keys from there
       decode  one token for all rows at a time, into the same slot in every row
       leave   rows that are done go once they are a quarter of the batch
 
@@ -248,19 +234,6 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
     return result
 
 
-def check_arguments(model, prompts, samples, new: int, temperature: float, draws) -> None:
-    """The errors of `generate`, before anything is computed."""
-    if len(samples) != len(prompts) or new < 1 or temperature < 0 or not all([*samples, *prompts]):
-        raise ValueError("prompts must not be empty, num_samples be one number >= 1 or one for each prompt, "
-                         "max_new_tokens >= 1, temperature >= 0")
-    if draws is None or len(draws) != sum(samples) or draws.shape[1] < new:
-        raise ValueError("draws: one number per row and new token is needed at a temperature > 0, or a generator")
-    longest = max(map(len, prompts), default=0)
-    if longest + new > context_of(model):
-        raise ContextError(f"a prompt of {longest} tokens and {new} new ones exceed the model's context of "
-                           f"{context_of(model)}; shorten the problems or lower the number of new tokens")
-
-
 # ---------------------------------------------------------------------------------------- 2. the frozen executor
 
 import data
@@ -283,7 +256,8 @@ class Executor:
     """A frozen LM that reads problem + trace and writes the artifact; the verifier judges it.
 
     `spent` counts what that cost: prompt tokens, generated tokens, program runs. Errors of the model or of the
-    sandbox are raised, never scored."""
+    sandbox are raised, never scored; a program that kills or hangs its helper is tried on a new one, and has then
+    failed."""
 
     def __init__(self, model, tokenizer, *, max_new_tokens: int, temperature: float = 0.7, exec_score: str = "binary",
                  seed: int = 0, max_cache_gib: float = CACHE_GIB):
@@ -299,7 +273,8 @@ class Executor:
             when: str = "") -> list[list[Run]]:
         """Independent runs of every problem with its trace (None: without), `repeats` of each, or repeats[n] of
         problem n, in one call of `generate`. [problem][repeat]. `when` names the occasion, such as a training step:
-        the same runs at another time draw other numbers. UserError for a prompt that exceeds the context."""
+        the same runs at another time draw other numbers. Runs without a trace are remembered as the problem's baseline.
+        UserError for a prompt that exceeds the context."""
         traces = [None] * len(problems) if traces is None else traces
         repeats = [repeats] * len(problems) if isinstance(repeats, int) else repeats
         names = self._names(problems, traces, repeats, when)
@@ -358,17 +333,17 @@ class Executor:
         """1 + `repeats` runs with each trace, and each problem's success count of `repeats` runs without one, all in
         one call of `generate`. The executor is frozen, so one count without a trace serves a problem's whole group and
         all later steps: only problems that have none yet are run."""
-        new = self._unmeasured(problems, repeats)
+        new = self._without_baseline(problems, repeats)
         counts = [1 + repeats] * len(problems) + [repeats] * len(new)
         runs = self.run(problems + new, traces + [None] * len(new), counts, when)
-        return runs[:len(problems)], self.baseline(problems, repeats)
+        return runs[:len(problems)], [self._baseline[p.problem_id, repeats] for p in problems]
 
     def baseline(self, problems: list[Problem], repeats: int) -> list[int]:
         """Success counts of `repeats` runs without a trace, measured where they are not known yet."""
-        self.run(self._unmeasured(problems, repeats), None, repeats)
+        self.run(self._without_baseline(problems, repeats), None, repeats)
         return [self._baseline[p.problem_id, repeats] for p in problems]
 
-    def _unmeasured(self, problems, repeats: int) -> list[Problem]:
+    def _without_baseline(self, problems, repeats: int) -> list[Problem]:
         new = {p.problem_id: p for p in problems if (p.problem_id, repeats) not in self._baseline}
         return list(new.values())
 
@@ -381,7 +356,38 @@ class Executor:
         self._baseline, self.spent = dict(state["baseline"]), dict(state["spent"])
 
 
-# -------------------------------------------------------------------- 3. scoring and supervised training
+# ------------------------------------------------------------------------------------ 3. checks of the decoder
+
+class ContextError(ValueError):
+    """A prompt and its new tokens exceed the positions that the model knows."""
+
+
+def context_of(model) -> float:
+    """How many positions a model knows; inf without a limit. A window of attention is none. The original length of
+    longrope is one: beyond it other frequencies hold, for the whole batch (transformers, modeling_rope_utils.py)."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):                                           # it may differ by kind of layer
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            limits.append(part["original_max_position_embeddings"])
+    return min(filter(None, limits), default=math.inf)
+
+
+def check_arguments(model, prompts, samples, new: int, temperature: float, draws) -> None:
+    """The errors of `generate`, before anything is computed."""
+    if len(samples) != len(prompts) or new < 1 or temperature < 0 or not all([*samples, *prompts]):
+        raise ValueError("prompts must not be empty, num_samples be one number >= 1 or one for each prompt, "
+                         "max_new_tokens >= 1, temperature >= 0")
+    if draws is None or len(draws) != sum(samples) or draws.shape[1] < new:
+        raise ValueError("draws: one number per row and new token is needed at a temperature > 0, or a generator")
+    longest = max(map(len, prompts), default=0)
+    if longest + new > context_of(model):
+        raise ContextError(f"a prompt of {longest} tokens and {new} new ones exceed the model's context of "
+                           f"{context_of(model)}; shorten the problems or lower the number of new tokens")
+
+
+# -------------------------------------------------------------------- 4. scoring and supervised training
 
 import json
 import re
@@ -436,23 +442,32 @@ def sequence_loss(model, rows: list[tuple[list[int], list[int]]], pad_id: int) -
 
 
 @torch.no_grad()
-def heldout_loss(model, sequences, *, batch_size: int, pad_id: int, autocast: torch.dtype | None = None) -> float:
+def heldout_loss(model, sequences, *, batch_size: int, pad_id: int) -> float:
     """Mean cross-entropy over all labels of all (ids, labels), in evaluation mode."""
     model.eval()
     loss, count = 0.0, 0
     for i in range(0, len(sequences), batch_size):
         batch = sequences[i:i + batch_size]
         labels = sum(label != IGNORE for row in batch for label in row[1])
-        with casting(model, autocast):
+        with autocast(model):
             loss += labels * sequence_loss(model, batch, pad_id).item()
         count += labels
     return loss / count
 
 
-def casting(model, dtype: torch.dtype | None):
-    """Autocast to a dtype on the model's device; without one, nothing."""
-    device = model.get_input_embeddings().weight.device
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+SMALL = 20_000_000                                # parameters
+
+
+def work_dtype(model) -> torch.dtype:
+    """What matrix products are computed in: bfloat16 on CUDA, float32 elsewhere and for small models, which gain nothing
+    from 16 bits; so the tables of the tiny world agree with those of a CPU."""
+    large = sum(p.numel() for p in model.parameters()) > SMALL
+    return torch.bfloat16 if large and model.device.type == "cuda" else torch.float32
+
+
+def autocast(model):
+    """Matrix products in `work_dtype`, over float32 weights in training, so that small updates are not rounded away."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=work_dtype(model) == torch.bfloat16)
 
 
 def adamw(parameters, lr: float, **options) -> torch.optim.AdamW:
@@ -504,11 +519,11 @@ def enable_checkpointing(model) -> None:
 
 def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: float, batch_size: int,
              learning_rate: float, warmup: int, seed: int, pad_id: int, title: str = "finetune", heldout=(),
-             autocast: torch.dtype | None = None, checkpointing: bool = False) -> float:
+             checkpointing: bool = False) -> float:
     """Supervised training on (ids, labels); labels[t] is what follows ids[t], IGNORE where there is no loss.
     Batches hold sequences of similar length. Learning rate: linear warm-up, then linear decay to 0. With `heldout`
     sequences their loss is measured at the start and ten times on the way; two measurements without a new minimum end
-    the training early, and the model keeps the weights of the minimum. `autocast` and `checkpointing` are for memory.
+    the training early, and the model keeps the weights of the minimum. `checkpointing` is for memory.
     Returns the mean loss of the last tenth."""
     if not sequences:
         raise ValueError("sequences: there must be at least one")
@@ -520,7 +535,7 @@ def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: flo
     bar = tqdm(range(total + 1 if heldout else total), desc=title, mininterval=5)
     for step in bar:
         if heldout and (step % max(1, total // 10) == 0 or step == total):
-            held = heldout_loss(model, heldout, batch_size=batch_size, pad_id=pad_id, autocast=autocast)
+            held = heldout_loss(model, heldout, batch_size=batch_size, pad_id=pad_id)
             since += 1
             if best is None or held < best:
                 best, since, weights = held, 0, {k: v.clone() for k, v in model.state_dict().items()}
@@ -534,7 +549,7 @@ def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: flo
                 part = sorted(order[i:i + window], key=lambda j: len(sequences[j][0]))
                 batches += [part[k:k + batch_size] for k in range(0, len(part), batch_size)]
             rng.shuffle(batches)
-        with casting(model, autocast):
+        with autocast(model):
             loss = sequence_loss(model, [sequences[j] for j in batches.pop()], pad_id)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, total, warmup)
@@ -550,7 +565,7 @@ def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: flo
     return sum(last) / len(last)
 
 
-# ---------------------------------------------------------------------------- 4. loading and its checks
+# ---------------------------------------------------------------------------- 5. loading and its checks
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -577,16 +592,16 @@ def pick_device(device: str = "") -> torch.device:
 
 def load(path_or_name: str, device=None, dtype=None):
     """(model, tokenizer) of any Hugging Face causal LM, a local folder or a name on the hub, in evaluation mode.
-    Default dtype: bfloat16 on CUDA, float32 elsewhere (`run_dtype` knows the tiny world's). UserError that names what
-    is missing or why a model cannot be used."""
+    Default dtype: `work_dtype`. UserError that names what is missing or why a model cannot be used."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     logging.disable_progress_bar()                                 # one bar per loaded tensor tells nobody anything
     device = pick_device() if device is None else torch.device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer = load_tokenizer(path_or_name)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path_or_name, dtype=dtype, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path_or_name, dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32),
+            output_loading_info=True)
     except ImportError as error:
         raise UserError(f"{path_or_name}: needs a library that is not installed ({_first_line(error)}); install it, or "
                         "choose a model that is not quantised") from None
@@ -598,6 +613,8 @@ def load(path_or_name: str, device=None, dtype=None):
     if report["missing_keys"]:                                     # transformers would initialise them at random
         raise UserError(f"{path_or_name}: the weights lack {sorted(report['missing_keys'])[0]}; the file is incomplete")
     model = model.to(device).eval()
+    if dtype is None and model.dtype != work_dtype(model):
+        return load(path_or_name, device, work_dtype(model))
     size = len(model.get_input_embeddings().weight)
     if len(tokenizer) > size:
         raise UserError(f"{path_or_name}: the tokenizer has {len(tokenizer)} tokens, the model's embedding table "
@@ -779,14 +796,7 @@ def base_of(run_dir) -> str:
     return str(folder) if model == "." else model
 
 
-def run_dtype(run_dir, device) -> torch.dtype:
-    """The dtype for a run's frozen models: float32 for the tiny world, also on CUDA, so that its tables agree with
-    those of a CPU; for others bfloat16 on CUDA, float32 elsewhere."""
-    tiny = base_of(run_dir) == str(Path(run_dir) / "base")
-    return torch.bfloat16 if torch.device(device).type == "cuda" and not tiny else torch.float32
-
-
-# --------------------------------------------------------------------------------------------------- 5. LoRA
+# --------------------------------------------------------------------------------------------------- 6. LoRA
 
 class Lora:
     """A low-rank adapter (arXiv 2106.09685) on a frozen model: y = W x + alpha / rank * B A x, in which only A (rank,
@@ -888,7 +898,7 @@ class Lora:
             own[name].copy_(saved[name])
 
 
-# --------------------------------------------------------------------------- 6. the tiny base model, and the command
+# --------------------------------------------------------------------------- 7. the tiny base model, and the command
 
 _TINY_TOKEN = r"</?reasoning>|\n *| ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]"
 
@@ -976,8 +986,8 @@ def train_base(s: BaseSettings, task_type: str, folder: Path) -> float:
 
 def make_base(s: BaseSettings, folder: Path) -> None:
     """Fills the stage folder: the tiny base model, or nothing for a pretrained one; and what its executor can do."""
-    heldout = data.read_problems(Path(s.run_dir) / "groups" / "heldout.jsonl")[:s.eval_problems]
-    tiny = heldout[0].source == "tiny"
+    heldout = data.read_problems(Path(s.run_dir) / "groups" / "heldout.jsonl", need_tests=False)[:s.eval_problems]
+    tiny = data.needs_base_model(heldout[0])
     if tiny and s.model:
         raise UserError(f"{s.run_dir}/groups are of the tiny world, whose prompts are bare problems: leave out --model")
     if not tiny and not s.model:
@@ -988,11 +998,12 @@ def make_base(s: BaseSettings, folder: Path) -> None:
     model, tokenizer = load(s.model or str(folder), pick_device(s.device), torch.float32 if tiny else None)
     frozen = Executor(model, tokenizer, max_new_tokens=s.max_answer_tokens, temperature=s.executor_temperature,
                       seed=s.seed, max_cache_gib=s.max_cache_gib)
-    record["no_trace"] = sum(frozen.success(heldout, None, 1)) / len(heldout)
+    record |= {"no_trace": None, "reference_trace": None}
     references = [p.reference_reasoning for p in heldout]
-    record["reference_trace"] = None                               # HumanEval and MBPP come without traces
-    if None not in references:
-        record["reference_trace"] = sum(frozen.success(heldout, references, 1, "base")) / len(heldout)
+    if all(p.tests or p.task_type == "math" for p in heldout):     # groups for the reward model may have no tests
+        record["no_trace"] = sum(frozen.success(heldout, None, 1)) / len(heldout)
+        if None not in references:                                 # HumanEval and MBPP come without traces
+            record["reference_trace"] = sum(frozen.success(heldout, references, 1, "base")) / len(heldout)
     data.write_atomic(folder / "base.json", json.dumps(record, indent=1))
 
 
@@ -1004,11 +1015,9 @@ def main(argv) -> None:
         if folder is not None:
             make_base(s, folder)
     record = json.loads((base / "base.json").read_text())
-    given = "no reference traces"
-    if record["reference_trace"] is not None:
-        given = f"{record['reference_trace']:.2f} with the reference trace"
-    print(f"{base}/base.json: {record['model']}, executor success on {record['problems']} held-out problems "
-          f"{record['no_trace']:.2f} without a trace, {given}")
+    print(f"{base}/base.json: {record['model']}; executor success on {record['problems']} held-out problems:")
+    for key in ("no_trace", "reference_trace"):
+        print(f"  {key.replace('_', ' ')}: " + ("not measured" if record[key] is None else f"{record[key]:.2f}"))
     print(f"next: python rm.py --run_dir {s.run_dir}")
 
 

@@ -6,10 +6,11 @@ rubric (the weighted mean of the expected labels / 4), half total head (sigmoid)
 
 It is trained on TraceLift-Groups, each group with its good trace above its flawed ones:
 
-    loss = 1.0 * sum_d CE_d + 0.5 * Huber(sigmoid(total), gold) + 0.7 * mean -logsigmoid(score_pos - score_neg)
-           + nn_weight * the same over pairs of flawed traces whose gold totals differ by more than 0.15
+    loss = 1.0 * sum_d CE_d + 0.5 * Huber(sigmoid(total), gold) + 0.7 * rank(good over flawed)
+           + nn_weight * rank(better over worse flawed, gold totals at least 0.15 apart)
+    rank = mean over groups of the mean over a group's pairs of -logsigmoid(score_better - score_worse)
 
-    python rm.py --preset tiny --run runs/tiny-math        # groups/train.jsonl -> rm/, checked on groups/heldout.jsonl
+    python rm.py --run_dir runs/tiny-math        # groups/train.jsonl -> rm/, checked on groups/heldout.jsonl
 
 Shapes: B traces (rows), T tokens, H hidden, D = 5 dimensions, L = 5 labels.
 Folders and state-dict names are those of the public checkpoints. Their code keeps the label values in non-persistent
@@ -19,10 +20,7 @@ buffers, which transformers 5 leaves uninitialised on loading; here constants ar
 import itertools
 import json
 import math
-import os
 import random
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +37,15 @@ from data import UserError, knob
 
 NUM_LABELS = 5
 
+# ------------------------------------------------------------------------------------------------ 1. the model
+
 
 class RubricRewardModel(nn.Module):
     """`model` (a backbone without LM head), `dimension_heads` (D of L labels), `total_head`, and its tokenizer."""
 
     def __init__(self, model, tokenizer, dimension_names, dimension_weights=None):
         super().__init__()
-        hidden = model.config.hidden_size
+        hidden = model.config.get_text_config().hidden_size
         self.model, self.tokenizer = model, tokenizer
         self.dimension_names = list(dimension_names)
         D = len(self.dimension_names)
@@ -65,7 +65,7 @@ class RubricRewardModel(nn.Module):
         labels = torch.stack([head(last) for head in self.dimension_heads], dim=1)                    # (B, D, L)
         return labels.float(), self.total_head(last).squeeze(-1).float()
 
-    def combine(self, label_logits: torch.Tensor, total_logit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def scores(self, label_logits: torch.Tensor, total_logit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Label logits (B, D, L) and total logit (B,) -> score (B,) in [0, 1], expected labels (B, D) in [0, 4]."""
         values = torch.arange(NUM_LABELS, device=label_logits.device, dtype=torch.float32)
         weights = torch.tensor(self.dimension_weights, device=label_logits.device)
@@ -74,9 +74,9 @@ class RubricRewardModel(nn.Module):
         return 0.5 * rubric + 0.5 * torch.sigmoid(total_logit), expected
 
     def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Texts -> ids and mask (B, T), right padding. UserError for a text that exceeds the context."""
-        rows = [self.tokenizer(text)["input_ids"] for text in texts]
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        """Texts -> ids and mask (B, T), right padding. UserError for a text that exceeds the context: nothing is cut."""
+        rows = [data.encode_text(self.tokenizer, text) for text in texts]
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for text, row in zip(texts, rows):
             if not row or context and len(row) > context:
                 raise UserError(f"the reward model cannot read a text of {len(row)} tokens (context {context}): "
@@ -94,208 +94,247 @@ class RubricRewardModel(nn.Module):
         score, dimensions = torch.zeros(len(texts)), torch.zeros(len(texts), len(self.dimension_names))
         for i in range(0, len(order), batch_size):
             part = order[i:i + batch_size]
-            total, expected = self.combine(*self(*self.encode([texts[j] for j in part])))
+            label_logits, total_logit = self(*self.encode([texts[j] for j in part]))
+            total, expected = self.scores(label_logits, total_logit)
             score[part], dimensions[part] = total.cpu(), expected.cpu()
         if not torch.isfinite(score).all():
             raise FloatingPointError("the reward model gave a score that is not finite")
         return score, dimensions
 
-    def save_pretrained(self, folder, metrics: dict | None = None) -> None:
-        """config.json, model.safetensors, the tokenizer and metrics.json, written beside and then renamed: an
-        unfinished folder never has the name of a finished one."""
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        config = self.model.config.to_dict() | {
-            "rm_dimension_names": self.dimension_names, "rm_dimension_weights": self.dimension_weights,
-            "rm_num_labels": NUM_LABELS, "rm_use_total_head": True}
-        (temporary / "config.json").write_text(json.dumps(config, indent=1, default=str))
-        state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
-        self.tokenizer.save_pretrained(temporary)
-        if metrics is not None:
-            (temporary / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        os.chmod(temporary, 0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+    def save_pretrained(self, folder) -> None:
+        """config.json, model.safetensors and the tokenizer."""
+        save_folder(self, Path(folder))
 
     @classmethod
     def from_pretrained(cls, folder, device=None) -> "RubricRewardModel":
-        """Loads a folder written by `save_pretrained` or a public checkpoint. Strict: a missing or unexpected tensor
-        is an error, nothing is re-initialised."""
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: no reward model here (config.json is missing); run rm.py first")
-        try:
-            raw = json.loads((folder / "config.json").read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{folder}/config.json: not JSON ({error})") from None
-        for key in ("rm_dimension_names", "rm_dimension_weights", "rm_num_labels", "rm_use_total_head"):
-            if key not in raw:
-                raise UserError(f"{folder}/config.json: key {key!r} is missing; this is not a rubric reward model")
-        if raw["rm_num_labels"] != NUM_LABELS or not raw["rm_use_total_head"]:
-            raise UserError(f"{folder}/config.json: needs rm_num_labels {NUM_LABELS} and rm_use_total_head true")
-        try:
-            model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32,
-                                          attn_implementation="sdpa")
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: no backbone or tokenizer can be loaded ({error})") from None
-        rm, state = cls(model, tokenizer, raw["rm_dimension_names"], raw["rm_dimension_weights"]), {}
-        try:
-            for shard in sorted(folder.glob("*.safetensors")):
-                state.update(load_file(shard))
-            rm.load_state_dict(state, strict=True)
-        except (RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder}: {' '.join(str(error).split())[:300]}") from None
-        return rm.to(executor.pick_device() if device is None else device).eval()
+        """A folder written by `save_pretrained`, or a public checkpoint. Strict: a missing or unexpected tensor is a
+        UserError, nothing is re-initialised."""
+        return load_folder(cls, Path(folder)).to(executor.pick_device() if device is None else device).eval()
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------------------------ 2. its folder
 
-def group_rows(group: dict, names: list[str]) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One group -> texts (R), labels (R, D) int64 in the order of `names`, gold totals (R,), positive (R,) bool;
-    positives come first."""
+
+def save_folder(rm: RubricRewardModel, folder: Path) -> None:
+    """Writes the folder, under the names of the public checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = rm.model.config.to_dict() | {
+        "rm_dimension_names": rm.dimension_names, "rm_dimension_weights": rm.dimension_weights,
+        "rm_num_labels": NUM_LABELS, "rm_use_total_head": True}
+    data.write_atomic(folder / "config.json", json.dumps(config, indent=1, default=str))
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in rm.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    rm.tokenizer.save_pretrained(folder)
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a reward model. UserError for what is missing."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no reward model here (config.json is missing); run rm.py first")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    for key in ("rm_dimension_names", "rm_dimension_weights", "rm_num_labels", "rm_use_total_head"):
+        if key not in config:
+            raise UserError(f"{path}: key {key!r} is missing; this is not a rubric reward model")
+    if config["rm_num_labels"] != NUM_LABELS or not config["rm_use_total_head"]:
+        raise UserError(f"{path}: needs rm_num_labels {NUM_LABELS} and rm_use_total_head true")
+    return config
+
+
+def load_folder(cls, folder: Path) -> RubricRewardModel:
+    """Reads the folder, on the CPU in float32."""
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    config = read_config(folder)
+    try:
+        model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32,
+                                      attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: no backbone or tokenizer can be loaded ({error})") from None
+    rm, state = cls(model, tokenizer, config["rm_dimension_names"], config["rm_dimension_weights"]), {}
+    try:
+        for shard in sorted(folder.glob("*.safetensors")):
+            state.update(load_file(shard))
+        rm.load_state_dict(state, strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: {' '.join(str(error).split())[:300]}") from None
+    return rm
+
+
+# ------------------------------------------------------------------------------------------------ 3. training
+
+
+@dataclass
+class Rows:
+    """The traces of one group, good ones first, as the loss wants them."""
+    texts: list[str]              # (R)
+    labels: torch.Tensor          # (R, D) int64, in the order of the model's dimension names
+    gold: torch.Tensor            # (R,) total of the rubric
+    positive: torch.Tensor        # (R,) bool
+
+
+def group_rows(group: dict, names: list[str]) -> Rows:
+    """One group, whole. UserError for one without a good or a flawed trace, or about another domain."""
     problem = data.problem_of(group)
     if not group["positive_pool"] or not group["negative_bank"]:
         raise UserError(f"group {problem.problem_id}: the reward model needs a good and a flawed trace in every group; "
                         "remove this group from groups/*.jsonl, or, if none has traces (HumanEval, MBPP), train only "
                         "planners without it: --mode exec_only or uplift_only (run.sh: MODES, and no INT)")
-    traces = [(t, True) for t in group["positive_pool"]] + [(t, False) for t in group["negative_bank"]]
     if set(names) != set(data.DIMENSIONS[problem.task_type]):
         raise UserError(f"group {problem.problem_id} is about {problem.task_type}, the reward model about "
                         f"{', '.join(names)}")
-    return ([data.rm_text(problem, t["reasoning"]) for t, _ in traces],
-            torch.tensor([[t["rubric"][d] for d in names] for t, _ in traces]),
-            torch.tensor([float(t["rubric"]["total"]) for t, _ in traces]),
-            torch.tensor([positive for _, positive in traces]))
+    traces = group["positive_pool"] + group["negative_bank"]
+    rubrics = [trace["rubric"] for trace in traces]
+    positive = [True] * len(group["positive_pool"]) + [False] * len(group["negative_bank"])
+    return Rows([data.rm_text(problem, trace["reasoning"]) for trace in traces],
+                torch.tensor([[rubric[name] for name in names] for rubric in rubrics]),
+                torch.tensor([float(rubric["total"]) for rubric in rubrics]), torch.tensor(positive))
 
 
-def pairs(gold: torch.Tensor, positive: torch.Tensor, group: torch.Tensor, negatives: bool, gap: float = 0.15):
-    """Row indices (better, worse) of all pairs inside a group: positive over negative, or, with `negatives`, the
-    higher over the lower of two negatives whose gold totals differ by more than `gap`."""
-    same = group[:, None] == group[None, :]
-    if negatives:
-        chosen = ~positive[:, None] & ~positive[None, :] & (gold[:, None] - gold[None, :] > gap)
-    else:
-        chosen = positive[:, None] & ~positive[None, :]
-    return (same & chosen).nonzero(as_tuple=True)
+def draw_negatives(rows: Rows, most: int, rng: random.Random) -> Rows:
+    """The group with `most` of its flawed traces, drawn anew at each visit; whole where it has no more."""
+    flawed = [i for i, positive in enumerate(rows.positive.tolist()) if not positive]
+    if len(flawed) <= most:
+        return rows
+    good = len(rows.texts) - len(flawed)
+    kept = [*range(good), *sorted(rng.sample(flawed, most))]
+    return Rows([rows.texts[i] for i in kept], rows.labels[kept], rows.gold[kept], rows.positive[kept])
+
+
+def rank_loss(score: torch.Tensor, above: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """-logsigmoid(score_better - score_worse): the mean over the pairs of a group, then over the groups that have any.
+    score (B,); above (B, B) bool: this row belongs above that one; group (B,) int."""
+    better, worse = (above & (group[:, None] == group[None, :])).nonzero(as_tuple=True)
+    loss = -F.logsigmoid(score[better] - score[worse])                                                # (pairs,)
+    pairs = torch.bincount(group[better], minlength=1)                                                # of each group
+    return (loss / pairs[group[better]]).sum() / (pairs > 0).sum().clamp(min=1)
 
 
 def rm_loss(rm, label_logits, total_logit, labels, gold, positive, group, nn_weight: float = 0.0) -> torch.Tensor:
     """The loss of the header for a batch of whole groups. label_logits (B, D, L), total_logit (B,), labels (B, D),
     gold (B,), positive (B,) bool, group (B,) int."""
-    score, _ = rm.combine(label_logits, total_logit)
+    score, _ = rm.scores(label_logits, total_logit)
     loss = sum(F.cross_entropy(label_logits[:, d], labels[:, d]) for d in range(labels.shape[1]))
     loss = loss + 0.5 * F.huber_loss(torch.sigmoid(total_logit), gold)
-    for weight, negatives in ((0.7, False), (nn_weight, True)):
-        better, worse = pairs(gold, positive, group, negatives)
-        if weight and len(better):                                 # a mean over no pairs would be NaN
-            loss = loss - weight * F.logsigmoid(score[better] - score[worse]).mean()
+    good, flawed = positive, ~positive
+    loss = loss + 0.7 * rank_loss(score, good[:, None] & flawed[None, :], group)
+    if nn_weight:
+        apart = gold[:, None] - gold[None, :] >= 0.15 - 1e-6              # 0.40 - 0.25 is a little less in float32
+        loss = loss + nn_weight * rank_loss(score, flawed[:, None] & flawed[None, :] & apart, group)
     return loss
 
 
 @torch.no_grad()
-def evaluate(rm, groups: list[dict]) -> dict:
+def measure_ranking(rm, groups: list[dict]) -> dict:
     """Held-out quality: pair_accuracy (positive above negative), group_accuracy (positive above every negative; ties
     count as wrong), total_mae, total_rmse, accuracy_<dimension>. Also pair accuracy per kind of flaw."""
     right, group_right, error, hits, by_kind = [], [], [], [], {}
     rows = [group_rows(group, rm.dimension_names) for group in groups]
-    scores, expected = rm.score([text for texts, *_ in rows for text in texts])
+    scores, expected = rm.score([text for group in rows for text in group.texts])
     at = 0
-    for group, (texts, labels, gold, positive) in zip(groups, rows):
-        score, dims = scores[at:at + len(texts)], expected[at:at + len(texts)]
-        at += len(texts)
-        beats = score[positive][:, None] > score[~positive][None, :]                                  # (P, N)
+    for group, own in zip(groups, rows):
+        end = at + len(own.texts)
+        score, dimensions = scores[at:end], expected[at:end]
+        at = end
+        beats = score[own.positive][:, None] > score[~own.positive][None, :]                          # (P, N)
         right.append(beats.flatten())
         group_right.append(float(beats.all()))
-        error.append(score - gold)
-        hits.append((dims.round().long() == labels).float())
+        error.append(score - own.gold)
+        hits.append((dimensions.round().long() == own.labels).float())
         for trace, won in zip(group["negative_bank"], beats.float().mean(dim=0).tolist()):
             by_kind.setdefault(trace["negative_kind"], []).append(won)
     right, error, hits = torch.cat(right).float(), torch.cat(error), torch.cat(hits).mean(dim=0)
     return {"groups": len(groups), "pair_accuracy": right.mean().item(),
             "group_accuracy": sum(group_right) / len(group_right),
             "total_mae": error.abs().mean().item(), "total_rmse": error.square().mean().sqrt().item(),
-            **{f"accuracy_{d}": hit for d, hit in zip(rm.dimension_names, hits.tolist())},
+            **{f"accuracy_{name}": hit for name, hit in zip(rm.dimension_names, hits.tolist())},
             "pair_accuracy_by_kind": {kind: sum(won) / len(won) for kind, won in sorted(by_kind.items())}}
 
 
 @dataclass(frozen=True)
 class RMSettings:
     """Settings of `python rm.py`."""
-    run: str = knob("runs/tiny-math", "run folder; holds groups/ and base.json")
-    preset: str = knob("tiny", "named defaults")
-    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
+    run_dir: str = knob("runs/tiny-math", "run folder; holds groups/ and base/", affects_result=False)
+    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one", affects_result=False)
     epochs: float = knob(2.0, "passes over the training groups", above=0)
-    groups_per_batch: int = knob(8, "whole groups in a batch, so that every pair is inside it", low=1)
+    groups_per_batch: int = knob(8, "groups in a batch, so that every pair is inside it", low=1)
+    negatives_per_visit: int = knob(4, "flawed traces of a group, drawn anew at each visit where it has more", low=1)
     learning_rate: float = knob(1e-3, "AdamW; the tiny backbone wants more than a pretrained one", above=0)
     warmup: int = knob(30, "steps of linear warm-up; then linear decay to 0", low=0)
     nn_weight: float = knob(0.0, "weight of pairs of two flawed traces; off in the paper's code too", low=0)
     max_groups: int = knob(0, "use only this many training groups; 0: all", low=0)
     max_heldout: int = knob(300, "check on this many held-out groups", low=1)
-    seed: int = knob(0, "heads, order of batches")
+    seed: int = knob(0, "heads, order of batches", low=0)
 
 
-PRESETS = {"tiny": {}, "smoke": {"epochs": 1.0, "max_heldout": 20},
-           **dict.fromkeys(("gsm8k", "code"), {"epochs": 1.0, "groups_per_batch": 2, "learning_rate": 2e-5,
-                                               "max_heldout": 100})}
-
-
-def train(settings: RMSettings) -> dict:
-    """Trains the reward model of a run and saves it with metrics.json. Returns the held-out metrics."""
-    torch.manual_seed(settings.seed)
-    groups = data.read_groups(Path(settings.run) / "groups" / "train.jsonl")
-    groups = groups[:settings.max_groups or None]
-    heldout = data.read_groups(Path(settings.run) / "groups" / "heldout.jsonl")[:settings.max_heldout]
-    tasks = {group["task_type"] for group in groups + heldout}
+def train_reward_model(s: RMSettings, work: Path) -> dict:
+    """Trains the reward model of a run and saves it into `work`, with metrics.json. Returns the held-out metrics."""
+    torch.manual_seed(s.seed)
+    folder = Path(s.run_dir) / "groups"
+    groups = data.read_groups(folder / "train.jsonl")[:s.max_groups or None]
+    heldout = data.read_groups(folder / "heldout.jsonl")[:s.max_heldout]
+    tasks = {data.problem_of(group).task_type for group in groups + heldout}
     if len(tasks) > 1:
-        raise UserError(f"{settings.run}/groups: holds both math and code, whose rubrics differ; use one run for each")
+        raise UserError(f"{folder}: holds both math and code, whose rubrics differ; use one run for each")
     names = data.DIMENSIONS[tasks.pop()]
-    rows = [group_rows(group, names) for group in groups + heldout][:len(groups)]       # all are checked before hours
-    device = executor.pick_device(settings.device)
-    base, tokenizer = executor.load(executor.base_of(settings.run), device, torch.float32)
+    rows = [group_rows(group, names) for group in groups + heldout]      # all are checked before hours
+    device = executor.pick_device(s.device)
+    base, tokenizer = executor.load(executor.base_of(s.run_dir), device, torch.float32)
     rm = RubricRewardModel(base.base_model, tokenizer, names).to(device)
-    optimizer = torch.optim.AdamW(rm.parameters(), lr=settings.learning_rate, weight_decay=0.01)
-    total = max(1, math.ceil(len(rows) * settings.epochs / settings.groups_per_batch))
-    rng, order, losses = random.Random(settings.seed), [], []
+    for own in rows:
+        rm.encode(own.texts)
+    rows = rows[:len(groups)]
+    optimizer = executor.adamw(rm.parameters(), s.learning_rate, weight_decay=0.01)
+    total = max(1, math.ceil(len(rows) * s.epochs / s.groups_per_batch))
+    rng, order, losses = random.Random(s.seed), [], []
     bar = tqdm(range(total), desc="reward model", mininterval=5)
     rm.train()
     for step in bar:
-        while len(order) < settings.groups_per_batch:
+        while len(order) < s.groups_per_batch:
             order += rng.sample(range(len(rows)), len(rows))
-        batch, order = [rows[i] for i in order[:settings.groups_per_batch]], order[settings.groups_per_batch:]
-        labels, gold, positive = (torch.cat([r[k] for r in batch]).to(device) for k in (1, 2, 3))
-        group = torch.repeat_interleave(torch.arange(len(batch)), torch.tensor([len(r[0]) for r in batch])).to(device)
-        for g in optimizer.param_groups:
-            g["lr"] = settings.learning_rate * executor.schedule(step, total, settings.warmup)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            outputs = rm(*rm.encode(list(itertools.chain(*(r[0] for r in batch)))))
-        loss = rm_loss(rm, *outputs, labels, gold, positive, group, settings.nn_weight)
+        batch = [draw_negatives(rows[i], s.negatives_per_visit, rng) for i in order[:s.groups_per_batch]]
+        order = order[s.groups_per_batch:]
+        labels = torch.cat([own.labels for own in batch]).to(device)
+        gold = torch.cat([own.gold for own in batch]).to(device)
+        positive = torch.cat([own.positive for own in batch]).to(device)
+        sizes = torch.tensor([len(own.texts) for own in batch])
+        group = torch.repeat_interleave(torch.arange(len(batch)), sizes).to(device)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = s.learning_rate * executor.schedule(step, total, s.warmup)
+        with executor.autocast(rm.model):
+            outputs = rm(*rm.encode(list(itertools.chain(*(own.texts for own in batch)))))
+        loss = rm_loss(rm, *outputs, labels, gold, positive, group, s.nn_weight)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(rm.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(rm.parameters(), 1.0)
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"step {step}: the gradient is not finite; lower --learning_rate")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         if step % 10 == 0:
             bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
-    metrics = {"steps": total, "train_loss": sum(losses[-20:]) / len(losses[-20:]), **evaluate(rm.eval(), heldout)}
-    data.record_stage(settings.run, "rm", settings)
-    rm.save_pretrained(Path(settings.run) / "rm", metrics)
+    rm.eval().save_pretrained(work)                                       # before it is measured: an error there must
+    metrics = {"steps": total, "train_loss": sum(losses[-20:]) / len(losses[-20:])}            # not cost the training
+    metrics |= measure_ranking(rm, heldout)
+    data.write_atomic(work / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
 
 
 def main(argv) -> None:
     """The command: trains the reward model of a run."""
-    settings = data.parse_settings(RMSettings, PRESETS, argv, "rm.py")
-    out = Path(settings.run) / "rm"
-    if data.begin_stage(settings.run, "rm", settings, out):
-        train(settings)
+    s = data.parse_settings(RMSettings, argv, "rm.py")
+    out = Path(s.run_dir) / "rm"
+    inputs = {"groups/train.jsonl": data.fingerprint(Path(s.run_dir) / "groups" / "train.jsonl")}
+    with data.stage_folder(out, s, inputs) as work:
+        if work is not None:
+            train_reward_model(s, work)
     metrics = json.loads((out / "metrics.json").read_text())
     print(f"{out}: pair accuracy {metrics['pair_accuracy']:.3f}, group accuracy {metrics['group_accuracy']:.3f}, "
           f"MAE {metrics['total_mae']:.3f} on {metrics['groups']} held-out groups")
-    print(f"next: python tracelift.py train --preset {settings.preset} --run {settings.run} --mode tracelift")
+    print(f"next: python tracelift.py train --run_dir {s.run_dir} --mode tracelift")
 
 
 if __name__ == "__main__":

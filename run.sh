@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# TraceLift from an empty machine to a results table.
+# TraceLift from an empty machine to a results table. Prints every command that it runs.
 #
 #   ./run.sh            the whole method on the embedded tiny world, math and code (no download)
 #   ./run.sh smoke      the same path at toy size, about a minute; its numbers mean nothing
@@ -8,10 +8,10 @@
 #   PRESET=gsm8k MODEL=Qwen/Qwen2.5-0.5B-Instruct ./run.sh       a real model on GSM8K, one GPU
 #   PRESET=code MODES=exec_only DATA=FILE HELDOUT_DATA=FILE ./run.sh      the same on MBPP or HumanEval lines
 #
-# Environment: SEEDS ("0 1 2"), MODES ("exec_only tracelift"), TASKS ("math code", tiny world only), PRESET, MODEL,
-# RUN (prefix of the run folders), DATA and HELDOUT_DATA (files instead of downloads), INT=1 (also the InT warm start,
-# and tracelift after it), SKIP_INSTALL=1 (use the current python3). A stage whose output is complete is skipped, so
-# the same command continues a stopped run.
+# Environment: SEEDS ("0 1 2"), MODES ("exec_only tracelift"), TASKS ("math code", tiny world only), PRESET (tiny, gsm8k,
+# code, paper-math, paper-code), MODEL, RUN (prefix of the run folders), DATA, HELDOUT_DATA and TESTS (files instead of
+# downloads), INT=1 (also the InT warm start, and tracelift after it), SKIP_INSTALL=1 (use the current python3). A stage
+# whose output is complete is skipped, so the same command continues a stopped run.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -35,12 +35,49 @@ fi
 
 if [ "$command" = test ]; then exec "$python" -m pytest -q tests; fi
 
-for mode in ${MODES:-}; do
-  case $mode in
-    exec_only | tracelift | tracelift-code | rm_only | uplift_only) ;;
-    *) echo "MODES: there is no mode $mode" >&2; exit 2 ;;
-  esac
-done
+preset=${PRESET:-tiny}
+if [ "$command" = smoke ]; then preset=smoke; fi
+
+# The recipes: what each stage is told beside its defaults, which are those of the tiny world.
+data="" base="" rm="" int="" train="" evaluate=""
+case $preset in
+  tiny) ;;
+  smoke)
+    data="--train 40 --heldout 20"
+    base="--sequences 640 --hidden 64 --layers 2 --eval_problems 16"
+    rm="--epochs 1 --max_heldout 20"
+    int="--problems 8 --group_size 2 --proposals 2 --repeats 1 --epochs 1"
+    train="--steps 2 --warmup 1 --problems_per_step 2 --group_size 4"
+    evaluate="--problems 16" ;;
+  gsm8k | code)                                   # no learning rate here is tuned
+    answer=$([ "$preset" = code ] && echo 384 || echo 256)
+    data="--source gsm8k --train 4000 --heldout 200 --negatives 3"
+    if [ "$preset" = code ]; then data="--source groups --task_type code --train 300 --heldout 80"; fi
+    base="--model ${MODEL:-Qwen/Qwen2.5-0.5B-Instruct} --eval_problems 80 --max_answer_tokens $answer"
+    rm="--epochs 1 --groups_per_batch 2 --learning_rate 2e-5 --max_heldout 80"
+    int="--problems 200 --group_size 4 --proposals 8 --max_trace_tokens 256 --max_answer_tokens $answer
+         --epochs 2 --learning_rate 1e-5 --checkpointing 1"
+    train="--steps 100 --problems_per_step 8 --learning_rate 1e-6 --warmup 10 --micro_batch 8 --checkpointing 1
+           --max_trace_tokens 256 --max_answer_tokens $answer"
+    evaluate="--problems $([ "$preset" = code ] && echo 80 || echo 200)" ;;
+  paper-math | paper-code)                        # the public values; never run here, they want a card of 80 GB
+    data="--source groups --task_type ${preset#paper-} --train 100000 --heldout 200"
+    base="--model ${MODEL:-Qwen/Qwen2.5-7B-Instruct} --eval_problems 80 --max_answer_tokens 512"
+    base="$base --executor_temperature 0.5"
+    rm="--epochs 3 --groups_per_batch 2 --learning_rate 1e-5 --max_heldout 200"    # theirs: LoRA 32/64 at 1e-4
+    int="--problems 200 --group_size 4 --max_trace_tokens 512 --max_answer_tokens 512 --learning_rate 1e-6"
+    train="--steps 600 --group_size 4 --temperature 0.7 --executor_temperature 0.5 --warmup 10 --micro_batch 4
+           --checkpointing 1 --max_trace_tokens 512 --max_answer_tokens 512"
+    if [ "$preset" = paper-math ]; then
+      train="$train --mode tracelift --problems_per_step 2 --lora_rank 16 --lora_alpha 32 --learning_rate 5e-6"
+    else
+      train="$train --mode tracelift-code --exec_score hybrid --problems_per_step 8 --weights grpo --learning_rate 1e-6"
+      MODES=${MODES:-tracelift-code}
+    fi
+    evaluate="--problems 200" ;;
+  *) echo "PRESET: there is no $preset; choose tiny, gsm8k, code, paper-math or paper-code" >&2; exit 2 ;;
+esac
+
 for seed in ${SEEDS:-}; do
   case $seed in *[!0-9]*) echo "SEEDS: $seed is no number" >&2; exit 2 ;; esac
 done
@@ -48,49 +85,66 @@ case ${INT:-0} in 0 | 1) ;; *) echo "INT: $INT is neither 0 nor 1" >&2; exit 2 ;
 for task in ${TASKS:-}; do
   case $task in math | code) ;; *) echo "TASKS: $task is neither math nor code" >&2; exit 2 ;; esac
 done
-preset=${PRESET:-tiny}
-if [ "$command" = smoke ]; then preset=smoke; fi
 run=${RUN:-runs/$preset}
 
-# One domain from its problems to its table. Stage lines go to the console (fd 3), the rest to stdout.
+# One domain from its problems to its table. Commands go to the console (fd 3) and, with their output, to stdout.
 pipeline() {
-  task=$1 folder=$run-$1
-  common=(--preset "$preset" --run "$folder")
+  folder=$run-$1
   stage() {
-    echo "$(date +%T)  $folder: $1" >&3
-    shift
-    "$python" "$@" || { echo "$(date +%T)  $folder: failed in $1" >&3; exit 2; }
+    set -- "$@" --run_dir "$folder"
+    echo "$(date +%T)  python $*" >&3
+    echo "$(date +%T)  python $*"
+    "$python" "$@" || { echo "$(date +%T)  failed: python $*" >&3; exit 2; }
   }
 
-  stage "problems, flawed traces, rubrics" data.py "${common[@]}" --task_type "$task" \
-    ${DATA:+--data "$DATA"} ${HELDOUT_DATA:+--heldout_data "$HELDOUT_DATA"}
-  stage "base model: planner and frozen executor" executor.py "${common[@]}" ${MODEL:+--model "$MODEL"}
-  if [[ "${INT:-0}" = 1 || "${MODES:-tracelift}" = *tracelift* || "$MODES" = *rm_only* ]]; then
-    stage "rubric reward model" rm.py "${common[@]}"
+  case $preset in tiny | smoke) data="$data --task_type $1" ;; esac
+  stage data.py $data ${DATA:+--data "$DATA"} ${HELDOUT_DATA:+--heldout_data "$HELDOUT_DATA"} ${TESTS:+--tests "$TESTS"}
+  stage executor.py $base
+  if [ "${INT:-0}" = 1 ] || [ "$needs_rm" = 1 ]; then
+    stage rm.py $rm
   fi
   if [ "${INT:-0}" = 1 ]; then
-    stage "InT: the planner finds and mends its own first mistakes" tracelift.py int "${common[@]}"
+    stage tracelift.py int $int
   fi
   for seed in ${SEEDS:-0}; do
     for mode in ${MODES:-exec_only tracelift}; do
-      stage "planner trained on $mode, seed $seed" tracelift.py train "${common[@]}" --mode "$mode" --seed "$seed"
+      stage tracelift.py train $train --mode "$mode" --seed "$seed"
     done
     if [ "${INT:-0}" = 1 ]; then
-      stage "planner trained on tracelift after InT, seed $seed" tracelift.py train "${common[@]}" --seed "$seed" \
-        --init "$folder/int"
+      stage tracelift.py train $train --seed "$seed" --init "$folder/int"
     fi
   done
-  stage "evaluation" tracelift.py evaluate "${common[@]}"
+  stage tracelift.py evaluate $evaluate
 }
 
 exec 3>&1
-if [ "$preset" != tiny ] && [ "$preset" != smoke ]; then
-  pipeline "$([ "$preset" = code ] && echo code || echo math)"
-  exit
-fi
+# Before the first stage: a mode that is not there, a GPU that torch cannot use, Triton that cannot start are one line.
+# Says whether a reward model is needed.
+needs_rm=$("$python" - ${MODES:-exec_only tracelift} <<'EOF'
+import sys
+import executor, kernels, tracelift
+try:
+    for mode in sys.argv[1:]:
+        if mode not in tracelift.REWARDS:
+            raise SystemExit(f"MODES: there is no {mode}; choose from {', '.join(tracelift.REWARDS)}")
+    kernels.check(executor.pick_device())
+except (RuntimeError, ValueError, executor.UserError) as error:
+    raise SystemExit(f"error: {error}")
+print(int(any("rm" in tracelift.REWARDS[mode].needs for mode in sys.argv[1:])))
+EOF
+) || exit 2
+case $preset in
+  tiny | smoke) ;;
+  *code) pipeline code; exit ;;
+  *) pipeline math; exit ;;
+esac
 # The tiny world's domains run side by side, with the cores divided between them: so small a model gains little from
 # a second thread.
 tasks=(${TASKS:-math code})
+if [ "$(uname)" != Linux ] && [ -z "${TASKS:-}" ]; then
+  echo "code is left out: programs are judged on Linux only (TASKS=\"math code\" tries it all the same)"
+  tasks=(math)
+fi
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ${#tasks[@]} ? cores / ${#tasks[@]} : 1))}
 set -m   # a process group for each domain, so that stopping this script stops all of it

@@ -1,38 +1,45 @@
-"""TraceLift: train a reasoning planner with executor-grounded rewards (arXiv 2605.03862), in one file.
+"""TraceLift: train a reasoning planner with executor-grounded rewards (arXiv 2605.03862).
 
-A planner writes a trace; a frozen executor turns problem + trace into an artifact; the verifier says whether it is
-right. Success alone also rewards traces that are right for the wrong reason, so the reward has a second part, in
-which the rubric reward model's score of the trace *multiplies* the uplift the trace gave to the same executor:
+A planner writes a reasoning trace. A frozen executor turns problem + trace into an artifact, an answer or a program; the
+verifier says whether it is right. Success alone also pays for traces that are right for the wrong reason. So the reward
+has a second part, in which the score of a rubric reward model *multiplies* what the trace was worth to the executor:
 
-    uplift_i = mean_k success(problem, trace_i) - mean_k success(problem, no trace)         in [-1, 1], K runs each
-    r_i      = w_e * e2e_i + w_r * rm_i * uplift_i                                          e2e_i: one more run
-    A_i      = (r_i - mean r) / (std r + eps)                                               over the G traces
-    loss     = mean over all tokens of the step of -min(rho A, clip(rho) A) + beta * KL
+    uplift_i = mean_k success(problem, trace_i) - mean_k success(problem, no trace)       in [-1, 1], K runs each
+    r_i      = w_e * e2e_i + w_r * rm_i * uplift_i                                        e2e_i: one more run with the trace
+    A_i      = (r_i - mean r) / (std r + eps)                                             over the G traces of one problem
+    loss     = mean over the sampled tokens of the step of -min(rho A, clip(rho) A) + beta KL,  rho = exp(logp - logp_old)
 
-Read `train` from top to bottom; it follows one step from problems to gradient.
+Letters: N problems, G traces of each, B = N * G traces of a step, K executor runs, T tokens, M sampled tokens, H hidden,
+V vocabulary.
 
-    python tracelift.py int      --preset tiny --run runs/tiny-math       # optional warm start; train --init .../int
-    python tracelift.py train    --preset tiny --run runs/tiny-math --mode tracelift --seed 0
-    python tracelift.py evaluate --preset tiny --run runs/tiny-math       # every planner of the run -> results.md
-    python tracelift.py inspect  --preset tiny --run runs/tiny-math       # one problem, its traces and their rewards
-    python tracelift.py plot     --run runs/tiny-math                     # curves.png, where there is matplotlib
+What differs from textbook GRPO: the sampler's temperature is the scorer's; all tokens of a step count the same, and their
+number is taken before micro-batches are cut; equal rewards give an advantage of exactly 0; there is no KL by default; with
+one update per rollout rho is 1, so clip and ratio have no effect. What differs from the paper is in the README.
 
-Letters: N problems, G traces per problem, B = N * G traces of a step, K executor runs, T tokens, M completion tokens,
-V vocabulary. Left out: several GPUs, vLLM, an asynchronous rollout.
+The walk, top-down: this file to the fence; data.py, section 1 (what each role reads); rm.py, the model; executor.py,
+sections 1 and 2 (decoding, the frozen executor); kernels/reference.py (advantage and loss).
+
+    python tracelift.py int      --run_dir runs/tiny-math                   # optional warm start; then train --init .../int
+    python tracelift.py train    --run_dir runs/tiny-math --mode tracelift --seed 0
+    python tracelift.py evaluate --run_dir runs/tiny-math                   # every planner of the run -> results.md
+    python tracelift.py inspect  --run_dir runs/tiny-math                   # one problem, its traces, their rewards, a trace's tokens
 """
 
 import copy
 import json
 import math
 import os
+import pickle
 import random
-import shutil
+import re
 import statistics
+import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Callable
 
 import torch
 from tqdm import tqdm
@@ -40,339 +47,666 @@ from tqdm import tqdm
 import data
 import executor
 import kernels
+import verify
 from data import Problem, UserError, knob
-from executor import Executor
+from executor import Completions, Executor, Run
 from rm import RubricRewardModel
 
-# ------------------------------------------------------------------------------------------------ reward
-
-MODES = ("tracelift", "tracelift-code", "exec_only", "rm_only", "uplift_only")
-RM_MODES = ("tracelift", "tracelift-code", "rm_only")
-UPLIFT_MODES = ("tracelift", "tracelift-code", "uplift_only")
+# ------------------------------------------------------------------------------------------------ 1. the reward
 
 
 @dataclass(frozen=True)
 class Reward:
-    """The parts of one trace's reward beside the scalar; None where the mode does not measure a part."""
-    e2e: float | None             # score of one executor run with the trace, drawn apart from the K uplift runs
-    rm: float | None              # reward model score, 0..1
-    with_trace: int | None        # successes of K runs with the trace
+    """The parts of one trace's reward beside the scalar; None where the mode does not measure a part. e2e is a run of
+    its own: what pays for success must not also decide whether the trace was worth it."""
+    e2e: float | None             # score of one executor run with the trace; success, or a program's partial score
+    rm: float | None              # the reward model's score of the trace, 0..1
+    with_trace: int | None        # successes of K more runs with the trace
     without_trace: int | None     # successes of K runs without a trace
     uplift: float | None          # (with_trace - without_trace) / K
-    total: float
+    total: float | None = None
+    repeats: int = 1              # K
 
 
-def combine(mode: str, *, e2e=None, rm=None, with_trace=None, without_trace=None, repeats: int = 1,
-            w_e: float = 0.5, w_r: float = 0.5) -> float:
-    """The scalar reward of one trace.
-
-    `tracelift`       w_e * e2e + w_r * rm * uplift
-    `tracelift-code`  clamp(e2e + 0.2 * rm * coeff, 0, 1), the public code's variant for programs. coeff: 1 with more
-                      successes with the trace than without, -1 with fewer; on a tie 0 when none of the K runs
-                      succeeded, 1 when all did, else 0.5 for one of three and the share for other counts. With
-                      e2e = 1 the clamp removes a positive bonus: among passing traces the reward model has no say.
-    `exec_only`       e2e                 `rm_only`  rm                `uplift_only`  w_e * e2e + w_r * uplift
+def product(r: Reward, w_e: float, w_r: float) -> float:
+    """The paper's reward: quality multiplies measured usefulness, so neither earns without the other. By default
+    w_e = w_r = 0.5: e2e 1, rm 0.9, 3 of 3 runs right with the trace and 1 of 3 without give 0.5 + 0.5 * 0.9 * 2/3 = 0.8.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r}: choose one of {', '.join(MODES)}")
-    if mode == "exec_only":
-        return e2e
-    if mode == "rm_only":
-        return rm
-    if mode == "tracelift-code":
-        if with_trace != without_trace:
-            coeff = 1.0 if with_trace > without_trace else -1.0
-        else:
-            coeff = 0.5 if (with_trace, repeats) == (1, 3) else with_trace / repeats
-        return min(1.0, max(0.0, e2e + 0.2 * rm * coeff))
-    uplift = (with_trace - without_trace) / repeats
-    if mode == "uplift_only":
-        return w_e * e2e + w_r * uplift
-    return w_e * e2e + w_r * rm * uplift
+    return w_e * r.e2e + w_r * r.rm * r.uplift
 
 
-def measure(settings, frozen: Executor, rm, problems: list[Problem], traces: list[str]) -> tuple[list[Reward], list]:
-    """Rewards of the traces (problems[i] belongs to traces[i]), and the executor runs behind them. Only the parts
-    that the mode needs are measured. Failures of executor, sandbox or reward model are raised, never scored."""
-    mode, K, n = settings.mode, settings.repeats, len(traces)
-    uses_rm, uses_uplift = mode in RM_MODES, mode in UPLIFT_MODES
-    scores = rm.score([data.rm_text(p, t) for p, t in zip(problems, traces)])[0].tolist() if uses_rm else [None] * n
-    runs = [[] for _ in traces] if mode == "rm_only" else frozen.run(problems, traces, 1 + K if uses_uplift else 1)
-    baseline = frozen.baseline(problems, K) if uses_uplift else [None] * n
-    rewards = []
-    for i in range(n):
-        e2e = runs[i][0].score if runs[i] else None               # the first run is e2e, the other K are the uplift's
-        with_trace = sum(run.ok for run in runs[i][1:]) if uses_uplift else None
-        uplift = (with_trace - baseline[i]) / K if uses_uplift else None
-        total = combine(mode, e2e=e2e, rm=scores[i], with_trace=with_trace, without_trace=baseline[i], repeats=K,
-                        w_e=settings.w_e, w_r=settings.w_r)
-        rewards.append(Reward(e2e, scores[i], with_trace, baseline[i], uplift, total))
-    return rewards, runs
+def product_for_code(r: Reward, w_e: float, w_r: float) -> float:
+    """The public code's variant for programs: clamp(e2e + 0.2 * rm * coeff, 0, 1). coeff: 1 with more successes with
+    the trace than without, -1 with fewer; on a tie the share of runs that succeeded, but 0.5 for one of three (theirs
+    too). With e2e = 1 the clamp removes a positive bonus: among passing traces the reward model has no say."""
+    if r.with_trace > r.without_trace:
+        coeff = 1.0
+    elif r.with_trace < r.without_trace:
+        coeff = -1.0
+    elif (r.with_trace, r.repeats) == (1, 3):
+        coeff = 0.5
+    else:
+        coeff = r.with_trace / r.repeats
+    return min(1.0, max(0.0, r.e2e + 0.2 * r.rm * coeff))
 
 
-# ------------------------------------------------------------------------------------------------ settings
+def success_alone(r: Reward, w_e: float, w_r: float) -> float:
+    """What the product is compared with: success, whatever the trace is like."""
+    return r.e2e
+
+
+def quality_alone(r: Reward, w_e: float, w_r: float) -> float:
+    """The reward model's score, whatever the executor makes of the trace."""
+    return r.rm
+
+
+def success_and_uplift(r: Reward, w_e: float, w_r: float) -> float:
+    """The product without its quality."""
+    return w_e * r.e2e + w_r * r.uplift
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A reward function and what has to be measured for it. A new mode is one function and one line below, which is
+    all that the flags, the training and run.sh know of modes."""
+    total: Callable[[Reward, float, float], float]
+    needs: tuple[str, ...]        # of "runs" (executor runs with the trace), "uplift" (K more, and K without), "rm"
+    weighted: bool = False        # w_e and w_r have an effect
+
+
+REWARDS = {"tracelift": Mode(product, needs=("runs", "uplift", "rm"), weighted=True),
+           "tracelift-code": Mode(product_for_code, needs=("runs", "uplift", "rm")),
+           "exec_only": Mode(success_alone, needs=("runs",)),
+           "rm_only": Mode(quality_alone, needs=("rm",)),
+           "uplift_only": Mode(success_and_uplift, needs=("runs", "uplift"), weighted=True)}
+
+# ------------------------------------------------------------------------------------------------ 2. settings
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What the commands share."""
-    run: str = knob("runs/tiny-math", "run folder; holds groups/, base.json and rm/")
-    preset: str = knob("tiny", "named defaults, those that the run was begun with")
-    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
-    seed: int = knob(0, "of all sampling, and of every order")
+    """What `train` and `int` share."""
+    run_dir: str = knob("runs/tiny-math", "run folder; holds groups/, base/ and rm/", affects_result=False)
+    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one", affects_result=False)
+    seed: int = knob(0, "of all sampling, and of every order", low=0)
+    max_trace_tokens: int = knob(80, "longest planner completion; a cut one is used as far as it goes", low=1)
     executor_temperature: float = knob(0.7, "of the executor", low=0)
-    max_trace_tokens: int = knob(80, "longest planner completion; a cut one counts as unclosed", low=1)
     max_answer_tokens: int = knob(64, "longest executor output", low=1)
-    max_cache_tokens: int = knob(executor.CACHE, "tokens of keys and values in one decoding batch", low=1)
+    max_cache_gib: float = knob(executor.CACHE_GIB, "keys and values of one decoding batch, GiB", above=0,
+                                affects_result=False)
 
 
 @dataclass(frozen=True)
 class TrainSettings(Settings):
     """Settings of `python tracelift.py train`."""
-    mode: str = knob("tracelift", "reward: " + ", ".join(MODES), choices=MODES)
-    name: str = knob("", "the planner is saved as planner-NAME-seedSEED; empty: the mode, with -after-InT for --init "
-                     "RUN/int")
+    # what
+    mode: str = knob("tracelift", "reward: " + ", ".join(REWARDS), choices=tuple(REWARDS))
+    name: str = knob("", "the planner is saved as planner-NAME-seedSEED; empty: the mode")
     init: str = knob("", "model that the planner starts from; empty: the run's base model")
-    steps: int = knob(80, "rollouts, each followed by inner_epochs updates", low=1)
+    # sampling
+    steps: int = knob(80, "rollouts, each followed by inner_epochs updates; may grow later", low=1,
+                      affects_result=False)
     problems_per_step: int = knob(12, "N", low=1)
     group_size: int = knob(8, "G, traces per problem; the advantage compares them", low=2)
+    temperature: float = knob(1.0, "of the planner, in sampling and in scoring", above=0)
+    truncated: str = knob("use", "traces cut at the limit; use: as far as they go; mask: their tokens are not learned",
+                          choices=("use", "mask"))
+    max_problems: int = knob(0, "train on this many problems only; 0: all", low=0)
+    # reward
     repeats: int = knob(3, "K, executor runs behind each success rate; the paper's 3", low=1)
     w_e: float = knob(0.5, "weight of end-to-end success", low=0)
     w_r: float = knob(0.5, "weight of rm * uplift", low=0)
     exec_score: str = knob("binary", "score of a program", choices=("binary", "pass_rate", "coderl", "hybrid"))
-    learning_rate: float = knob(3e-4, "AdamW, constant after warm-up; for the tiny model", above=0)
-    warmup: int = knob(5, "steps of linear warm-up", low=0)
-    clip_low: float = knob(0.2, "PPO clip below 1; matters only with inner_epochs > 1", low=0)
-    clip_high: float = knob(0.2, "PPO clip above 1", low=0)
-    beta: float = knob(0.0, "weight of the KL to the starting planner; 0 keeps no reference policy in memory", low=0)
+    # loss
     scale: str = knob("std", "std: divide advantages by the group's spread; none: do not (Dr. GRPO)",
                       choices=("std", "none"))
     weights: str = knob("dapo", "of tokens; dapo: mean over the step's tokens", choices=("dapo", "grpo", "dr_grpo"))
+    clip_low: float = knob(0.2, "PPO clip below 1; without effect unless inner_epochs > 1", low=0)
+    clip_high: float = knob(0.2, "PPO clip above 1", low=0)
+    beta: float = knob(0.0, "weight of the KL to the starting planner; 0 keeps no reference policy in memory", low=0)
+    # optimizer
     inner_epochs: int = knob(1, "updates per rollout", low=1)
-    micro_batch: int = knob(96, "sequences per forward and backward; the gradient does not depend on it", low=1)
+    learning_rate: float = knob(3e-4, "AdamW, constant after warm-up; for the tiny model", above=0)
+    warmup: int = knob(5, "steps of linear warm-up", low=0)
     grad_clip: float = knob(1.0, "largest gradient norm", above=0)
+    # memory
+    micro_batch: int = knob(96, "sequences per forward and backward; the gradient does not depend on it", low=1,
+                            affects_result=False)
+    checkpointing: int = knob(0, "1: recompute activations in the backward pass", choices=(0, 1), affects_result=False)
     lora_rank: int = knob(0, "0: train all weights of a copy of the base; else an adapter of this rank on the one base "
                              "model that is executor and reference too", low=0)
     lora_alpha: float = knob(32.0, "the adapter's part is scaled by alpha / rank", above=0)
-    checkpointing: int = knob(0, "1: recompute activations in the backward pass, for memory", choices=(0, 1))
-    temperature: float = knob(1.0, "of the planner, in sampling and in scoring", above=0)
-    max_problems: int = knob(0, "train on this many problems only; 0: all", low=0)
-    save_every: int = knob(20, "steps between checkpoints; a stopped run continues from the last one", low=1)
+    # run
+    save_every: int = knob(20, "steps between checkpoints; a stopped run continues from the last one", low=1,
+                           affects_result=False)
+    eval_every: int = knob(0, "steps between greedy evaluations on eval_problems held-out problems; 0: none", low=0,
+                           affects_result=False)
+    eval_problems: int = knob(50, "held-out problems of these", low=1, affects_result=False)
 
 
-@dataclass(frozen=True)
-class EvalSettings(Settings):
-    """Settings of `python tracelift.py evaluate` and `inspect`; `plot` takes --run."""
-    problems: int = knob(300, "held-out problems per row", low=1)
-    traces: int = knob(3, "inspect: traces to show", low=2)
-    planner: str = knob("", "inspect: folder name of the planner in the run; empty: the base model")
+# ------------------------------------------------------------------------------------------------ 3. rollout
 
-
-TRAIN_PRESETS = {
-    "tiny": {},
-    "smoke": {"steps": 2, "problems_per_step": 2, "group_size": 4},
-    "gsm8k": {"steps": 100, "problems_per_step": 8, "group_size": 8, "learning_rate": 1e-6, "micro_batch": 8,
-              "max_trace_tokens": 256, "max_answer_tokens": 256, "warmup": 10, "checkpointing": 1}}
-EVAL_PRESETS = {"tiny": {}, "smoke": {"problems": 16},
-                "gsm8k": {"problems": 200, "max_trace_tokens": 256, "max_answer_tokens": 256}}
-TRAIN_PRESETS["code"] = {**TRAIN_PRESETS["gsm8k"], "max_answer_tokens": 384}
-EVAL_PRESETS["code"] = {**EVAL_PRESETS["gsm8k"], "problems": 80, "max_answer_tokens": 384}
-
-
-# ------------------------------------------------------------------------------------------------ rollout and loss
 
 @dataclass
-class Rollout:
-    """B = N * G sampled traces in problem-major order, and their tokens as the loss wants them."""
+class Part:
+    """One micro-batch: b neighbouring sequences of a batch and their m scored tokens. Names as in Batch."""
+    rows: slice                   # which of the B
+    tokens: slice                 # which of the M
+    ids: torch.Tensor             # (b, T)
+    at: torch.Tensor              # (m,) into ids.flatten()
+    target: torch.Tensor          # (m,)
+    sequence: torch.Tensor        # (m,) numbers among the B, since a micro-batch may cut through a group
+
+
+@dataclass
+class Batch:
+    """B = N * G sampled traces in problem-major order, and their M tokens as the loss wants them.
+
+        ids      p0 p1 p2 t0 t1 E  .        p prompt, t sampled, E end of sequence, . padding
+        scored    -  -  x  x  x -  -        the logits at x predict ...
+        target   p1 p2 t0 t1 E  .  -        ... this token
+
+    What is scored follows from the lengths sampled, never from ids: the padding may be a real token, E for one. It
+    stands behind all that is scored, where causal attention does not look. E is in the loss, so that stopping is
+    learned; so is what was sampled after </reasoning>, though no one reads it. A completion that was cut at the limit
+    has no E; its tokens are in the loss like all others, unless --truncated mask leaves them out."""
     problems: list[Problem]       # (B) each problem G times
-    completions: executor.Completions
-    traces: list[str]
-    unclosed: int                 # completions without </reasoning>; used as far as they go
+    traces: list[str]             # (B) what the executor and the reward model read
+    closed: list[bool]            # (B) the completion has a </reasoning>; without one the trace is all of it
+    truncated: list[bool]         # (B) cut at the limit: no E
+    completions: Completions      # tokens, and their log-probs when they were sampled
     ids: torch.Tensor             # (B, T) prompt + completion, padded on the right
-    scored: torch.Tensor          # (B, T) bool: the position whose logits predict a sampled token. Taken from the
-    target: torch.Tensor          # (B, T) int64: that token                lengths sampled, not guessed from ids
+    scored: torch.Tensor          # (B, T) bool, on the CPU
+    at: torch.Tensor              # (M,) int64, the scored places of ids.flatten()
+    target: torch.Tensor          # (M,) int64
+    sequence: torch.Tensor        # (M,) int64, the b of each token
+    sampled: torch.Tensor         # (M,) log-probs of the targets when they were sampled
+
+    def parts(self, micro_batch: int):
+        """Pieces of at most `micro_batch` sequences, by slices: on CUDA a mask would make the host wait."""
+        B, T = self.ids.shape
+        first = [0, *self.scored.sum(dim=1).cumsum(dim=0).tolist()]       # sequence b has tokens first[b]:first[b + 1]
+        for begin in range(0, B, micro_batch):
+            end = min(begin + micro_batch, B)
+            tokens = slice(first[begin], first[end])
+            yield Part(slice(begin, end), tokens, self.ids[begin:end], self.at[tokens] - begin * T,
+                       self.target[tokens], self.sequence[tokens])
 
 
-def rollout(planner, tokenizer, problems: list[Problem], settings, generator) -> Rollout:
-    """Samples group_size traces for each of N problems."""
-    prompts = [data.encode_prompt(tokenizer, data.planner_prompt(p)) for p in problems]
-    c, texts = complete(planner, tokenizer, prompts, settings.group_size, settings.temperature, settings, generator)
-    prompt_of, device = [prompt for prompt in prompts for _ in range(settings.group_size)], planner.device
-    ids = executor.pad([p + t for p, t in zip(prompt_of, c.tokens)], executor.pad_id(tokenizer), device)
-    target = ids.roll(-1, dims=1)                                        # position t predicts token t + 1
-    start = torch.tensor([len(p) - 1 for p in prompt_of], device=device)[:, None]
-    length = torch.tensor([len(t) for t in c.tokens], device=device)[:, None]
-    position = torch.arange(ids.shape[1], device=device)[None]
-    scored = (position >= start) & (position < start + length)
-    return Rollout([p for p in problems for _ in range(settings.group_size)], c,
-                   [data.extract_reasoning(t) for t in texts], sum(data.CLOSE not in t for t in texts),
-                   ids, scored, target)
+def rollout(planner, tokenizer, problems: list[Problem], group_size: int, temperature: float, max_trace_tokens: int,
+            when: str, max_cache_tokens: int = 65536, learn_truncated: bool = True) -> Batch:
+    """`group_size` traces for each of N problems. `when` names the random numbers: what is drawn for a problem is a
+    function of `when`, the problem and the sample's number, not of the batch around it."""
+    prompts = [data.encode_prompt(tokenizer, data.planner_prompt(problem)) for problem in problems]
+    names = sample_names(problems, group_size, when)
+    completions, texts = complete(planner, tokenizer, prompts, group_size, temperature, max_trace_tokens, names,
+                                  max_cache_tokens)
+    ends = executor.eos_ids(planner, tokenizer)
+    truncated = [tokens[-1] not in ends for tokens in completions.tokens]
+
+    prompt_of = [prompt for prompt in prompts for _ in range(group_size)]                      # of each of the B
+    rows = [prompt + tokens for prompt, tokens in zip(prompt_of, completions.tokens)]
+    ids = executor.pad(rows, executor.pad_id(tokenizer), "cpu")                                # (B, T)
+    scored = torch.zeros(ids.shape, dtype=torch.bool)
+    sampled = []
+    for b, prompt in enumerate(prompt_of):
+        if learn_truncated or not truncated[b]:
+            scored[b, len(prompt) - 1:len(rows[b]) - 1] = True            # the last prompt token predicts the first
+            sampled += completions.logprobs[b]
+    at = scored.flatten().nonzero().squeeze(1)                                                 # (M,), see the picture
+    target = ids.flatten()[at + 1]
+    sequence = at // ids.shape[1]
+    device = planner.device
+    return Batch([problem for problem in problems for _ in range(group_size)],
+                 [data.extract_reasoning(text) for text in texts], [data.CLOSE in text for text in texts], truncated,
+                 completions, ids.to(device), scored, at.to(device), target.to(device), sequence.to(device),
+                 torch.tensor(sampled, device=device))
 
 
-def complete(model, tokenizer, prompts: list[list[int]], num_samples: int, temperature: float, settings,
-             generator) -> tuple[executor.Completions, list[str]]:
+def complete(planner, tokenizer, prompts: list[list[int]], num_samples: int, temperature: float, max_tokens: int,
+             names: list[str], max_cache_tokens: int) -> tuple[Completions, list[str]]:
     """Completions by the planner, also as text, in prompt-major order."""
-    with autocast(model.device):                                         # as in scoring: the sampler is the scorer
-        c = executor.generate(model, prompts, num_samples=num_samples, max_new_tokens=settings.max_trace_tokens,
-                              temperature=temperature, eos_id=tokenizer.eos_token_id, generator=generator,
-                              max_cache_tokens=settings.max_cache_tokens)
-    return c, tokenizer.batch_decode(c.tokens, skip_special_tokens=True)
+    with executor.autocast(planner):                                      # as in scoring: the sampler is the scorer
+        completions = executor.generate(planner, prompts, num_samples=num_samples, max_new_tokens=max_tokens,
+                                        temperature=temperature, eos_id=executor.eos_ids(planner, tokenizer),
+                                        draws=executor.draws(names, max_tokens), max_cache_tokens=max_cache_tokens)
+    return completions, executor.decode_text(tokenizer, completions.tokens)
 
 
-@torch.no_grad()
-def completion_logp(model, batch: Rollout, settings) -> torch.Tensor:
-    """Log-probs (M,) of the sampled tokens under a model, at the sampling temperature."""
-    parts = []
-    for rows in torch.arange(len(batch.ids)).split(settings.micro_batch):
-        with autocast(batch.ids.device):
-            logits = executor.token_logits(model, batch.ids[rows], batch.scored[rows])
-        parts.append(kernels.token_logp(logits, batch.target[rows][batch.scored[rows]], settings.temperature)[0])
-    return torch.cat(parts)
+# ------------------------------------------------------------------------------------------------ 4. measuring the reward
 
 
-def autocast(device: torch.device):
-    """bfloat16 matrix products on CUDA over float32 weights, so that small updates are not rounded away."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def measure_rewards(problems: list[Problem], traces: list[str], frozen: Executor, rm: RubricRewardModel | None,
+                    mode: str, repeats: int, w_e: float, w_r: float,
+                    when: str = "") -> tuple[list[Reward], list[list[Run]]]:
+    """Rewards of B traces (problems[i] belongs to traces[i]) and the executor runs behind them: run 0 is e2e, the other
+    K are the uplift's.
+
+    A step costs N * G prompts with a trace, of 1 + K outputs each, and one prompt without for each of its problems that
+    has none yet, of K outputs: the executor is frozen, so once is enough for the whole training. N = 10, G = 4, K = 2:
+    50 prompts and 140 outputs at first, 40 and 120 when the problems come again.
+
+    What could not be measured is no reward: a sandbox that cannot start (SandboxError), a reward model that is not
+    finite, an executor that fails end the training, with its last checkpoint. A program that kills its helper is tried
+    on a new one, and has then failed."""
+    needs = REWARDS[mode].needs
+    scores: list = [None] * len(traces)
+    without: list = [None] * len(traces)
+    runs: list = [[] for _ in traces]
+    if "rm" in needs:                                     # it reads problem and trace, never what the executor wrote
+        texts = [data.rm_text(problem, trace) for problem, trace in zip(problems, traces)]
+        scores = rm.score(texts)[0].tolist()
+    if "uplift" in needs:
+        runs, without = frozen.run_with_baseline(problems, traces, repeats, when)
+    elif "runs" in needs:
+        runs = frozen.run(problems, traces, 1, when)
+    rewards = []
+    for own, score, baseline in zip(runs, scores, without):
+        e2e = own[0].score if own else None
+        with_trace, uplift = None, None
+        if baseline is not None:                          # uplift counts successes also where e2e is a partial score
+            with_trace = sum(run.ok for run in own[1:])
+            uplift = (with_trace - baseline) / repeats
+        parts = Reward(e2e, score, with_trace, baseline, uplift, repeats=repeats)
+        rewards.append(replace(parts, total=REWARDS[mode].total(parts, w_e, w_r)))
+    return rewards, runs
 
 
-def policy_gradient(planner, batch: Rollout, reward: torch.Tensor, settings, old_logp=None, ref_logp=None) -> dict:
-    """Adds the gradient of one update to planner's .grad and returns loss, entropy, KL and clip share of all tokens
-    (None where not measured). reward (B,); old_logp and ref_logp (M,) or None (on-policy; no KL). Without KL, a
-    micro-batch whose advantages are all 0 has no backward pass; where no group has spread, .grad stays None and the
-    optimizer leaves the planner as it is."""
-    token_weight = kernels.token_weights(batch.scored, settings.weights, max_len=settings.max_trace_tokens)   # (B, T)
-    totals = {"loss": 0.0, "entropy": 0.0, "kl": None if ref_logp is None else 0.0,
-              "clip_share": None if old_logp is None else 0.0}
-    moves = kernels.group_advantage(reward, settings.group_size) != 0                          # (B,)
-    M, at = int(batch.scored.sum()), 0
-    for rows in torch.arange(len(batch.ids)).split(settings.micro_batch):
-        chosen = batch.scored[rows]                                                            # (b, T)
-        learns = settings.beta > 0 or bool(moves[rows].any())            # else the gradient is 0: only measure
+# ------------------------------------------------------------------------------------------------ 5. training
+
+
+def train(s: TrainSettings) -> Path:
+    """Trains one planner with GRPO and returns its folder: model, tokenizer, metrics.jsonl, samples.jsonl.
+
+    `run` (TrainingRun, behind the fence) holds the roles planner, executor and rm, the problems, and what lies on disk:
+    steps() are those that are left, log() writes metrics and checkpoints."""
+    with training_run(s) as run:
+        for step in run.steps():
+            # 1. Rollout: the planner writes G traces for each of N problems.
+            run.phase("rollout")
+            problems = problems_of_step(run.problems, step, s.problems_per_step, s.seed)
+            batch = rollout(run.planner, run.tokenizer, problems, s.group_size, s.temperature, s.max_trace_tokens,
+                            when=f"{s.seed} {step}", max_cache_tokens=run.max_cache_tokens,
+                            learn_truncated=s.truncated == "use")
+
+            # 2. Reward: the executor tries every trace (1 + K runs) and, once in the whole training, the problem alone
+            #    (K runs); the verifier judges what it wrote; the reward model reads problem and trace.
+            run.phase("reward")
+            with run.base_model():                                        # LoRA: the adapter is off
+                rewards, runs = measure_rewards(batch.problems, batch.traces, run.executor, run.rm, s.mode, s.repeats,
+                                                s.w_e, s.w_r, when=str(step))          # the executor has its own seed
+            reward = torch.tensor([r.total for r in rewards])                                  # (B,)
+
+            # 3. Advantage: better or worse than the other traces of the same problem? All equal: exactly 0.
+            advantage = kernels.group_advantage(reward, s.group_size, scale=s.scale == "std")  # (B,)
+
+            # 4. Update: raise the log-probs of sampled tokens where A > 0, lower them where A < 0.
+            run.phase("update")
+            old, ref = run.old_and_reference_logp(batch)                  # None: on-policy (rho is 1); no KL
+            updates = []
+            for _ in range(s.inner_epochs):
+                health = accumulate_gradient(run.planner, batch, reward, advantage, old, ref, s.group_size,
+                                             s.micro_batch, s.weights, s.max_trace_tokens, **run.loss_settings)
+                health["grad_norm"] = run.update_weights(step)
+                updates.append(health)
+
+            # 5. Write it down.
+            run.log(step, batch, rewards, runs, updates)
+    return planner_folder(s)
+
+
+def problems_of_step(problems: list[Problem], step: int, problems_per_step: int, seed: int) -> list[Problem]:
+    """The N problems of a step: epochs of a seeded shuffle, a function of the step alone, so that a resumed run and
+    runs of other modes see the same problems."""
+    chosen = []
+    for i in range(step * problems_per_step, (step + 1) * problems_per_step):
+        epoch, place = divmod(i, len(problems))
+        if not chosen or place == 0:
+            shuffled = random.Random(f"{seed} {epoch}").sample(problems, len(problems))
+        chosen.append(shuffled[place])
+    return chosen
+
+
+def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: torch.Tensor,
+                        old: torch.Tensor | None, ref: torch.Tensor | None, group_size: int, micro_batch: int,
+                        weights: str, max_len: int, *, temperature: float, clip_low: float, clip_high: float,
+                        beta: float, scale: bool) -> dict:
+    """Adds the gradient of one update to planner's .grad. Returns means over the M tokens: loss (their weighted sum),
+    entropy of the next-token distribution, sampler_gap, and None where not measured: kl, the estimate of KL(planner ||
+    reference), and clip_share, of tokens where the clip stops the gradient. reward, advantage (B,); old, ref: log-probs
+    (M,) or None.
+
+    Log-probs are scored at the temperature of sampling. sampler_gap, the mean absolute difference between them and
+    those of the sampler, is where a mismatch of the two would show.
+
+    The loss takes all B rewards, not advantages: each token works out its own group from them, so a micro-batch may cut
+    through a group. The advantages here only tell which micro-batches have no gradient, and so no backward pass: those
+    where all are 0, without KL. Where no group has spread, .grad stays None, and the optimizer, with its momentum, leaves
+    the planner as it is."""
+    M = max(1, len(batch.target))
+    device = batch.ids.device
+    weight = kernels.token_weights(batch.scored, weights, max_len)[batch.scored].to(device)    # (M,), of the whole step
+    reward = reward.to(device)
+    health = {"loss": 0.0, "entropy": 0.0, "sampler_gap": 0.0, "kl": None if ref is None else 0.0,
+              "clip_share": None if old is None else 0.0}
+    planner.train(planner.is_gradient_checkpointing)                      # it works in training mode only
+    for part in batch.parts(micro_batch):
+        learns = len(part.target) > 0 and (beta > 0 or bool(advantage[part.rows].any()))
+        own_old = None if old is None else old[part.tokens]
+        own_ref = None if ref is None else ref[part.tokens]
         with torch.set_grad_enabled(learns):
-            with autocast(batch.ids.device):
-                hidden = executor.token_hidden(planner, batch.ids[rows], chosen)               # (m, H)
-            m = slice(at, at + len(hidden))
-            at += len(hidden)
-            old, ref = (None if x is None else x[m] for x in (old_logp, ref_logp))
-            loss, logp, entropy, advantage = head_loss(
-                planner, hidden, batch.target[rows][chosen], reward,
-                rows.to(reward.device)[:, None].expand_as(chosen)[chosen], token_weight[rows][chosen],
-                settings.group_size, old, ref, temperature=settings.temperature, clip_low=settings.clip_low,
-                clip_high=settings.clip_high, beta=settings.beta, scale=settings.scale == "std")
+            loss, logp, entropy, A = loss_of_part(
+                planner, part, reward, weight[part.tokens], group_size, own_old, own_ref,
+                temperature=temperature, clip_low=clip_low, clip_high=clip_high, beta=beta, scale=scale)
         if learns:
             loss.backward()
-        totals["loss"] += loss.item()
-        totals["entropy"] += entropy.sum().item() / M
+        health["loss"] += loss.item()
+        health["entropy"] += entropy.sum().item() / M
+        health["sampler_gap"] += (logp - batch.sampled[part.tokens]).abs().sum().item() / M
+        rho = torch.ones_like(logp) if old is None else (logp - own_old).exp()
         if ref is not None:
-            totals["kl"] += (torch.expm1(ref - logp) - (ref - logp)).sum().item() / M
+            gap = own_ref - logp
+            health["kl"] += (rho * (torch.expm1(gap) - gap)).sum().item() / M
         if old is not None:
-            ratio = (logp - old).exp()
-            cut = (ratio < 1 - settings.clip_low) & (advantage < 0) | (ratio > 1 + settings.clip_high) & (advantage > 0)
-            totals["clip_share"] += cut.sum().item() / M
-    return totals
+            cut = (rho < 1 - clip_low) & (A < 0) | (rho > 1 + clip_high) & (A > 0)
+            health["clip_share"] += cut.sum().item() / M
+    planner.eval()
+    return health
 
 
-def head_loss(planner, hidden, *rows, **settings):
-    """kernels.grpo_loss of the planner's head on hidden (m, H). Where the fused kernel runs and the head is a plain
-    matrix, the (m, V) logits are never held whole."""
-    head = planner.get_output_embeddings()
-    if kernels.backend(hidden.device) == "triton" and type(head) is torch.nn.Linear and head.bias is None:
-        work = torch.bfloat16 if hidden.is_cuda else hidden.dtype        # the head's product as autocast would do it
-        return kernels.linear_grpo_loss(hidden.to(work), head.weight.to(work), *rows, **settings)
-    with autocast(hidden.device):
-        logits = head(hidden)
-    return kernels.grpo_loss(logits, *rows, inplace=True, **settings)
+# =====================================================================================================================
+# You have read the method. What follows runs it on disk, measures it and warm-starts it; each part can be read alone.
+# =====================================================================================================================
+
+# ------------------------------------------------------------------------------------------------ 6. a training run on disk
 
 
-# ------------------------------------------------------------------------------------------------ training
+def planner_folder(s: TrainSettings) -> Path:
+    """RUN_DIR/planner-NAME-seedSEED; NAME is the mode, with -after-InT for a planner that starts from RUN_DIR/int."""
+    run_dir = Path(s.run_dir)
+    after = "-after-InT" if s.init and Path(s.init).resolve() == (run_dir / "int").resolve() else ""
+    return run_dir / f"planner-{s.name or s.mode + after}-seed{s.seed}"
 
-def train(settings: TrainSettings) -> Path:
-    """Trains one planner with GRPO and returns its folder: model, tokenizer, metrics.jsonl, samples.jsonl."""
-    data.check_settings(settings)
-    if "/" in settings.name:
-        raise UserError(f"--name {settings.name!r}: must be a plain name")
-    used = {"w_e": settings.mode in ("tracelift", "uplift_only"), "w_r": settings.mode in ("tracelift", "uplift_only"),
-            "lora_alpha": settings.lora_rank > 0}
-    for flag, value in used.items():
-        if not value and getattr(settings, flag) != getattr(TrainSettings, flag):
-            why = "without --lora_rank" if flag == "lora_alpha" else f"with --mode {settings.mode}"
-            raise UserError(f"--{flag} has no meaning {why}; leave it out")
-    run = Path(settings.run)
-    after = "-after-InT" if settings.init and Path(settings.init).resolve() == (run / "int").resolve() else ""
-    name = f"planner-{settings.name or settings.mode + after}-seed{settings.seed}"
-    out, work = run / name, run / f"{name}.partial"
-    if not data.begin_stage(run, name, settings, out, work / "checkpoint.pt"):
-        return out
-    device = executor.pick_device(settings.device)
-    problems = data.read_problems(run / "groups" / "train.jsonl")[:settings.max_problems or None]
-    base = executor.base_of(run)
-    if settings.init and (settings.lora_rank or (Path(settings.init) / "adapter").exists()):
+
+def check_train(s: TrainSettings) -> None:
+    """UserError for settings that do not go together, or have no effect: whoever sets them expects one."""
+    data.check_settings(s)
+    if "/" in s.name:
+        raise UserError(f"--name {s.name!r}: must be a plain name")
+    if s.warmup > s.steps:
+        raise UserError(f"--warmup {s.warmup} is longer than the training, --steps {s.steps}; lower it")
+    if s.init and (s.lora_rank or (Path(s.init) / "adapter").exists()):
         raise UserError("--init does not go with LoRA: a new adapter sits on the base model, which the executor is "
                         "too, and the merged weights of an old one may be rounded to bfloat16")
-    planner, tokenizer = executor.load(settings.init or base, device, None if settings.lora_rank else torch.float32)
-    executor.check_head(planner)
-    shared = settings.lora_rank > 0                                      # one model, three roles
-    reference = planner if shared or not settings.beta else executor.freeze(copy.deepcopy(planner))
-    sampling = torch.Generator(device).manual_seed(settings.seed)
-    frozen = Executor(*(planner, tokenizer) if shared else executor.load(base, device), generator=sampling,
-                      max_new_tokens=settings.max_answer_tokens, temperature=settings.executor_temperature,
-                      exec_score=settings.exec_score, max_cache_tokens=settings.max_cache_tokens)
-    lora = executor.Lora(planner, settings.lora_rank, settings.lora_alpha, seed=settings.seed) if shared else None
-    bare = lora.off if lora else nullcontext                             # inside it the planner is the base model again
-    if settings.checkpointing:
-        executor.without_dropout(planner)                                # it works in training mode only
-        planner.gradient_checkpointing_enable({"use_reentrant": False})
-    rm = RubricRewardModel.from_pretrained(run / "rm", device) if settings.mode in RM_MODES else None
-    optimizer = torch.optim.AdamW(trained(planner).values(), lr=settings.learning_rate, betas=(0.9, 0.95),
-                                  weight_decay=0.0)
-    state = {"step": 0, "seconds": 0.0, "planner_tokens": 0}
-    if (work / "checkpoint.pt").exists():
-        state = load_checkpoint(work, planner, optimizer, frozen, sampling)
-    else:                                                                # nothing to continue from: begin afresh
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        data.record_stage(settings.run, name, settings)
-    print(f"{name}: on {device}, loss by the {kernels.backend(device)} kernels")
-    bar = tqdm(range(state["step"], settings.steps), initial=state["step"], total=settings.steps, desc=name,
-               mininterval=5)
-    for step in bar:
-        clock, updates = Clock(), []
-        with clock("rollout"):                                           # 1. N problems, G traces each
-            planner.eval()
-            batch = rollout(planner, tokenizer, problems_at(problems, step, settings), settings, sampling)
-        with clock("reward"), bare():                                    # 2. execute, verify, score, combine
-            rewards, runs = measure(settings, frozen, rm, batch.problems, batch.traces)
-            reward = torch.tensor([r.total for r in rewards], device=device)                   # (B,)
-        with clock("update"):                                            # 3. advantages and loss, inside kernels
-            old = completion_logp(planner, batch, settings) if settings.inner_epochs > 1 else None
-            with bare():
-                ref = completion_logp(reference, batch, settings) if settings.beta > 0 else None
-            planner.train(bool(settings.checkpointing))
-            for _ in range(settings.inner_epochs):
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup))
-                health = policy_gradient(planner, batch, reward, settings, old, ref)
-                norm = torch.nn.utils.clip_grad_norm_(planner.parameters(), settings.grad_clip)
-                if not math.isfinite(norm):
-                    raise FloatingPointError(f"step {step}: the gradient is not finite; lower --learning_rate")
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                updates.append({**health, "grad_norm": norm.item()})
-        state["step"], state["seconds"] = step + 1, state["seconds"] + clock.total()           # 4. write it down
+    mode = REWARDS[s.mode]
+    with_mode = f"with --mode {s.mode}"
+    without_effect = {"w_e": (not mode.weighted, with_mode), "w_r": (not mode.weighted, with_mode),
+                      "repeats": ("uplift" not in mode.needs, with_mode),
+                      "executor_temperature": ("runs" not in mode.needs, with_mode),
+                      "exec_score": ("runs" not in mode.needs, with_mode),
+                      "clip_low": (s.inner_epochs == 1, "with one update per rollout (--inner_epochs 1): rho is 1"),
+                      "clip_high": (s.inner_epochs == 1, "with one update per rollout (--inner_epochs 1): rho is 1"),
+                      "lora_alpha": (s.lora_rank == 0, "without --lora_rank")}
+    for flag, (idle, why) in without_effect.items():
+        if idle and getattr(s, flag) != getattr(TrainSettings, flag):
+            raise UserError(f"--{flag} has no effect {why}; leave it out")
+
+
+@contextmanager
+def training_run(s: TrainSettings):
+    """A training, begun or continued; without steps where its planner is there already. Saved when the block ends."""
+    check_train(s)
+    reopen(planner_folder(s), s.steps)
+    inputs = {"groups/train.jsonl": data.fingerprint(Path(s.run_dir) / "groups" / "train.jsonl")}
+    with data.stage_folder(planner_folder(s), s, inputs) as work:
+        run = TrainingRun(s, work)
+        try:
+            yield run
+        except KeyboardInterrupt:
+            print(f"stopped; {run.saved()}", file=sys.stderr)
+            raise
+        except (FloatingPointError, OSError) as error:
+            raise type(error)(f"{error}; {run.saved()}") from error
+        if work is not None:
+            run.save_planner()
+
+
+def reopen(out: Path, steps: int) -> None:
+    """Makes a finished training, whose last checkpoint is kept, an unfinished one where more steps are asked for."""
+    if not out.exists():
+        return
+    done = data.read_settings(out)["steps"]
+    if steps < done:
+        raise UserError(f"--steps {steps}: {out} was trained for {done} already; give another --name")
+    if steps > done:
+        (out / "results.json").unlink(missing_ok=True)
+        os.replace(out, out.with_name(out.name + ".partial"))
+
+
+class TrainingRun:
+    """The roles of one training (planner, executor, reference policy, reward model), its logs and its checkpoint."""
+
+    def __init__(self, s: TrainSettings, work: Path | None):
+        self.s, self.work = s, work
+        if work is None:
+            return
+        self.device = executor.pick_device(s.device)
+        try:
+            kernels.check(self.device)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(str(error)) from None
+        run_dir = Path(s.run_dir)
+        self.problems = data.read_problems(run_dir / "groups" / "train.jsonl")[:s.max_problems or None]
+        self.heldout = []
+        if s.eval_every:
+            self.heldout = data.read_problems(run_dir / "groups" / "heldout.jsonl")[:s.eval_problems]
+        if s.exec_score != "binary" and self.problems[0].task_type == "math":
+            raise UserError(f"--exec_score {s.exec_score} scores programs; the problems of {run_dir} are math")
+        self.load_roles(executor.base_of(run_dir))
+        self.rm = None
+        if "rm" in REWARDS[s.mode].needs:
+            self.rm = RubricRewardModel.from_pretrained(run_dir / "rm", self.device)
+        self.check_lengths()
+        self.optimizer = executor.adamw(trained(self.planner).values(), s.learning_rate, betas=(0.9, 0.95),
+                                        weight_decay=0.0)
+        self.loss_settings = {"temperature": s.temperature, "clip_low": s.clip_low, "clip_high": s.clip_high,
+                              "beta": s.beta, "scale": s.scale == "std"}
+        self.state = {"step": 0, "seconds": 0.0, "planner_tokens": 0}
+        if (work / "checkpoint.pt").exists():
+            self.load_checkpoint()
+        else:                                                             # nothing to continue from: begin afresh
+            for name in LOGS:
+                (work / name).write_text("")
+        self.running, self.seconds = "", {}
+        print(f"{work.stem}: on {self.device}, loss by the {kernels.backend(self.device)} kernels")
+
+    def load_roles(self, base: str) -> None:
+        """The planner, a copy of the base model or of --init; the frozen executor; with KL the reference policy. With
+        LoRA they are one model, which is the base model while the adapter is off."""
+        s = self.s
+        self.base, self.lora = base, None
+        if s.lora_rank:
+            self.planner, self.tokenizer = executor.load(base, self.device)
+            model, tokenizer = self.planner, self.tokenizer
+        else:
+            self.planner, self.tokenizer = executor.load(s.init or base, self.device, torch.float32)
+            model, tokenizer = executor.load(base, self.device)
+        executor.check_head(self.planner)
+        self.reference = self.planner
+        if s.beta and not s.lora_rank:
+            self.reference = executor.freeze(copy.deepcopy(self.planner))
+        self.executor = frozen_executor(model, tokenizer, s, s.exec_score)
+        if s.lora_rank:
+            self.lora = executor.Lora(self.planner, s.lora_rank, s.lora_alpha, seed=s.seed)
+            print(f"LoRA: the adapted layers hold {self.lora.share:.0%} of the model's weights")
+        self.max_cache_tokens = executor.cache_tokens(self.planner, s.max_cache_gib)
+        if s.checkpointing:
+            executor.without_dropout(self.planner)                        # it works in training mode only
+            executor.enable_checkpointing(self.planner)
+
+    def check_lengths(self) -> None:
+        """UserError, before anything is trained, for a problem that a role could not read to its end."""
+        s, problems = self.s, self.problems + self.heldout
+        readers = [(self.planner, self.tokenizer, data.planner_prompt, s.max_trace_tokens, "--max_trace_tokens")]
+        if "runs" in REWARDS[s.mode].needs:
+            readers.append((self.executor.model, self.executor.tokenizer, lambda p: data.executor_prompt(p, ""),
+                            s.max_trace_tokens + s.max_answer_tokens, "--max_trace_tokens or --max_answer_tokens"))
+        if self.rm:
+            readers.append((self.rm.model, self.rm.tokenizer, lambda p: data.rm_text(p, ""), s.max_trace_tokens,
+                            "--max_trace_tokens"))
+        for model, tokenizer, text_of, more, flag in readers:
+            context = executor.context_of(model)
+            for problem in problems:
+                length = len(data.encode_prompt(tokenizer, text_of(problem))) + more
+                if context and length > context:
+                    raise UserError(f"{problem.problem_id}: its prompt and {more} more tokens are {length}, the context "
+                                    f"of the model that reads it is {context}; lower {flag} or leave the problem out")
+
+    def base_model(self):
+        """Inside it, the planner of a LoRA training is the base model again."""
+        return self.lora.off() if self.lora else nullcontext()
+
+    def steps(self):
+        """The steps that are left, under a progress bar; sets the learning rate of each."""
+        if self.work is None:
+            return
+        begin, end = self.state["step"], self.s.steps
+        self.bar = tqdm(range(begin, end), initial=begin, total=end, desc=self.work.stem, mininterval=5)
+        for step in self.bar:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.s.learning_rate * min(1.0, (step + 1) / max(1, self.s.warmup))
+            self.seconds = {}
+            yield step
+
+    def phase(self, name: str) -> None:
+        """From here on the time counts for this phase."""
+        now = time.perf_counter()
+        if self.running:
+            self.seconds[f"seconds_{self.running}"] = now - self.since
+        self.running, self.since = name, now
+
+    def old_and_reference_logp(self, batch: Batch):
+        """Log-probs (M,) of the sampling policy, where more than one update makes it differ, and, for the KL, of the
+        reference policy; None where they are not needed."""
+        s, old, ref = self.s, None, None
+        if s.inner_epochs > 1:
+            old = completion_logp(self.planner, batch, s.temperature, s.micro_batch)
+        if s.beta > 0:
+            with self.base_model():
+                ref = completion_logp(self.reference, batch, s.temperature, s.micro_batch)
+        return old, ref
+
+    def update_weights(self, step: int) -> float:
+        """One step of the optimizer. Returns the gradient's norm before clipping. FloatingPointError when it is not
+        finite."""
+        norm = torch.nn.utils.clip_grad_norm_(self.planner.parameters(), self.s.grad_clip).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"step {step}: the gradient is not finite; the training diverged, begin again with "
+                                     "a lower --learning_rate")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def log(self, step: int, batch: Batch, rewards: list[Reward], runs: list, updates: list[dict]) -> None:
+        """One line of metrics, and about every save_every steps a group to read and a checkpoint."""
+        self.phase("")
+        s, state = self.s, self.state
+        state["step"] = step + 1
+        state["seconds"] += sum(self.seconds.values())
         state["planner_tokens"] += sum(map(len, batch.completions.tokens))
-        line = {"step": step, **summarize(rewards, runs, batch, settings),
-                **{key: mean(update[key] for update in updates) for key in updates[0]}, **frozen.spent,
-                **{key: state[key] for key in ("planner_tokens", "seconds")}, **clock.seconds}
-        append_jsonl(work / "metrics.jsonl", [line])
-        if step % settings.save_every == 0:
-            append_jsonl(work / "samples.jsonl", samples(step, rewards, batch, runs, settings))
-        if (step + 1) % settings.save_every == 0 and step + 1 < settings.steps:
-            save_checkpoint(work, planner, optimizer, frozen, sampling, state)
-        bar.set_postfix({k: f"{line[k]:.2f}" for k in ("reward", "success", "uplift") if line[k] is not None})
-    lora.save(work, base) if lora else planner.save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    os.replace(work, out)
-    (out / "checkpoint.pt").unlink(missing_ok=True)
-    return out
+        line = {"step": step, **summarize(rewards, runs, batch, s.group_size)}
+        line |= {key: mean(update[key] for update in updates) for key in updates[0]}
+        spent = sum(self.seconds.values())
+        line |= {"learning_rate": self.optimizer.param_groups[0]["lr"],
+                 "tokens_per_second": sum(map(len, batch.completions.tokens)) / spent, **self.executor.spent,
+                 "planner_tokens": state["planner_tokens"], "seconds": state["seconds"], **self.seconds}
+        last = step + 1 == s.steps
+        if s.eval_every and ((step + 1) % s.eval_every == 0 or last):
+            line["heldout_success"] = self.heldout_success()
+        append_jsonl(self.work / "metrics.jsonl", [line])
+        if step % s.save_every == 0:
+            append_jsonl(self.work / "samples.jsonl", samples(step, rewards, batch, runs, s.group_size))
+        if (step + 1) % s.save_every == 0 or last:
+            self.save_checkpoint()
+        shown = {key: line[key] for key in ("reward", "success", "uplift") if line[key] is not None}
+        self.bar.set_postfix({key: f"{value:.2f}" for key, value in shown.items()})
+
+    def heldout_success(self) -> float:
+        """Success on a few held-out problems, greedy in both roles; what that costs is not counted."""
+        s = self.s
+        batch = rollout(self.planner, self.tokenizer, self.heldout, 1, 0.0, s.max_trace_tokens, "eval",
+                        self.max_cache_tokens)
+        greedy = copy.copy(self.executor)                                 # not a new one, which would freeze an adapter
+        greedy.temperature, greedy.spent = 0.0, dict(greedy.spent)
+        with self.base_model():
+            return mean(greedy.success(self.heldout, batch.traces, 1))
+
+    def save_checkpoint(self) -> None:
+        """What training has changed, atomically: the weights that learn (with LoRA the adapter's), the optimizer's
+        state, the executor's baselines and costs, the number of the step, time and tokens spent, and how long the logs
+        are. Not in it: the frozen models, the settings, which lie in settings.json, and generators, since random
+        numbers are a function of seed, step, problem and sample."""
+        logs = {}
+        for name in LOGS:                                                 # on disk before the checkpoint counts on them
+            with open(self.work / name, "a") as f:
+                os.fsync(f.fileno())
+                logs[name] = os.path.getsize(self.work / name)
+        saved = {"planner": {name: p.detach() for name, p in trained(self.planner).items()},
+                 "optimizer": self.optimizer.state_dict(), "executor": self.executor.state(), "state": self.state,
+                 "logs": logs}
+        temporary = self.work / "checkpoint.tmp"
+        try:
+            with open(temporary, "wb") as f:
+                torch.save(saved, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, self.work / "checkpoint.pt")
+        except RuntimeError as error:                                     # torch's word for a full disk
+            raise OSError(f"{temporary}: cannot be written ({str(error).splitlines()[0]})") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(self) -> None:
+        """Restores a checkpoint and cuts the logs back to it. UserError for one that cannot be read or does not fit."""
+        path = self.work / "checkpoint.pt"
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.no_grad():
+                for name, parameter in trained(self.planner).items():
+                    parameter.copy_(saved["planner"][name])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.executor.load_state(saved["executor"])
+            self.state, logs = saved["state"], saved["logs"]
+        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError, OSError) as error:
+            raise UserError(f"{path}: cannot be read ({str(error).splitlines()[:1]}); delete it to begin again") from None
+        for name, size in logs.items():
+            have = os.path.getsize(self.work / name) if (self.work / name).exists() else 0
+            if have < size:
+                print(f"{self.work / name}: {size - have} bytes shorter than its checkpoint says; goes on without them",
+                      file=sys.stderr)
+                drop_half_line(self.work / name)
+            else:
+                os.truncate(self.work / name, size)
+
+    def saved(self) -> str:
+        """What a stop leaves, for a message."""
+        if self.work is None or not (self.work / "checkpoint.pt").exists():
+            return "nothing is saved yet; the same command begins again"
+        return f"{self.work}/checkpoint.pt holds the last saved step; the same command goes on from there"
+
+    def save_planner(self) -> None:
+        """Model and tokenizer as a Hugging Face folder; of a LoRA training merged, and its adapter."""
+        if self.lora:
+            self.lora.save(self.work, self.base)
+        else:
+            self.planner.save_pretrained(self.work)
+        self.tokenizer.save_pretrained(self.work)
+
+
+def frozen_executor(model, tokenizer, s: Settings, exec_score: str = "binary") -> Executor:
+    """The executor as the settings want it."""
+    return Executor(model, tokenizer, max_new_tokens=s.max_answer_tokens, temperature=s.executor_temperature,
+                    exec_score=exec_score, seed=s.seed, max_cache_gib=s.max_cache_gib)
 
 
 def trained(planner) -> dict[str, torch.nn.Parameter]:
@@ -380,29 +714,41 @@ def trained(planner) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in planner.named_parameters() if p.requires_grad}
 
 
-def problems_at(problems: list[Problem], step: int, settings) -> list[Problem]:
-    """The N problems of a step: epochs of a seeded shuffle, a function of the step alone, so that a resumed run and
-    runs of other modes see the same problems."""
-    first, last = step * settings.problems_per_step, (step + 1) * settings.problems_per_step
-    shuffled = {epoch: random.Random(f"{settings.seed} {epoch}").sample(problems, len(problems))
-                for epoch in range(first // len(problems), (last - 1) // len(problems) + 1)}
-    return [shuffled[i // len(problems)][i % len(problems)] for i in range(first, last)]
+def sample_names(problems: list[Problem], num_samples: int, when: str) -> list[str]:
+    """A name for the random numbers of each sample. A problem that comes again in a step counts on."""
+    seen, names = Counter(), []
+    for problem in problems:
+        for _ in range(num_samples):
+            names.append(f"trace {when} {problem.problem_id} {seen[problem.problem_id]}")
+            seen[problem.problem_id] += 1
+    return names
 
 
-class Clock:
-    """Seconds per phase: `with clock("rollout"): ...`"""
+@torch.no_grad()
+def completion_logp(model, batch: Batch, temperature: float, micro_batch: int) -> torch.Tensor:
+    """Log-probs (M,) of the scored tokens under a model, at the sampling temperature."""
+    found = []
+    for part in batch.parts(micro_batch):
+        with executor.autocast(model):
+            logits = executor.token_logits(model, part.ids, part.at)                           # (m, V)
+        found.append(kernels.token_logp(logits, part.target, temperature)[0])
+    return torch.cat(found)
 
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def __call__(self, phase: str):
-        begin = time.perf_counter()
-        yield
-        self.seconds[f"seconds_{phase}"] = time.perf_counter() - begin
-
-    def total(self) -> float:
-        return sum(self.seconds.values())
+def loss_of_part(planner, part: Part, reward, weight, group_size: int, old, ref, **settings):
+    """kernels.grpo_loss of the planner's logits (m, V) at the m tokens of a micro-batch. Where the fused kernel runs and
+    the head is a plain matrix, the logits are never held whole."""
+    rows = (part.target, reward, part.sequence, weight, group_size, old, ref)
+    head = planner.get_output_embeddings()
+    plain = getattr(planner, "plain_head", True) and type(head) is torch.nn.Linear and head.bias is None
+    if kernels.backend(part.ids.device) == "triton" and plain:
+        work = executor.work_dtype(planner)                               # the head's product as autocast would do it
+        with executor.autocast(planner):
+            hidden = executor.token_hidden(planner, part.ids, part.at)                         # (m, H)
+        return kernels.linear_grpo_loss(hidden.to(work), head.weight.to(work), *rows, **settings)
+    with executor.autocast(planner):
+        logits = executor.token_logits(planner, part.ids, part.at)
+    return kernels.grpo_loss(logits, *rows, inplace=True, **settings)
 
 
 def mean(values) -> float | None:
@@ -411,26 +757,46 @@ def mean(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def summarize(rewards: list[Reward], runs: list, batch: Rollout, settings) -> dict:
-    """Metrics of a step over its B traces; the README's glossary says what each means."""
-    G = settings.group_size
+def summarize(rewards: list[Reward], runs: list[list[Run]], batch: Batch, group_size: int) -> dict:
+    """Metrics of a step over its B traces; None where the mode or the data does not tell."""
     totals = [r.total for r in rewards]
-    groups = [totals[i:i + G] for i in range(0, len(totals), G)]
+    groups = [totals[i:i + group_size] for i in range(0, len(totals), group_size)]
+    baselines = [r.without_trace / r.repeats for r in rewards if r.without_trace is not None]
     checks = [c for c in map(data.check_trace, batch.problems, batch.traces) if c is not None]
-    return {"reward": mean(totals), "success": mean(r[0].ok if r else None for r in runs),
-            "e2e": mean(r.e2e for r in rewards), "uplift": mean(r.uplift for r in rewards),
-            "rm": mean(r.rm for r in rewards), "without_trace": mean(
-                None if r.without_trace is None else r.without_trace / settings.repeats for r in rewards),
-            "faithful": mean(c[0] for c in checks), "leak": mean(c[1] for c in checks),
-            "groups_without_spread": mean(max(g) == min(g) for g in groups),
-            "reward_spread": mean(statistics.pstdev(g) for g in groups), "unclosed": batch.unclosed / len(rewards),
-            "trace_tokens": mean(map(len, batch.completions.tokens))}
+    lengths = [len(tokens) for tokens in batch.completions.tokens]
+    return {
+        "reward": mean(totals),
+        "success": mean(own[0].ok if own else None for own in runs),      # of the one run that is e2e
+        "e2e": mean(r.e2e for r in rewards),                              # its score: partial for programs
+        "uplift": mean(r.uplift for r in rewards),                        # success with minus without the trace
+        "rm": mean(r.rm for r in rewards),                                # reward model score
+        "without_trace": mean(baselines),                                 # the success that uplift subtracts
+        "faithful": mean(faithful for faithful, _ in checks),             # tiny world: every step right, nothing leaks
+        "leak": mean(leak for _, leak in checks),                         # tiny world: states a result or the code
+        "groups_without_spread": mean(max(g) == min(g) for g in groups),  # all rewards equal: no gradient
+        "reward_spread": mean(statistics.pstdev(g) for g in groups),      # standard deviation inside a group
+        "unclosed": mean(not closed for closed in batch.closed),          # no </reasoning>
+        "truncated": mean(batch.truncated),                               # cut at the limit
+        "trace_tokens": mean(lengths),
+        "longest_trace": max(lengths)}
 
 
-def samples(step: int, rewards, batch: Rollout, runs, settings) -> list[dict]:
+def samples(step: int, rewards: list[Reward], batch: Batch, runs: list[list[Run]], group_size: int) -> list[dict]:
     """The first problem's group, for a person to read."""
-    return [{"step": step, "problem": batch.problems[i].problem, "trace": batch.traces[i], **asdict(rewards[i]),
-             "outputs": [run.output for run in runs[i]]} for i in range(settings.group_size)]
+    records = []
+    for i in range(group_size):
+        records.append({"step": step, "problem": batch.problems[i].problem, "trace": batch.traces[i],
+                        **asdict(rewards[i]), "outputs": [run.output for run in runs[i]]})
+    return records
+
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
+
+def drop_half_line(path: Path) -> None:
+    """Ends a log, which a power cut may have left in the middle of a line, after its last whole one."""
+    text = path.read_bytes() if path.exists() else b""
+    path.write_bytes(text[:text.rfind(b"\n") + 1])
 
 
 def append_jsonl(path: Path, records: list[dict]) -> None:
@@ -439,263 +805,34 @@ def append_jsonl(path: Path, records: list[dict]) -> None:
         f.write("".join(json.dumps(r) + "\n" for r in records))
 
 
-def save_checkpoint(work: Path, planner, optimizer, frozen: Executor, generator, state: dict) -> None:
-    """All that the next step depends on, atomically, with the lengths of the logs at this point."""
-    logs = {name: (work / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl")}
-    with open(work / "checkpoint.tmp", "wb") as f:
-        torch.save({"planner": {name: p.detach() for name, p in trained(planner).items()},
-                    "optimizer": optimizer.state_dict(), "state": state, "logs": logs,
-                    "generator": generator.get_state(), "executor": frozen.state()}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(work / "checkpoint.tmp", work / "checkpoint.pt")
+# ------------------------------------------------------------------------------------------------ 7. evaluation, inspect
 
-
-def load_checkpoint(work: Path, planner, optimizer, frozen: Executor, generator) -> dict:
-    """Restores a checkpoint and cuts the logs back to it. Returns the training state."""
-    saved = torch.load(work / "checkpoint.pt", map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        for name, parameter in trained(planner).items():
-            parameter.copy_(saved["planner"][name])
-    optimizer.load_state_dict(saved["optimizer"])
-    generator.set_state(saved["generator"])
-    frozen.load_state(saved["executor"])
-    for name, size in saved["logs"].items():
-        os.truncate(work / name, size)
-    return saved["state"]
-
-
-# ------------------------------------------------------------------------------------------------ InT
-#
-# A warm start for the planner (arXiv 2601.14209): reward on a whole trace also punishes the right steps before the
-# first wrong one. Checking against a reference is easier than solving, so the planner itself names the first wrong step
-# of its failed trace and proposes another step; it learns (its own steps before) + (that step), and nothing after it.
 
 @dataclass(frozen=True)
-class IntSettings(Settings):
-    """Settings of `python tracelift.py int`."""
-    problems: int = knob(200, "training problems to sample traces of", low=1)
-    group_size: int = knob(8, "traces per problem", low=2)
-    proposals: int = knob(16, "interventions sampled for each failed trace; the best one that passes is kept", low=1)
-    proposal_temperature: float = knob(0.7, "of the interventions", low=0)
-    first_step: str = knob("drop", "interventions in the first step, whose prefix is empty: drop or keep",
-                           choices=("drop", "keep"))
-    repeats: int = knob(3, "K, executor runs behind each success rate", low=1)
-    temperature: float = knob(1.0, "of the planner's traces and continuations", above=0)
-    epochs: float = knob(4.0, "of fine-tuning, at most; the held-out loss may stop it", above=0)
-    batch_size: int = knob(16, "sequences per step of fine-tuning", low=1)
-    learning_rate: float = knob(3e-4, "peak of fine-tuning, AdamW; for the tiny model", above=0)
+class EvalSettings:
+    """Settings of `python tracelift.py evaluate`. Lengths and temperatures are those that a planner was trained with."""
+    run_dir: str = knob("runs/tiny-math", "run folder", affects_result=False)
+    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one", affects_result=False)
+    seed: int = knob(0, "of the sampling", low=0)
+    problems: int = knob(300, "held-out problems per row", low=1)
 
 
-INT_PRESETS = {"tiny": {}, "smoke": {"problems": 8, "group_size": 2, "proposals": 2, "repeats": 1, "epochs": 1.0},
-               "gsm8k": {"problems": 200, "group_size": 4, "proposals": 8, "max_trace_tokens": 256,
-                         "max_answer_tokens": 256, "epochs": 2.0, "learning_rate": 1e-5}}
-INT_PRESETS["code"] = {**INT_PRESETS["gsm8k"], "max_answer_tokens": 384}
+@dataclass(frozen=True)
+class InspectSettings:
+    """Settings of `python tracelift.py inspect`."""
+    run_dir: str = knob("runs/tiny-math", "run folder")
+    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
+    seed: int = knob(0, "which problem, and the sampling", low=0)
+    traces: int = knob(3, "to show", low=2)
+    planner: str = knob("", "folder name of a planner in the run; empty: the base model")
 
 
-VERDICTS = ("not in the format", "none: no error found", "index out of range", "stop: no step", "repeats the step",
-            "empty prefix", "never succeeds", "succeeds less than a resampled step", "passed")
+def sampling_settings(folder: Path) -> Settings:
+    """How a planner's traces and the executor's outputs were drawn in its training; defaults for a folder without."""
+    known = data.read_settings(folder) if (folder / "settings.json").exists() else {}
+    names = {f.name for f in fields(Settings)} - {"run_dir", "device", "seed"}
+    return Settings(**{name: known[name] for name in names if name in known})
 
-
-def sort_out(problem: Problem, trace: str, completion: str, first_step: str = "drop") -> tuple[str, int, str]:
-    """(verdict, index, step) of one intervention, as far as its text tells. "proposed" ones are tried out next."""
-    steps, parsed = data.split_steps(problem, trace), data.parse_intervention(completion)
-    if parsed is None:
-        return "not in the format", 0, ""
-    index, step = parsed
-    if index == 0 and not step:
-        return "none: no error found", 0, ""
-    if not 1 <= index <= len(steps) + 1:
-        return "index out of range", index, step
-    if problem.source == "tiny" and step == "stop":                     # right or wrong, there is no step to learn
-        return "stop: no step", index, step
-    if index <= len(steps) and step == steps[index - 1]:
-        return "repeats the step", index, step
-    if index == 1 and first_step == "drop":
-        return "empty prefix", index, step
-    return "proposed", index, step
-
-
-def choose(proposals: list[dict]) -> dict | None:
-    """Of the proposals that succeed at least as often as a resampled step, and at all: the most successful, then the
-    most often sampled one. The verdict of the others becomes what speaks against them. (0 of K is at least as often
-    as 0 of K, but most interventions that get there are wrong.)"""
-    for p in proposals:
-        if p["verdict"] == "proposed":
-            p["verdict"] = ("never succeeds" if p["success"] == 0 else
-                            "succeeds less than a resampled step" if p["success"] < p["resampled"] else "passed")
-    passed = [p for p in proposals if p["verdict"] == "passed"]
-    return max(passed, key=lambda p: (p["success"], p["times"])) if passed else None
-
-
-def success_from(known: dict, problems: list[Problem], beginnings: list[str], planner, tokenizer, frozen: Executor,
-                 settings) -> list[float]:
-    """Success of the frozen executor on traces that the planner continues from these beginnings, `repeats` of them
-    each. Every beginning is measured once: `known` {(problem_id, beginning): success} is read and filled."""
-    s, K = settings, settings.repeats
-    new = {(p.problem_id, b): p for p, b in zip(problems, beginnings) if (p.problem_id, b) not in known}
-    prompts = [data.encode_prompt(tokenizer, data.planner_prompt(p)) + begin_trace(tokenizer, b)
-               for (_, b), p in new.items()]
-    _, texts = complete(planner, tokenizer, prompts, K, s.temperature, s, frozen.generator)
-    traces = [data.extract_reasoning(data.OPEN + b + texts[i * K + k])
-              for i, (_, b) in enumerate(new) for k in range(K)]
-    ok = frozen.success([p for p in new.values() for _ in range(K)], traces, 1)
-    known.update({key: sum(ok[i * K:(i + 1) * K]) / K for i, key in enumerate(new)})
-    return [known[p.problem_id, b] for p, b in zip(problems, beginnings)]
-
-
-def begin_trace(tokenizer, beginning: str) -> list[int]:
-    """Token ids of the beginning of a completion."""
-    return tokenizer(data.OPEN + beginning, add_special_tokens=False)["input_ids"]
-
-
-def int_sequence(tokenizer, problem: Problem, beginning: str) -> tuple[list[int], list[int]]:
-    """(ids, labels) to learn the beginning of a trace: no loss on the prompt, none on what comes after the beginning,
-    so none on a token that ends the trace."""
-    prompt = data.encode_prompt(tokenizer, data.planner_prompt(problem))
-    trace = begin_trace(tokenizer, beginning)
-    return prompt + trace[:-1], [executor.IGNORE] * (len(prompt) - 1) + trace
-
-
-def collect(planner, tokenizer, frozen: Executor, problems: list[Problem], settings) -> list[dict]:
-    """One record for each failed trace (no success in K executor runs) with its interventions and the one that was
-    chosen."""
-    s, generator, records, by_id = settings, frozen.generator, [], {p.problem_id: p for p in problems}
-    for i in tqdm(range(0, len(problems), 50), desc="traces"):
-        batch = rollout(planner, tokenizer, problems[i:i + 50], s, generator)
-        runs = frozen.run(batch.problems, batch.traces, s.repeats)
-        for problem, trace, r in zip(batch.problems, batch.traces, runs):
-            if not any(run.ok for run in r):
-                reason = ("cannot be split" if not data.split_steps(problem, trace) else
-                          "no reference reasoning" if problem.reference_reasoning is None else None)
-                records.append({"problem_id": problem.problem_id, "problem": problem.problem, "trace": trace,
-                                "reference": problem.reference_reasoning, "left_out": reason, "proposals": [],
-                                "chosen": None})
-    asked = [r for r in records if not r["left_out"]]
-    prompts = [data.intervention_prompt(by_id[r["problem_id"]], r["trace"]) for r in asked]
-    _, texts = complete(planner, tokenizer, [data.encode_prompt(tokenizer, p) for p in prompts], s.proposals,
-                        s.proposal_temperature, s, generator)
-    known, models = {}, (planner, tokenizer, frozen, s)
-    for i in tqdm(range(0, len(asked), 50), desc="interventions"):
-        tried = []                                                      # (problem, trace, proposal), to try out
-        for j, record in enumerate(asked[i:i + 50], i):
-            problem = by_id[record["problem_id"]]
-            for text, times in Counter(t.strip() for t in texts[j * s.proposals:(j + 1) * s.proposals]).items():
-                verdict, index, step = sort_out(problem, record["trace"], text, s.first_step)
-                record["proposals"].append({"text": text, "times": times, "verdict": verdict, "index": index,
-                                            "step": step})
-                if verdict == "proposed":
-                    tried.append((problem, record["trace"], record["proposals"][-1]))
-        of = [problem for problem, _, _ in tried]
-        success = success_from(known, of, [data.splice(p, t, x["index"], x["step"]) for p, t, x in tried], *models)
-        resampled = success_from(known, of, [data.splice(p, t, x["index"]) for p, t, x in tried], *models)
-        for (_, _, proposal), a, b in zip(tried, success, resampled):
-            proposal |= {"success": a, "resampled": b}
-        for record in asked[i:i + 50]:
-            record["chosen"] = choose(record["proposals"])
-    known = {}                                                          # measured again: the choice favoured the lucky
-    chosen = [(by_id[r["problem_id"]], r, r["chosen"]) for r in records if r["chosen"]]
-    beginnings = {"intervention": [data.splice(p, r["trace"], x["index"], x["step"]) for p, r, x in chosen],
-                  "error": [through_the_error(p, r["trace"], x["index"]) for p, r, x in chosen],
-                  "resampled step": [data.splice(p, r["trace"], x["index"]) for p, r, x in chosen]}
-    for name, texts in beginnings.items():
-        for (_, record, _), value in zip(chosen, success_from(known, [p for p, _, _ in chosen], texts, *models)):
-            record.setdefault("success_from", {})[name] = value
-    return records
-
-
-def through_the_error(problem: Problem, trace: str, index: int) -> str:
-    """The first `index` steps of a trace; where it ends too early, the whole trace with its end."""
-    steps = data.split_steps(problem, trace)
-    return trace + data.CLOSE if index > len(steps) else data.splice(problem, trace, index, steps[index - 1])
-
-
-def count(records: list[dict], problems: dict[str, Problem]) -> dict:
-    """What became of failed traces and of interventions, and, where there is ground truth, how right they were."""
-    proposals = [p for r in records for p in r["proposals"]]
-    kept = [r for r in records if r["chosen"]]
-    total = lambda name: sum(p["times"] for p in proposals if p["verdict"] == name)
-    out = {"failed_traces": len(records),
-           "left_out": {name: sum(r["left_out"] == name for r in records)
-                        for name in ("cannot be split", "no reference reasoning")},
-           "with_intervention": len(kept), "interventions": sum(p["times"] for p in proposals),
-           "verdicts": {name: total(name) for name in VERDICTS},
-           "success_from": {name: mean(r["success_from"][name] for r in kept)
-                            for name in ("intervention", "error", "resampled step")}}
-    truth = {"named": [], "kept": []}                                   # (kind of flaw, index right, step right)
-    for r in records:
-        problem = problems[r["problem_id"]]
-        if problem.source != "tiny" or r["left_out"]:
-            continue
-        steps = data.split_steps(problem, r["trace"])
-        first, kind = data.first_error(problem, steps), data.flaw_kind(problem, steps)
-        right = lambda p: (kind, p["index"] == first, p["index"] == first and data.begins_right(
-            problem, data.split_steps(problem, data.splice(problem, r["trace"], p["index"], p["step"]))))
-        truth["kept"] += [right(r["chosen"])] if r["chosen"] else []
-        truth["named"] += [right(p) for p in r["proposals"] if 1 <= p["index"] <= len(steps) + 1
-                           for _ in range(p["times"])]
-    for name, rows in truth.items():
-        kinds = ["all"] + sorted({kind for kind, _, _ in rows})
-        of = {k: [(i, s) for kind, i, s in rows if k in (kind, "all")] for k in kinds}
-        out[f"ground_truth_{name}"] = {k: {"n": len(v), "index_right": mean(i for i, _ in v),
-                                           "step_right": mean(s for _, s in v)} for k, v in of.items() if v}
-    return out
-
-
-def intervene(settings: IntSettings) -> Path:
-    """The stage: collects interventions and fine-tunes the planner on them. Returns its folder: model, tokenizer,
-    interventions.jsonl, int.json, and for `evaluate` hard.jsonl: the problems on which 7 of 8 traces or more failed."""
-    data.check_settings(settings)
-    s, run = settings, Path(settings.run)
-    out, work = run / "int", run / "int.partial"
-    if not data.begin_stage(s.run, "int", s, out, work):
-        return out
-    device = executor.pick_device(s.device)
-    groups = run / "groups" / "train.jsonl"
-    problems = data.read_problems(groups)[:s.problems]
-    base, by_id = executor.base_of(run), {p.problem_id: p for p in problems}
-    planner, tokenizer = executor.load(base, device, torch.float32)
-    executor.check_head(planner)
-    frozen = Executor(*executor.load(base, device), max_new_tokens=s.max_answer_tokens,
-                      temperature=s.executor_temperature, max_cache_tokens=s.max_cache_tokens,
-                      generator=torch.Generator(device).manual_seed(s.seed))
-    work.mkdir(exist_ok=True)
-    data.record_stage(s.run, "int", s)
-    if (work / "int.json").exists():                                    # a stopped stage: only fine-tuning is missing
-        report = json.loads((work / "int.json").read_text())
-        records = [json.loads(line) for line in (work / "interventions.jsonl").read_text().splitlines()]
-    else:
-        begin, records = time.perf_counter(), collect(planner, tokenizer, frozen, problems, s)
-        report = count(records, by_id) | frozen.spent | {"seconds": time.perf_counter() - begin}
-        data.write_atomic(work / "interventions.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-        failures = Counter(r["problem_id"] for r in records)
-        data.write_groups(work / "hard.jsonl", [g for g in data.read_groups(groups)[:s.problems] if g["positive_pool"]
-                                                and failures[g["problem_id"]] >= 7 / 8 * s.group_size])
-        data.write_atomic(work / "int.json", json.dumps(report))
-    chosen = [(by_id[r["problem_id"]], r["trace"], r["chosen"]) for r in records if r["chosen"]]
-    ids = sorted({p.problem_id for p, _, _ in chosen})
-    ids = random.Random(s.seed).sample(ids, len(ids))
-    held = set(ids[:max(1, len(ids) // 10)] if len(ids) > 1 else [])    # whole problems are held out
-    sequences = {"train": [], "heldout": []}
-    for p, trace, x in chosen:
-        learned = data.splice(p, trace, x["index"], x["step"])
-        sequences["heldout" if p.problem_id in held else "train"].append(int_sequence(tokenizer, p, learned))
-    common = {"batch_size": s.batch_size, "pad_id": executor.pad_id(tokenizer)}
-    loss = lambda: executor.heldout_loss(planner, sequences["heldout"], **common) if held else None
-    before = loss()
-    if sequences["train"]:
-        executor.finetune(planner, sequences["train"], heldout=sequences["heldout"], epochs=s.epochs, seed=s.seed,
-                          learning_rate=s.learning_rate, warmup=10, title="InT", **common)
-    report |= {"sequences": {part: len(rows) for part, rows in sequences.items()},
-               "heldout_loss": {"base": before, "InT": loss()}}
-    planner.save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    data.write_atomic(work / "int.json", json.dumps(report, indent=1))
-    os.replace(work, out)
-    return out
-
-
-# ------------------------------------------------------------------------------------------------ evaluation
 
 def load_planner(folder, base: str, device):
     """(model, tokenizer) of a planner in float32, or of one with an adapter as it was trained, on the base model:
@@ -708,119 +845,131 @@ def load_planner(folder, base: str, device):
     return model, tokenizer
 
 
-def evaluate(settings: EvalSettings) -> dict:
-    """Measures every planner of a run on held-out problems, greedy and at temperature 1, and writes results.json and
-    results.md. Rows that results.json holds are measured again only if planner, base model or problems changed."""
-    data.check_settings(settings)
-    run, device = Path(settings.run), executor.pick_device(settings.device)
-    data.begin_stage(settings.run, "evaluate", settings, run / "results.json")
-    base = executor.base_of(run)
-    files = {split: run / "groups" / f"{split}.jsonl" for split in ("heldout", "longer")}
-    files["hard"] = run / "int" / "hard.jsonl"                           # hard for the base planner, GROUP traces each
-    splits = {split: data.read_problems(path)[:settings.problems] for split, path in files.items()
-              if split == "heldout" or path.exists() and path.stat().st_size}
-    planners = sorted(p for p in run.glob("planner-*-seed*") if (p / "config.json").exists() and p.suffix != ".partial")
-    path = run / "results.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    results = {}
+def evaluate(s: EvalSettings) -> dict[str, dict]:
+    """Measures every planner of a run on held-out problems, greedy and at temperature 1, beside the base planner, the
+    reference traces and no trace. A folder that holds results.json is measured already. Writes results.md."""
+    data.check_settings(s)
+    run_dir, device = Path(s.run_dir), executor.pick_device(s.device)
+    base = executor.base_of(run_dir)
+    splits = {}
+    for split in ("heldout", "longer"):
+        path = run_dir / "groups" / f"{split}.jsonl"
+        if split == "heldout" or path.exists():
+            splits[split] = data.read_problems(path)[:s.problems]
+    planners = sorted(run_dir.glob("planner-*-seed*[0-9]"))
+    sampling = sampling_settings(planners[0] if planners else run_dir)
     model, tokenizer = executor.load(base, device)
-    frozen = Executor(model, tokenizer, max_new_tokens=settings.max_answer_tokens,
-                      temperature=settings.executor_temperature, max_cache_tokens=settings.max_cache_tokens)
-    rows = [("no trace", None, ""), ("reference trace", None, ""), ("base planner", base, "")]
-    if any(p.reference_reasoning is None for problems in splits.values() for p in problems):
-        rows.pop(1)                                                      # HumanEval and MBPP come without traces
-    rows += [("InT", run / "int", "")] if (run / "int").exists() else []
-    rows += [(p.name, p, p / "metrics.jsonl") for p in planners]
-    for name, folder, log in tqdm(rows, desc="evaluate"):
-        made_from = map(Path, (*files.values(), run / "base.json", base, folder or base))
-        entry = {"from": {p.name: p.stat().st_mtime_ns for p in made_from if p.exists()}}
-        entry |= {"spent": training_cost(log)} if log else {}
-        if name in known and entry.items() <= known[name].items():       # measured before, and nothing is newer
-            results[name] = known[name]
-            continue
-        planner = None                                                   # free the last one before the next comes
-        planner, own_tokenizer = load_planner(folder, base, device) if folder else (None, None)
-        for split, problems in splits.items():
-            group_size = GROUP if split == "hard" and planner else 1
-            problems = [p for p in problems for _ in range(group_size)]
-            for temperature in (1.0,) if group_size > 1 else (0.0, 1.0) if planner else (0.0,):
-                frozen.generator = torch.Generator(device).manual_seed(settings.seed)
-                traces, unclosed = None, {}
-                if planner:
-                    traces, unclosed = write_traces(planner, own_tokenizer, problems, temperature, settings,
-                                                    frozen.generator)
-                elif name == "reference trace":
-                    traces = [p.reference_reasoning for p in problems]
-                entry[f"{split} T={temperature:g}"] = judge(frozen, problems, traces, group_size) | unclosed
-        results[name] = entry
-        data.record_stage(settings.run, "evaluate", settings)
-        data.write_atomic(path, json.dumps({**known, **results}, indent=1))
-    data.write_atomic(path, json.dumps(results, indent=1))
-    data.write_atomic(run / "results.md", table(results))
+    results = {}
+    for folder in tqdm([run_dir / "base", *sorted(run_dir.glob("int")), *planners], desc="evaluate"):
+        how = sampling if folder.name == "base" else sampling_settings(folder)
+        asked = {"problems": s.problems, "seed": s.seed, **asdict(replace(how, run_dir="", device=""))}
+        known = read_results(folder, asked)
+        if known is None:
+            frozen = frozen_executor(model, tokenizer, replace(how, seed=s.seed))
+            rows = {}
+            if folder.name == "base":
+                rows["no trace"] = {f"{name} T=0": success_of(frozen, problems, None, name)
+                                    for name, problems in splits.items()}
+                if all(p.reference_reasoning for problems in splits.values() for p in problems):
+                    rows["reference trace"] = {
+                        f"{name} T=0": success_of(frozen, problems, [p.reference_reasoning for p in problems], name)
+                        for name, problems in splits.items()}
+            name = {"base": "base planner", "int": "InT"}.get(folder.name, folder.name)
+            rows[name] = evaluate_planner(base if folder.name == "base" else folder, base, splits, frozen, how, s.seed)
+            if folder in planners:
+                rows[name]["cost"] = training_cost(folder / "metrics.jsonl")
+            known = {"settings": asked, "rows": rows}
+            data.write_atomic(folder / "results.json", json.dumps(known, indent=1))
+        results |= known["rows"]
+    data.write_atomic(run_dir / "results.md", table(results))
     return results
+
+
+def read_results(folder: Path, asked: dict) -> dict | None:
+    """What an evaluation with these settings left in a folder; None where there is none."""
+    path = folder / "results.json"
+    if not path.exists():
+        return None
+    try:
+        known = json.loads(path.read_text())
+        return known if known["settings"] == asked and known["rows"] else None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); delete it and evaluate again") from None
 
 
 def training_cost(log: Path) -> dict:
     """COSTS of a whole training, from the last line of its metrics.jsonl."""
-    last = json.loads(log.read_text().splitlines()[-1])
+    try:
+        last = json.loads(log.read_text().splitlines()[-1])
+    except (IndexError, json.JSONDecodeError) as error:
+        raise UserError(f"{log}: its last line is damaged ({error}); delete that line") from None
     return {key: last["step"] + 1 if key == "steps" else last[key] for key in COSTS}
 
 
-def write_traces(planner, tokenizer, problems, temperature, settings, generator) -> tuple[list[str], dict]:
-    """One trace for each problem, and {"unclosed": share that was not closed}."""
-    prompts = [data.encode_prompt(tokenizer, data.planner_prompt(p)) for p in problems]
-    _, texts = complete(planner, tokenizer, prompts, 1, temperature, settings, generator)
-    return [data.extract_reasoning(t) for t in texts], {"unclosed": mean(data.CLOSE not in t for t in texts)}
+def evaluate_planner(folder, base: str, splits: dict[str, list[Problem]], frozen: Executor, how: Settings,
+                     seed: int) -> dict:
+    """Measures one planner on every split, greedy and at temperature 1."""
+    planner, tokenizer = load_planner(folder, base, frozen.model.device)
+    limit = executor.cache_tokens(planner, how.max_cache_gib)
+    found = {}
+    for split, problems in splits.items():
+        for temperature in (0.0, 1.0):
+            key = f"{split} T={temperature:g}"
+            batch = rollout(planner, tokenizer, problems, 1, temperature, how.max_trace_tokens, f"{seed} {key}", limit)
+            found[key] = success_of(frozen, problems, batch.traces, key)
+            found[key]["unclosed"] = mean(not closed for closed in batch.closed)
+    return found
 
 
-def judge(frozen: Executor, problems: list[Problem], traces: list[str] | None, group_size: int = 1) -> dict:
-    """success, and in the tiny world faithful, right_for_wrong_reason and leak, as shares of the traces; with groups of
-    traces of one problem also the share of groups that all succeed or all fail."""
-    success = frozen.success(problems, traces, 1)
-    found = {"problems": len(problems) // group_size, "success": mean(success)}
-    if group_size > 1:
-        groups = [success[i:i + group_size] for i in range(0, len(success), group_size)]
-        found["groups_without_spread"] = mean(max(g) == min(g) for g in groups)
-    checks = [data.check_trace(p, t) for p, t in zip(problems, traces)] if traces else []
-    if None in checks or not checks:
-        return found
-    return found | {"faithful": mean(f for f, _ in checks), "leak": mean(l for _, l in checks),
-                    "right_for_wrong_reason": mean(bool(s) and not f for s, (f, _) in zip(success, checks))}
+def success_of(frozen: Executor, problems: list[Problem], traces: list[str] | None, when: str) -> dict:
+    """success of one executor run a problem, and in the tiny world faithful, right_for_wrong_reason and leak, as shares
+    of the traces."""
+    success = frozen.success(problems, traces, 1, when)
+    found = {"problems": len(problems), "success": mean(success)}
+    checks = [data.check_trace(problem, trace) for problem, trace in zip(problems, traces or [])]
+    if checks and None not in checks:
+        found["faithful"] = mean(faithful for faithful, _ in checks)
+        found["right_for_wrong_reason"] = mean(ok and not faithful for ok, (faithful, _) in zip(success, checks))
+        found["leak"] = mean(leak for _, leak in checks)
+    return found
 
 
-METRICS = ("success", "faithful", "right_for_wrong_reason", "leak", "unclosed", "groups_without_spread")
-GROUP = 8                                                               # traces for each hard problem
+METRICS = ("success", "faithful", "right_for_wrong_reason", "leak", "unclosed")
 COSTS = ("steps", "planner_tokens", "executor_prompt_tokens", "executor_tokens", "program_runs", "seconds")
 
 
-def table(results: dict) -> str:
-    """results.json as Markdown: a table of the measured METRICS per split and temperature, one row per planner name
-    (mean over seeds and, with several, ± their sample standard deviation), then what training each planner cost."""
+def table(results: dict[str, dict]) -> str:
+    """Results as Markdown: a table of METRICS per split and temperature, one row per planner name (mean over seeds and,
+    with several, ± their sample standard deviation), then what training each planner cost."""
     names: dict[str, list[dict]] = {}
     for row, entry in results.items():
-        names.setdefault(row.removeprefix("planner-").rpartition("-seed")[0] or row, []).append(entry)
+        name = row.removeprefix("planner-").rpartition("-seed")[0] or row
+        names.setdefault(name.replace("-after-InT", " after InT"), []).append(entry)
     lines = []
     for key in sorted(key for key in results["base planner"] if " T=" in key):
         metrics = [m for m in METRICS if any(m in entry.get(key, {}) for entry in results.values())]
         split, temperature = key.split(" T=")
-        count = next(e[key]["problems"] for e in results.values() if key in e)
+        count = results["base planner"][key]["problems"]
         how = "greedy" if temperature == "0" else f"sampled at temperature {temperature}"
-        lines += [f"{split} problems ({count}), traces {how}:", "",
-                  "| traces from | seeds | " + " | ".join(m.replace("_", " ") for m in metrics) + " |",
-                  "|---" * (len(metrics) + 2) + "|"]
+        lines += [f"{split} problems ({count}), traces {how}:", ""]
+        lines += [markdown_row(["traces from", "seeds", *(m.replace("_", " ") for m in metrics)])]
+        lines += ["|---" * (len(metrics) + 2) + "|"]
         for name, entries in names.items():
-            measured = [e[key if key in e else f"{split} T=0"] for e in entries]   # no planner: nothing is sampled
-            cells = [spread([m.get(metric) for m in measured]) for metric in metrics]
-            name = name.replace("-after-InT", " after InT")
-            lines.append(f"| {name} | {len(entries) if 'spent' in entries[0] else ''} | " + " | ".join(cells) + " |")
+            measured = [e[key if key in e else f"{split} T=0"] for e in entries]       # no planner: nothing is sampled
+            seeds = len(entries) if "cost" in entries[0] else ""
+            lines.append(markdown_row([name, seeds, *(spread([m.get(x) for m in measured]) for x in metrics)]))
         lines.append("")
-    lines += ["cost of training (mean over seeds):", "",
-              "| reward | " + " | ".join(c.replace("_", " ") for c in COSTS) + " |", "|---" * (len(COSTS) + 1) + "|"]
+    lines += ["cost of training (mean over seeds):", ""]
+    lines += [markdown_row(["reward", *(c.replace("_", " ") for c in COSTS)]), "|---" * (len(COSTS) + 1) + "|"]
     for name, entries in names.items():
-        if "spent" in entries[0]:
-            cells = [f"{mean(e['spent'][c] for e in entries):,.0f}" for c in COSTS]
-            lines.append(f"| {name.replace('-after-InT', ' after InT')} | " + " | ".join(cells) + " |")
+        if "cost" in entries[0]:
+            lines.append(markdown_row([name, *(f"{mean(e['cost'][c] for e in entries):,.0f}" for c in COSTS)]))
     return "\n".join(lines) + "\n"
+
+
+def markdown_row(cells) -> str:
+    """| a | b |"""
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def spread(values: list) -> str:
@@ -830,97 +979,367 @@ def spread(values: list) -> str:
     return f"{mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def inspect(settings: EvalSettings) -> str:
-    """One held-out problem and its traces, from the executor's runs to the advantage, as text for a person to read."""
-    data.check_preset(settings)
-    run, device = Path(settings.run), executor.pick_device(settings.device)
-    problems = data.read_problems(run / "groups" / "heldout.jsonl")
-    problem, generator = problems[settings.seed % len(problems)], torch.Generator(device).manual_seed(settings.seed)
-    base, tokenizer = executor.load(executor.base_of(run), device)
-    folder = run / settings.planner if settings.planner else executor.base_of(run)
-    planner, own_tokenizer = load_planner(folder, executor.base_of(run), device)
-    rm = RubricRewardModel.from_pretrained(run / "rm", device)
-    frozen = Executor(base, tokenizer, max_new_tokens=settings.max_answer_tokens,
-                      temperature=settings.executor_temperature, max_cache_tokens=settings.max_cache_tokens,
-                      generator=generator)
-    step = TrainSettings(mode="tracelift", group_size=settings.traces, max_trace_tokens=settings.max_trace_tokens)
-    batch = rollout(planner, own_tokenizer, [problem], step, generator)
-    rewards, runs = measure(step, frozen, rm, batch.problems, batch.traces)
-    alone = frozen.run([problem], None, step.repeats)[0]
-    dimensions = rm.score([data.rm_text(problem, t) for t in batch.traces])[1].tolist()
-    advantages = kernels.group_advantage(torch.tensor([r.total for r in rewards]), step.group_size).tolist()
+def inspect(s: InspectSettings) -> str:
+    """One held-out problem and its traces, from the executor's runs to the advantage, and one trace token by token, as
+    text for a person to read. At the end of a line stands what computed it."""
+    data.check_settings(s)
+    run_dir, device = Path(s.run_dir), executor.pick_device(s.device)
+    problems = data.read_problems(run_dir / "groups" / "heldout.jsonl")
+    problem = problems[s.seed % len(problems)]
+    base = executor.base_of(run_dir)
+    folder = run_dir / s.planner if s.planner else base
+    how = replace(sampling_settings(Path(folder)), seed=s.seed)
+    planner, own_tokenizer = load_planner(folder, base, device)
+    rm = RubricRewardModel.from_pretrained(run_dir / "rm", device)
+    frozen = frozen_executor(*executor.load(base, device), how)
+    usual = TrainSettings()
+    batch = rollout(planner, own_tokenizer, [problem], s.traces, 1.0, how.max_trace_tokens, f"{s.seed} inspect")
+    rewards, runs = measure_rewards(batch.problems, batch.traces, frozen, rm, "tracelift", usual.repeats, usual.w_e,
+                                    usual.w_r, "inspect")
+    advantage = kernels.group_advantage(torch.tensor([r.total for r in rewards]), s.traces).tolist()
+    dimensions = rm.score([data.rm_text(problem, trace) for trace in batch.traces])[1].tolist()
 
-    show = lambda r: f"{r.output.strip()!r} {'right' if r.ok else 'wrong'}"
-    lines = [f"problem     {problem.problem}", f"reference   {problem.reference_reasoning}"]
-    lines += [f"no trace    {show(r)}" for r in alone]
-    for i, (trace, reward) in enumerate(zip(batch.traces, rewards)):
-        check = data.check_trace(problem, trace)
-        lines += ["", f"trace       {trace}" + (f"    (faithful: {check[0]}, leak: {check[1]})" if check else "")]
-        lines += [f"  e2e       {show(runs[i][0])}"] + [f"  uplift    {show(r)}" for r in runs[i][1:]]
-        lines += ["  rubric    " + ", ".join(f"{n} {d:.1f}" for n, d in zip(rm.dimension_names, dimensions[i])),
-                  f"  uplift    ({reward.with_trace} with - {reward.without_trace} without) / {step.repeats}"
-                  f" = {reward.uplift:+.2f}",
-                  f"  reward    {step.w_e:g} * {reward.e2e:g} + {step.w_r:g} * {reward.rm:.2f} * {reward.uplift:+.2f}"
-                  f" = {reward.total:.3f}      advantage {advantages[i]:+.2f}"]
-    return "\n".join(lines)
+    def show(run: Run) -> str:
+        return f"{run.output.strip()!r} {'right' if run.ok else 'wrong'}"
 
-
-def plot(run) -> Path:
-    """Draws the training curves of every planner of a run, finished or not, into curves.png: means of 5 steps.
-    UserError without matplotlib, which nothing else needs, or without a curve."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("tracelift.py plot needs matplotlib: pip install matplotlib") from None
-    logs, path = sorted(Path(run).glob("planner-*/metrics.jsonl")), Path(run) / "curves.png"
-    if not logs:
-        raise UserError(f"{run}: no planner-*/metrics.jsonl to plot; run python tracelift.py train --run {run} first")
-    figure = Figure(figsize=(16, 8), layout="constrained")
-    axes = figure.subplots(2, 4).flat
-    for axis, key in zip(axes, ("reward", "success", "faithful", "leak", "entropy", "groups_without_spread",
-                                "trace_tokens", "grad_norm")):
-        for log in logs:
-            values = [json.loads(line)[key] for line in log.read_text().splitlines()]
-            if None not in values:                                       # what this mode or domain does not measure
-                axis.plot([mean(values[max(0, i - 4):i + 1]) for i in range(len(values))], label=log.parent.name)
-        axis.set(title=key, xlabel="step")
-    axes[0].legend(fontsize="small")
-    figure.savefig(path.with_suffix(".partial"), format="png")
-    os.replace(path.with_suffix(".partial"), path)
-    return path
+    lines = [f"problem      {problem.problem}", f"reference    {problem.reference_reasoning}"]
+    lines += [f"no trace     {show(run)}" for run in frozen.run([problem], None, usual.repeats)[0]]
+    lines[-1] += "    [Executor.baseline]"
+    for i, (trace, r) in enumerate(zip(batch.traces, rewards)):
+        labels = ", ".join(f"{name} {label:.1f}" for name, label in zip(rm.dimension_names, dimensions[i]))
+        lines += ["", f"trace {i}      {trace}"]
+        if data.check_trace(problem, trace):
+            faithful, leak = data.check_trace(problem, trace)
+            lines += [f"  truth      faithful: {faithful}, leak: {leak}    [data.check_trace]"]
+        lines += [f"  e2e        {show(runs[i][0])}    [Executor.run, verify]"]
+        lines += [f"  with it    {show(run)}" for run in runs[i][1:]]
+        lines += [f"  uplift     ({r.with_trace} with - {r.without_trace} without) / {r.repeats} = {r.uplift:+.2f}"
+                  "    [measure_rewards]",
+                  f"  rm         {r.rm:.2f}: {labels}    [RubricRewardModel.score]",
+                  f"  reward     {usual.w_e:g} * {r.e2e:g} + {usual.w_r:g} * {r.rm:.2f} * {r.uplift:+.2f} = {r.total:.3f}"
+                  "    [product]",
+                  f"  advantage  {advantage[i]:+.2f}    [kernels.group_advantage]"]
+    return "\n".join(lines + [""] + token_lines(planner, own_tokenizer, batch, advantage))
 
 
-# ------------------------------------------------------------------------------------------------ commands
+def token_lines(planner, tokenizer, batch: Batch, advantage: list[float]) -> list[str]:
+    """The tokens of the first trace: whether their log-prob is in the loss, with which weight and advantage."""
+    weight = kernels.token_weights(batch.scored)[batch.scored].tolist()
+    scored = completion_logp(planner, batch, 1.0, len(batch.ids)).tolist()
+    tokens = batch.completions.tokens[0]
+    prompt = int(batch.scored[0].nonzero()[0]) + 1
+    lines = [f"trace 0, token by token ({len(scored)} tokens of {len(batch.ids)} traces are in the loss):",
+             f"{'token':18}{'in loss':>9}{'weight':>10}{'A':>8}{'log-prob sampled':>19}{'scored':>9}",
+             f"{f'{prompt} of the prompt':18}{'no':>9}"]
+    for i, token in enumerate(tokens):
+        text = repr(tokenizer.decode([token]))
+        lines.append(f"{text:18}{'yes':>9}{weight[i]:>10.5f}{advantage[0]:>+8.2f}"
+                     f"{batch.completions.logprobs[0][i]:>19.3f}{scored[i]:>9.3f}")
+    padding = batch.ids.shape[1] - prompt - len(tokens)
+    return lines + [f"{f'{padding} of padding':18}{'no':>9}    [Batch, kernels.token_weights, kernels.token_logp]"]
+
+
+# ------------------------------------------------------------------------------------------------ 8. InT
+#
+# A warm start for the planner (arXiv 2601.14209): reward on a whole trace also punishes the right steps before the
+# first wrong one. Checking against a reference is easier than solving, so the planner itself names the first wrong step
+# of its failed trace and proposes another step; it learns (its own steps before) + (that step), and nothing after it.
+
+
+@dataclass(frozen=True)
+class IntSettings(Settings):
+    """Settings of `python tracelift.py int`."""
+    problems: int = knob(200, "training problems to sample traces of", low=1)
+    group_size: int = knob(8, "traces per problem", low=2)
+    proposals: int = knob(16, "interventions sampled for each failed trace; the best one that passes is kept", low=1)
+    proposal_temperature: float = knob(0.7, "of the interventions", low=0)
+    first_step: str = knob("keep", "interventions in the first step, whose prefix is empty: keep or drop",
+                           choices=("keep", "drop"))
+    answers: str = knob("drop", "interventions that state the final answer: drop or keep", choices=("drop", "keep"))
+    repeats: int = knob(3, "K, executor runs behind each success rate", low=1)
+    temperature: float = knob(1.0, "of the planner's traces and continuations", above=0)
+    epochs: float = knob(4.0, "of fine-tuning, at most; the held-out loss may stop it", above=0)
+    batch_size: int = knob(16, "sequences per step of fine-tuning", low=1)
+    learning_rate: float = knob(3e-4, "peak of fine-tuning, AdamW; for the tiny model", above=0)
+    checkpointing: int = knob(0, "1: recompute activations in the backward pass", choices=(0, 1), affects_result=False)
+
+
+VERDICTS = ("not in the format", "none: no error found", "index out of range", "stop: no step", "repeats the step",
+            "empty prefix", "states the answer", "never succeeds", "succeeds less than a resampled step", "passed")
+
+
+@dataclass
+class Collector:
+    """Who takes part in collecting interventions."""
+    planner: torch.nn.Module
+    tokenizer: object
+    frozen: Executor
+    s: IntSettings
+
+    def write(self, prompts: list[list[int]], num_samples: int, temperature: float, names: list[str]):
+        """Completions of the planner: (tokens, texts)."""
+        s = self.s
+        limit = executor.cache_tokens(self.planner, s.max_cache_gib)
+        completions, texts = complete(self.planner, self.tokenizer, prompts, num_samples, temperature,
+                                      s.max_trace_tokens, names, limit)
+        return completions.tokens, texts
+
+    def success_from(self, problems: list[Problem], beginnings: list[str], when: str, known: dict) -> list[float]:
+        """Success of the frozen executor on traces that the planner continues from these beginnings, K of them each.
+        Every beginning is measured once: `known` {(problem_id, beginning): success} is read and filled."""
+        K = self.s.repeats
+        new = {(p.problem_id, b): p for p, b in zip(problems, beginnings) if (p.problem_id, b) not in known}
+        begun = [begin_trace(self.tokenizer, beginning) for _, beginning in new]
+        prompts = [data.encode_prompt(self.tokenizer, data.planner_prompt(problem)) for problem in new.values()]
+        names = [f"continue {self.s.seed} {when} {name} {k}" for name in new for k in range(K)]
+        tokens, _ = self.write([p + b for p, b in zip(prompts, begun)], K, self.s.temperature, names)
+        whole = [begun[i // K] + continuation for i, continuation in enumerate(tokens)]       # decoded together
+        traces = [data.extract_reasoning(text) for text in executor.decode_text(self.tokenizer, whole)]
+        repeated = [problem for problem in new.values() for _ in range(K)]
+        ok = self.frozen.success(repeated, traces, 1, f"continue {when}")
+        for i, name in enumerate(new):
+            known[name] = sum(ok[i * K:(i + 1) * K]) / K
+        return [known[p.problem_id, b] for p, b in zip(problems, beginnings)]
+
+
+def begin_trace(tokenizer, beginning: str) -> list[int]:
+    """Token ids of the beginning of a completion."""
+    return tokenizer(data.OPEN + beginning, add_special_tokens=False)["input_ids"]
+
+
+def states_answer(problem: Problem, step: str) -> bool:
+    """Whether a step gives the final answer (math) or the program (code) away. InT's paper wants it out: the executor
+    would only have to copy it."""
+    truth = data.check_trace(problem, step)
+    if truth is not None:
+        return truth[1]
+    if problem.task_type == "code":
+        return "```" in step or re.search(r"^\s*(def|return|import) ", step, re.MULTILINE) is not None
+    answer = (verify.extract_answer(problem.reference_solution) or problem.reference_solution).replace(",", "")
+    return re.search(rf"(?<![\d.]){re.escape(answer)}(?![\d]|\.\d)", step.replace(",", "")) is not None
+
+
+def sort_out(problem: Problem, trace: str, completion: str, first_step: str = "keep",
+             answers: str = "drop") -> tuple[str, int, str]:
+    """(verdict, index, step) of one intervention, as far as its text tells. "proposed" ones are tried out next."""
+    steps, parsed = data.split_steps(problem, trace), data.parse_intervention(completion)
+    if parsed is None:
+        return "not in the format", 0, ""
+    index, step = parsed
+    if index == 0 and not step:
+        return "none: no error found", 0, ""
+    if not 1 <= index <= len(steps) + 1:
+        return "index out of range", index, step
+    if data.is_no_step(problem, step):                                       # right or wrong, there is nothing to learn
+        return "stop: no step", index, step
+    if index <= len(steps) and step == steps[index - 1]:
+        return "repeats the step", index, step
+    if index == 1 and first_step == "drop":
+        return "empty prefix", index, step
+    if answers == "drop" and states_answer(problem, step):           # else these succeed most, and are chosen
+        return "states the answer", index, step
+    return "proposed", index, step
+
+
+def choose(proposals: list[dict]) -> dict | None:
+    """Of the proposals that succeed at least as often as a resampled step, and at all: the most successful, then the
+    most often sampled one. The verdict of the others becomes what speaks against them. (0 of K is at least as often
+    as 0 of K, but most interventions that get there are wrong.)"""
+    for p in proposals:
+        if p["verdict"] == "proposed" and p["success"] == 0:
+            p["verdict"] = "never succeeds"
+        elif p["verdict"] == "proposed":
+            worse = p["success"] < p["resampled"]
+            p["verdict"] = "succeeds less than a resampled step" if worse else "passed"
+    passed = [p for p in proposals if p["verdict"] == "passed"]
+    return max(passed, key=lambda p: (p["success"], p["times"])) if passed else None
+
+
+def failed_traces(c: Collector, problems: list[Problem]) -> list[dict]:
+    """One record for each trace without success in K executor runs."""
+    s, records = c.s, []
+    limit = executor.cache_tokens(c.planner, s.max_cache_gib)
+    for i in tqdm(range(0, len(problems), 50), desc="traces"):
+        batch = rollout(c.planner, c.tokenizer, problems[i:i + 50], s.group_size, s.temperature, s.max_trace_tokens,
+                        f"{s.seed} int", limit)
+        runs = c.frozen.run(batch.problems, batch.traces, s.repeats, "int")
+        for problem, trace, own in zip(batch.problems, batch.traces, runs):
+            if any(run.ok for run in own):
+                continue
+            reason = None
+            if not data.split_steps(problem, trace):
+                reason = "cannot be split"
+            elif problem.reference_reasoning is None:
+                reason = "no reference reasoning"
+            records.append({"problem_id": problem.problem_id, "problem": problem.problem, "trace": trace,
+                            "reference": problem.reference_reasoning, "left_out": reason, "proposals": [],
+                            "chosen": None})
+    return records
+
+
+def collect(c: Collector, problems: list[Problem]) -> list[dict]:
+    """The failed traces with their interventions and the one that was chosen."""
+    s, by_id, known = c.s, {p.problem_id: p for p in problems}, {}
+    records = failed_traces(c, problems)
+    asked = [r for r in records if not r["left_out"]]
+    prompts = [data.intervention_prompt(by_id[r["problem_id"]], r["trace"]) for r in asked]
+    names = [f"intervention {s.seed} {i} {k}" for i in range(len(asked)) for k in range(s.proposals)]
+    _, texts = c.write([data.encode_prompt(c.tokenizer, p) for p in prompts], s.proposals, s.proposal_temperature, names)
+    for i in tqdm(range(0, len(asked), 50), desc="interventions"):
+        tried = []                                                        # (problem, trace, proposal), to try out
+        for j, record in enumerate(asked[i:i + 50], i):
+            problem = by_id[record["problem_id"]]
+            sampled = Counter(text.strip() for text in texts[j * s.proposals:(j + 1) * s.proposals])
+            for text, times in sampled.items():
+                verdict, index, step = sort_out(problem, record["trace"], text, s.first_step, s.answers)
+                proposal = {"text": text, "times": times, "verdict": verdict, "index": index, "step": step}
+                record["proposals"].append(proposal)
+                if verdict == "proposed":
+                    tried.append((problem, record["trace"], proposal))
+        of = [problem for problem, _, _ in tried]
+        mended = [data.splice(p, trace, x["index"], x["step"]) for p, trace, x in tried]
+        cut = [data.splice(p, trace, x["index"]) for p, trace, x in tried]
+        success = c.success_from(of, mended, f"{i} mended", known)
+        resampled = c.success_from(of, cut, f"{i} cut", known)
+        for (_, _, proposal), a, b in zip(tried, success, resampled):
+            proposal |= {"success": a, "resampled": b}
+        for record in asked[i:i + 50]:
+            record["chosen"] = choose(record["proposals"])
+    measure_again(c, records, by_id)
+    return records
+
+
+def measure_again(c: Collector, records: list[dict], by_id: dict[str, Problem]) -> None:
+    """Success from the chosen interventions, from the wrong step itself and from a resampled one, in new samples: the
+    choice favoured the lucky."""
+    chosen = [(by_id[r["problem_id"]], r, r["chosen"]) for r in records if r["chosen"]]
+    of, known = [problem for problem, _, _ in chosen], {}
+    beginnings = {"intervention": [data.splice(p, r["trace"], x["index"], x["step"]) for p, r, x in chosen],
+                  "error": [through_the_error(p, r["trace"], x["index"]) for p, r, x in chosen],
+                  "resampled step": [data.splice(p, r["trace"], x["index"]) for p, r, x in chosen]}
+    for name, begun in beginnings.items():
+        for (_, record, _), value in zip(chosen, c.success_from(of, begun, f"again {name}", known)):
+            record.setdefault("success_from", {})[name] = value
+
+
+def through_the_error(problem: Problem, trace: str, index: int) -> str:
+    """The first `index` steps of a trace; where it ends too early, the whole trace with its end."""
+    steps = data.split_steps(problem, trace)
+    return trace + data.CLOSE if index > len(steps) else data.splice(problem, trace, index, steps[index - 1])
+
+
+def count_interventions(records: list[dict]) -> dict:
+    """What became of failed traces and of interventions."""
+    kept = [r for r in records if r["chosen"]]
+    verdicts = Counter({name: 0 for name in VERDICTS})
+    for record in records:
+        for proposal in record["proposals"]:
+            verdicts[proposal["verdict"]] += proposal["times"]
+    reasons = Counter(r["left_out"] for r in records if r["left_out"])
+    return {"failed_traces": len(records), "left_out": dict(reasons), "with_intervention": len(kept),
+            "interventions": sum(verdicts.values()), "verdicts": dict(verdicts),
+            "success_from": {name: mean(r["success_from"][name] for r in kept)
+                             for name in ("intervention", "error", "resampled step")}}
+
+
+def int_sequence(tokenizer, problem: Problem, beginning: str) -> tuple[list[int], list[int]]:
+    """(ids, labels) to learn the beginning of a trace: no loss on the prompt, none on what comes after the beginning,
+    so none on a token that ends the trace."""
+    prompt = data.encode_prompt(tokenizer, data.planner_prompt(problem))
+    trace = begin_trace(tokenizer, beginning)
+    return prompt + trace[:-1], [executor.IGNORE] * (len(prompt) - 1) + trace
+
+
+def int_sequences(tokenizer, records: list[dict], by_id: dict[str, Problem], seed: int) -> tuple[list, list]:
+    """Training and held-out sequences of the chosen interventions; whole problems are held out, a tenth of them."""
+    chosen = [r for r in records if r["chosen"]]
+    ids = sorted({r["problem_id"] for r in chosen})
+    ids = random.Random(seed).sample(ids, len(ids))
+    held = set(ids[:max(1, len(ids) // 10)] if len(ids) > 1 else [])
+    train, heldout = [], []
+    for r in chosen:
+        problem = by_id[r["problem_id"]]
+        learned = data.splice(problem, r["trace"], r["chosen"]["index"], r["chosen"]["step"])
+        part = heldout if r["problem_id"] in held else train
+        part.append(int_sequence(tokenizer, problem, learned))
+    return train, heldout
+
+
+def intervene(s: IntSettings) -> Path:
+    """The stage: collects interventions and fine-tunes the planner on them. Returns its folder: model, tokenizer,
+    interventions.jsonl, int.json."""
+    data.check_settings(s)
+    run_dir = Path(s.run_dir)
+    inputs = {"groups/train.jsonl": data.fingerprint(run_dir / "groups" / "train.jsonl")}
+    with data.stage_folder(run_dir / "int", s, inputs) as work:
+        if work is not None:
+            learn_interventions(s, run_dir, work)
+    return run_dir / "int"
+
+
+def learn_interventions(s: IntSettings, run_dir: Path, work: Path) -> None:
+    """Fills the folder of the stage."""
+    device = executor.pick_device(s.device)
+    problems = data.read_problems(run_dir / "groups" / "train.jsonl")[:s.problems]
+    base, by_id = executor.base_of(run_dir), {p.problem_id: p for p in problems}
+    planner, tokenizer = executor.load(base, device, torch.float32)
+    executor.check_head(planner)
+    frozen = frozen_executor(*executor.load(base, device), s)
+    if (work / "int.json").exists():                                      # a stopped stage: only fine-tuning is missing
+        report = json.loads((work / "int.json").read_text())
+        records = [json.loads(line) for line in (work / "interventions.jsonl").read_text().splitlines()]
+    else:
+        begin = time.perf_counter()
+        records = collect(Collector(planner, tokenizer, frozen, s), problems)
+        report = count_interventions(records) | frozen.spent | {"seconds": time.perf_counter() - begin}
+        data.write_atomic(work / "interventions.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+        data.write_atomic(work / "int.json", json.dumps(report))
+    train_part, heldout = int_sequences(tokenizer, records, by_id, s.seed)
+    common = {"batch_size": s.batch_size, "pad_id": executor.pad_id(tokenizer)}
+    before = executor.heldout_loss(planner, heldout, **common) if heldout else None
+    if s.checkpointing:
+        executor.without_dropout(planner)
+        executor.enable_checkpointing(planner)
+    if train_part:
+        executor.finetune(planner, train_part, heldout=heldout, epochs=s.epochs, seed=s.seed, warmup=10, title="InT",
+                          learning_rate=s.learning_rate, **common)
+    after = executor.heldout_loss(planner, heldout, **common) if heldout else None
+    report |= {"sequences": {"train": len(train_part), "heldout": len(heldout)},
+               "heldout_loss": {"base": before, "InT": after}}
+    planner.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    data.write_atomic(work / "int.json", json.dumps(report, indent=1))
+
+
+# ------------------------------------------------------------------------------------------------ 9. commands
+
 
 def main(argv) -> None:
-    """The commands train, int, evaluate, inspect and plot."""
+    """The commands train, int, evaluate and inspect."""
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
     if command == "train":
-        settings = data.parse_settings(TrainSettings, TRAIN_PRESETS, rest, "tracelift.py train")
-        print(f"{train(settings)}: trained")
-        print(f"next: python tracelift.py evaluate --preset {settings.preset} --run {settings.run}")
+        s = data.parse_settings(TrainSettings, rest, "tracelift.py train")
+        print(f"{train(s)}: trained\nnext: python tracelift.py evaluate --run_dir {s.run_dir}")
     elif command == "int":
-        settings = data.parse_settings(IntSettings, INT_PRESETS, rest, "tracelift.py int")
-        folder = intervene(settings)
+        s = data.parse_settings(IntSettings, rest, "tracelift.py int")
+        folder = intervene(s)
         report = json.loads((folder / "int.json").read_text())
         print("\n".join(f"{key}: {json.dumps(value)}" for key, value in report.items()))
         if not report["sequences"]["train"]:
             print("no intervention was kept: this planner is the base planner")
         print(f"{folder}: {report['with_intervention']} of {report['failed_traces']} failed traces with an intervention"
-              f"\nnext: python tracelift.py train --preset {settings.preset} --run {settings.run} --init {folder}")
+              f"\nnext: python tracelift.py train --run_dir {s.run_dir} --init {folder}")
     elif command == "evaluate":
-        settings = data.parse_settings(EvalSettings, EVAL_PRESETS, rest, "tracelift.py evaluate")
-        print(table(evaluate(settings)))
-        print(f"{settings.run}/results.json, {settings.run}/results.md: written\n"
-              f"next: python tracelift.py inspect --preset {settings.preset} --run {settings.run}")
+        s = data.parse_settings(EvalSettings, rest, "tracelift.py evaluate")
+        print(table(evaluate(s)))
+        print(f"{s.run_dir}/results.md: written, results.json in each folder\n"
+              f"next: python tracelift.py inspect --run_dir {s.run_dir}")
     elif command == "inspect":
-        print(inspect(data.parse_settings(EvalSettings, EVAL_PRESETS, rest, "tracelift.py inspect")))
-    elif command == "plot":
-        print(f"{plot(data.parse_settings(EvalSettings, EVAL_PRESETS, rest, 'tracelift.py plot').run)}: written")
+        print(inspect(data.parse_settings(InspectSettings, rest, "tracelift.py inspect")))
     elif command in ("-h", "--help"):
         print(__doc__)
     else:
-        raise UserError(f"tracelift.py {command}: choose train, int, evaluate, inspect or plot; each has --help")
+        raise UserError(f"tracelift.py {command}: choose train, int, evaluate or inspect; each has --help")
 
 
 if __name__ == "__main__":

@@ -38,10 +38,15 @@ from __future__ import annotations
 import ast
 import atexit
 import builtins
+import collections
 import ctypes
+import datetime
+import decimal
+import functools
 import gc
 import itertools
 import json
+import operator
 import os
 import random
 import re
@@ -54,6 +59,7 @@ import threading
 import time
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 try:
     import fcntl
@@ -67,156 +73,430 @@ except (ImportError, TypeError):  # Windows: only the answers work there
 MAX_ANSWER = 4000  # characters of one answer; a longer one is no answer
 MAX_DIGITS = 400   # of one number, and its largest exponent: bounds the big-integer arithmetic
 
-_MARKER = re.compile(r"####\s*|\banswer\**\s*(?:is\b|:|=)[\s:*]*", re.IGNORECASE)
+# What announces an answer. #### also begins headings of Markdown, which have text below them.
+_MARKER = re.compile(r"#+ *(?:final +)?answer\W*\n\s*|####[#\s]*|答案(?:是|为|為)?[\s:：]*"
+                     r"|\banswer\**\s*(?:is\b|would be\b|should be\b|:|=)[\s:*]*", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"\\(?:boxed|fbox)\s*\{(?:[.…\s]*|(?:your|the|final|\s)*answer\s*)\}", re.IGNORECASE)
+_END = re.compile(r"(?<!Rs)\.(?:\s|$)|(?<=[A-Za-z])[!?](?:\s|$)|[\s(,]+(?:because|since)\b")
+_LABEL = re.compile(r"\b(?:step|part|case|section|example|question|problem|method|equation|line)\s*#?\(?[0-9]+\)?"
+                    r"|^\s*[0-9]+[.)]\s+(?=[A-Za-z])", re.IGNORECASE)
+_OPTION = re.compile(r"(?:the\s+)?(?:(?:correct\s+)?(?:option|choice|letter|answer)\s*)?[(]?([A-Za-z])[).]?", re.IGNORECASE)
+# A bullet, or a dash between blanks after a word: no minus sign.
+_DASH = re.compile(r"(^|[^\W\d]{2}[:*]*\s|:)\s*[-\u2013\u2014\u2212\u2022*]\s+")
+_HEDGE = re.compile(r"[\s,;&/-]*(?:(?:and|to)\b[\s$]*(?:[A-Za-z] *= *)?)?|.*\b(?:or|maybe|perhaps|possibly)\b.*", re.IGNORECASE)
+
 # [0-9] and not \d, which also matches the digits of every other script.
 _WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_WHOLE}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-_NUMBER = re.compile(rf"(?:(?<![\w.)\]}}])-\s*)?(?:{_WHOLE}\s+(?={_WHOLE}\s*/))?{_DECIMAL}(?:\s*/\s*{_DECIMAL})?%?")
-_VALUE = re.compile(rf"(?:[A-Za-z]\w*\s*=\s*)?(?:(?:US|USD|EUR|GBP|INR|CNY|JPY|Rs)\b\.?)?\s*([-+]?)\s*"
-                    rf"(?:({_WHOLE})\s+(?={_WHOLE}\s*/))?({_DECIMAL})(?:\s*/\s*([-+]?{_DECIMAL}))?(.*)", re.DOTALL)
-_FRAC = re.compile(rf"\\[dtc]?frac\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}\s*\{{\s*(-?{_DECIMAL})\s*\}}|([0-9])\s*([0-9]))")
-_POWER_OF_TEN = re.compile(rf"(?<![0-9.,])({_DECIMAL})\s*(?:\\times|\\cdot|[x×*·])\s*10\s*\^\s*\{{?([-+]?[0-9]+)\}}?")
-_UNIT = re.compile(r"([A-Za-z][A-Za-z'’-]*)\.?(?:\^\{?[23]\}?|[²³])?")
-# The words after a number are its unit ("24 coins left"), except those that make another number of it.
-_NOT_UNITS = set("hundred thousand million billion trillion dozen half third quarter squared cubed factorial times plus"
-                 " minus over or and to not pi sqrt sin cos tan log ln exp mod maybe perhaps but otherwise".split())
+_SIGNED = r"\([-+]?[0-9]+(?:\.[0-9]+)?\)"
+_NUMBER = re.compile(rf"(?<![\^_0-9.])(?<!\^-)(?:(?<![\w)\]}}])([-+])(\s*))?(?:({_WHOLE})\s+(?={_WHOLE}\s*/))?({_DECIMAL}|{_SIGNED}(?=\s*/))"
+                     rf"(?:\s*/\s*([-+]?{_DECIMAL}|{_SIGNED}))?(?:\s?%)?")
+
+# Words beside a number are its unit if they are ordinary words of three letters or more, or among the short ones below.
+# Those of _NOT_UNITS, Greek letters and products of letters make another number of it, and then it is none.
+_NOT_UNITS = set("""hundred thousand million billion trillion quadrillion lakh crore bn mn tn bil mil mio grand myriad
+    dozen gross half halve third quarter fourth fifth sixth seventh eighth ninth tenth eleventh twelfth twentieth
+    hundredth thousandth millionth billionth squared cubed factorial times power root reciprocal inverse divided
+    multiplied plus minus over or not pi sqrt sin cos tan log ln exp mod choose infinity infinite negative below zero
+    basis maybe perhaps possibly probably but otherwise except either neither nor without approximately approx roughly
+    wrong incorrect undefined double triple twice thrice about around nearly almost under than least most between isn
+    alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron rho sigma tau upsilon phi chi psi
+    omega""".split())
 _LETTER_UNITS = set("m s g h L l".split())                  # alone, after a space; another letter may be a variable
-_JOINED_UNITS = set("mm cm km mg kg ml mL in ft lb lbs oz hr hrs min mins sec mph kmh".split())  # 5cm
-_HEDGE = re.compile(r"[\s,;&/-]*(?:(?:and|to)\b[\s$]*)?|.*\b(?:or|maybe|perhaps|possibly)\b.*", re.IGNORECASE)
-_PLAIN = {0x2212: "-", 0x2013: "-", 0x00A0: "\u2009", 0x202F: "\u2009",
-          **{c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)}}  # minus signs, thin spaces, full-width characters
+_JOINED_UNITS = set("mm cm km mg kg ml mL in ft lb lbs oz hr hrs min mins sec mph kmh am pm".split())  # 5cm
+_SHORT_WORDS = _JOINED_UNITS | set("""kph rpm pcs yd yds mi sq cu gb mb kb tb ms ns kw kj kn mw hz rs usd eur gbp inr cny
+    jpy pt pts qt gal yr yrs tbsp tsp bc ad ce is he we it of in on at by as an so if us to no be do go per the and she
+    her his they there this that""".split())
+_PRODUCT = re.compile(r"[a-d]+|[h-n]+|[p-t]+|[u-z]+|[^aeiouy]+")  # abc, xyz: three letters, yet no word
+_CJK_NUMBER = re.compile(r"[十百千万萬亿億兆半打负負천만억](?![克米])")
+_WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*(?:\^-?[1-3])?[!?]?")
+# Who says one side of a line does not say another of it: 5 am is not 5 pm, nor are 5 km 5 m.
+_RIVALS = [[set(side.split()) for side in line.split("|")] for line in """am | pm
+    bc bce | ad ce
+    loss lost lose deficit owe debt | profit gain gained earned surplus
+    fewer less decrease decreased lower | more extra increase increased higher
+    left | right
+    north | south | east | west
+    up | down
+    above | below
+    before | after
+    early | late
+    ahead | behind
+    older | younger
+    faster | slower
+    taller longer | shorter
+    heavier | lighter
+    clockwise | counterclockwise anticlockwise
+    odd | even
+    celsius | fahrenheit | kelvin
+    degree | radian rad
+    mm millimeter millimetre | cm centimeter centimetre | m meter metre | km kilometer kilometre | inch inche | ft foot feet | yd yard | mi mile
+    mg milligram | g gram | kg kilogram | lb pound | oz ounce | ton tonne
+    ml milliliter millilitre | l liter litre | cup | pint | quart | gallon gal
+    ms millisecond | sec second | min minute | h hr hour | day | week | month | yr year
+    cent penny pence | dollar usd | euro eur | pound gbp | rupee inr | yen jpy | yuan cny 元""".split("\n")]
+
+
+
+def _rules(table: str) -> list:
+    """A line of a table is a pattern, an arrow and what replaces it (␣ is a blank); ARGUMENT is one of a TeX command."""
+    table = table.replace("ARGUMENT", r"\s*(?:\{([^{}]*)\}|([0-9]|SYMBOL))").replace("SYMBOL", "[A-Za-zπ∞θαβγφλμσω]")
+    pairs = [line.strip().partition(" =>") for line in table.strip().split("\n")]
+    return [(re.compile(pattern, re.DOTALL), new.strip().replace("␣", " ")) for pattern, _, new in pairs]
+
+
+def _rewrite(text: str, rules: list) -> str:
+    for pattern, new in rules:
+        text = pattern.sub(new, text)
+    return text
+
+
+# Signs and abbreviations as words. A dollar without a partner is money; two of them enclose a formula.
+_SPOKEN = _rules(r"""
+    \b([ap])\.\s?m\b => \1m
+    \b([ab])\.\s?([cd])\b => \1\2
+    \\\$|^\$(?=[^$]*$) => ␣dollar␣
+    °\s?C\b => ␣celsius␣
+    °\s?F\b => ␣fahrenheit␣
+    € => ␣euro␣
+    £ => ␣pound␣
+    ₹ => ␣rupee␣
+    [¥￥] => ␣yen␣""")
+# One spelling for what TeX and Unicode spell in several ways, in this order; then from the innermost braces outwards.
+_CHARACTERS = str.maketrans({
+    **dict(zip("−–‒⁄∕×·⋅⩽⩾’⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "---//***≤≥'0123456789-0123456789")),
+    **{chr(c): chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)}})  # full-width characters
+_TYPOGRAPHY = _rules(r"""
+    ([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+) => ^{\1}
+    ([₀₁₂₃₄₅₆₇₈₉]+) => _{\1}
+    ½ => ␣1/2␣
+    ⅓ => ␣1/3␣
+    ⅔ => ␣2/3␣
+    ¼ => ␣1/4␣
+    ¾ => ␣3/4␣
+    ⅕ => ␣1/5␣
+    ⅛ => ␣1/8␣
+    ㎝ => cm
+    ㎞ => km
+    ㎏ => kg
+    ㎡ => m^2
+    \.{2,}|\\[lc]?dots(?![a-z]) => …
+    \{,\}(?=[0-9]{3}) => ,
+    (?<=[0-9A-Za-z)])\*\*(?=[0-9A-Za-z(]) => ^
+    \\! =>
+    \\% => %
+    (?<=[0-9])(?:\\,|[\u00a0\u202f\u2006\u2009])(?=[0-9]{3}(?![0-9])) => ,
+    \\begin\{([pb]?matrix)\}(.*?)\\end\{\1\} => ⎡\2⎤
+    \\\\(?:\[\w*\])? => ⏎
+    \\(?:\{|lbrace(?![a-z])) => ⦃
+    \\(?:\}|rbrace(?![a-z])) => ⦄
+    \\[()\[\]]|\*\*|(?<=-)\s*\\?[$€£¥₹]\s* =>
+    \\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|q?quad)(?![A-Za-z])|\\?[$€£¥₹]|\\[,;:\s]|[~\s] => ␣
+    [ ]+ => ␣
+    \\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mh]box|operatorname|emph|underline)\s*\{((?:[^{}]|\{[^{}]*\})*)\} => ␣\1␣
+    \\[dtc]frac(?![a-z]) => \\frac
+    (?:\^\s*)?(?:\{\s*)?(?:\\(?:circ|degree)(?![a-z])|°)(?:\s*\})?(?:\s*[CF]\b)? => ␣degrees␣
+    \\pi(?![a-z])|\bpi\b => π
+    \\infty(?![a-z])|\binfinity\b => ∞
+    \\sqrt(?![a-z])|\bsqrt\b => √
+    \\(?:leq?|leqslant)(?![a-z])|<= => ≤
+    \\(?:geq?|geqslant)(?![a-z])|>= => ≥
+    \\neq?(?![a-z])|!= => ≠
+    \\lt(?![a-z]) => <
+    \\gt(?![a-z]) => >
+    \\(?:times|cdot)(?![a-z]) => *
+    \\cup(?![a-z]) => ∪
+    \\cap(?![a-z]) => ∩
+    \\in(?![a-z]) => ∈
+    \\pm(?![a-z]) => ±
+    \\theta(?![a-z]) => θ
+    \\alpha(?![a-z]) => α
+    \\beta(?![a-z]) => β
+    == => =
+    \s+([\^_]) => \1
+    (\\[A-Za-z]+|[}\]√])\s+(?=\{) => \1""")
+_BRACES = _rules(r"""
+    √\s*\[\s*(\w+)\s*\]ARGUMENT => √[\1](\2\3)
+    √\s*(?:\{([^{}]*)\}|([0-9]+(?:\.[0-9]+)?|SYMBOL)) => √(\1\2)
+    ([\^_/√])\s*\\fracARGUMENTARGUMENT => \1((\2\3)/(\4\5))
+    \\fracARGUMENTARGUMENT(?=\s*\^) => ((\1\2)/(\3\4))
+    \\fracARGUMENTARGUMENT => ␣(\1\2)/(\3\4)␣
+    ([\^_])\s*\{([^{}]*)\} => \1(\2)␣
+    (\\(?!frac)[A-Za-z]+)\{([^{}]*)\} => \1(\2)
+    ^\s*\{([^{},]*)\}\s*$ => \1
+    (?<![A-Za-z\]}√^_])\{([^{}]*,[^{}]*)\} => ⦃\1⦄
+    \{\s*⦃([^⦃⦄]*)⦄\s*\} => \1
+    (?<![A-Za-z\]}√^_])\{([^{}]*)\}(?!\s*\{) => (\1)""")
+_BRACKETS = _rules(r"""
+    \(\s+ => (
+    \s+\) => )
+    (?<![\w√\])\\^_])\(((?:[^()+\-/,=±]|√\([^()]*\))+)\)/ => \1/
+    /\(([0-9]+(?:\.[0-9]+)?|SYMBOL|√\([^()]*\))\) => /\1␣
+    ([\^_])\((-?(?:[0-9]+(?:\.[0-9]+)?|SYMBOL))\) => \1\2␣
+    (?<![0-9.,])(DECIMAL)\s*[*x]\s*10\s*\^\s*\(?([-+]?[0-9]+)\)? => \1e\2""".replace("DECIMAL", _DECIMAL))
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The final answer of a solution, as written; None when there is none.
+    r"""The final answer of a solution, as written; None when there is none.  ValueError for what is no string.
 
-    The last marker wins: \boxed{x}, '#### x', 'answer is x', 'Answer: x' (to the end of the line or sentence).  Without
-    one it is the last number of the last line that is not empty, so a bare ' 24' works.  Guesses side by side ("3 or
-    4", two boxes in one sentence) come back as they stand, and equal no number.  Time is linear in the text.
+    The last marker with a value wins: \boxed{x}, '#### x', 'answer is x', 'Answer: x' (to the end of the line or
+    sentence); mere words after one ("the answer is reasonable") count only when no other has a value.  Without one it
+    is the last number of the last line that is not empty, so a bare ' 24' works.  Guesses side by side ("3 or 4", two
+    boxes in one sentence) come back as they stand, and equal no number.  What stands in <think>, or in a box that
+    nothing closes, is no answer.  Time is linear in the text.
     """
-    marked = _marked(text)
+    if not isinstance(text, str):
+        raise ValueError(f"text must be a string, not {type(text).__name__}")
+    marked, cut = _marked(text)
     if marked is not None:
         return marked if len(marked) <= MAX_ANSWER else None
-    line = _clean(text.rstrip()[-MAX_ANSWER:].rpartition("\n")[2])
+    if cut:
+        return None
+    line = _said(text).rstrip()[-MAX_ANSWER:].rpartition("\n")[2]
+    return _last_number(_clean(_DASH.sub(r"\1 ", re.sub(r"<<[^<>]*>>", "", line))))
+
+
+def _last_number(line: str) -> str | None:
+    """The last number of a line; with what stands around it where that makes something else of it (2^3, 4 dozen)."""
     numbers = list(_NUMBER.finditer(line))[-2:]
-    if len(numbers) == 2 and _HEDGE.fullmatch(line, numbers[0].end(), numbers[1].start()):
-        return line[numbers[0].start():numbers[1].end()]
-    return numbers[-1].group() if numbers else None
+    if not numbers:
+        return None
+    start, end = numbers[-1].span()
+    if len(numbers) == 2 and _HEDGE.fullmatch(line, numbers[0].end(), start):
+        return line[numbers[0].start():end]
+    chunk = start - len(re.split(r"[\s=]|(?<![\w√\]])\(", line[:start])[-1])
+    clause = re.split(r"[.;!?)](?:\s|$)|,\s|[。，；！？]", line[end:], maxsplit=1)[0]
+    phrase = line[chunk:end] + clause
+    before = " ".join(line[:chunk].split()[-3:])
+    if _NOT_UNITS & _words(before):
+        return f"{before} {phrase}"
+    return numbers[-1].group().strip() if _phrase(phrase) else phrase
 
 
 def math_equal(prediction: str | None, reference: str) -> bool:
-    r"""Whether two final answers (or texts with a marked one) are the same value.
+    r"""Whether two final answers (or texts with a marked one) are the same value.  ValueError for what is no string.
 
     Numbers are exact rationals, without tolerance, also as fraction, mixed number or 1.5e3; a unit or currency is
-    ignored, and percent is a unit (50% is 50, not 0.5).  (1, 2), [1, 2), {1, 2} and 1, 2 are four different things;
-    only the braces ignore order.  All else is text, compared without case: powers and roots are not evaluated, and
-    "24 or 25" is not 24.  None, the empty text, and what is longer than MAX_ANSWER equal nothing.
+    ignored unless the reference's contradicts it (_RIVALS), and percent is a unit (50% is 50, not 0.5).  Of a sentence
+    with one number that number counts, of equations the last side: x = 5 is 5, but not y = 5.  (1, 2), [1, 2), {1, 2}
+    and 1, 2 are four different things; only the braces ignore order.  All else is text in one spelling of TeX, compared
+    without case: powers and roots are not evaluated, and "24 or 25" is not 24.  None, the empty text, and what is
+    longer than MAX_ANSWER equal nothing.
     """
-    values = []
-    for text in ("" if prediction is None else prediction, reference):
-        marked = _marked(text)
-        text = text.strip() if marked is None else marked
-        values.append(_value(_clean(text)) if len(text) <= MAX_ANSWER else None)
-    return values[0] is not None and values[0] == values[1]
+    if not isinstance(reference, str):
+        raise ValueError(f"reference must be a string, not {type(reference).__name__}")
+    if not isinstance(prediction, (str, type(None))):
+        raise ValueError(f"prediction must be a string or None, not {type(prediction).__name__}")
+    values, words = [], []
+    for text in (prediction or "", reference):
+        marked, cut = _marked(text)
+        text = marked or ("" if cut else text.strip())
+        if not text or len(text) > MAX_ANSWER:
+            return False
+        values.append(_value(_clean(text)))
+        words.append(_words(_rewrite(text, _SPOKEN)))
+    return None not in values and not _contradict(*words) and _agree(*values)
 
 
-def _marked(text: str) -> str | None:
-    start = end = -1
-    previous = (-1, -1)  # where the box before the last one starts and ends
+def _said(text: str) -> str:
+    """What follows the last closed thought."""
+    return re.split(r"</think\w*>", text)[-1]
+
+
+def _marked(text: str) -> tuple[str | None, bool]:
+    """The marked answer of a text, and whether the text ends in a thought or a box that nothing closes."""
+    text, thinks, _ = _PLACEHOLDER.sub("", _said(text)).partition("<think")
+    text = re.sub(r"(\\boxed|\\fbox)(?:\s*([0-9][0-9.,/]*)|\s+([A-Za-z])(?![A-Za-z]))", r"\1{\2\3}", text)
+    boxes = [(-1, -1), (-1, -1)]  # where the contents of the last two start and end
     opened = []  # per open brace: where its content starts, or -1 for a brace that is not a box
     # One pass over all braces: a scan per \boxed is quadratic on nested ones.
     for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\?[{}]", text):
         brace = match.group()
         if brace == "}" and opened:
-            inside = opened.pop()
-            if inside > start and text[inside:inside + MAX_ANSWER].strip(" \n}"):
-                if inside > end:
-                    previous = start, end  # boxes side by side may be two answers, nested ones are one
-                start, end = inside, match.start()
+            box = opened.pop(), match.start()
+            if box[0] > boxes[-1][0]:
+                # Boxes side by side may be two answers, nested ones are one.
+                boxes = [boxes[-1] if box[0] > boxes[-1][1] else boxes[0], box]
         elif brace[-1] == "{" and brace != r"\{":
             opened.append(-1 if brace == "{" else match.end())
-    for match in reversed(list(_MARKER.finditer(text, max(end, 0)))):
-        line = text[match.end():match.end() + MAX_ANSWER + 1].partition("\n")[0]
-        line = re.split(r"(?<!Rs)\.(?:\s|$)|\s(?:because|since)\b", line, maxsplit=1)[0].strip(" \t\r*`")
-        if line:
-            return line
+    start, end = boxes[-1]
+    unclosed = [place for place in opened if place > end]
+    if unclosed:
+        text = text[:text.rfind("\\", 0, unclosed[0])]
+    cut = bool(thinks or unclosed)
+    found = None
+    for match in list(_MARKER.finditer(text, max(end, 0)))[:-20:-1]:  # no more: each costs a line
+        line, _, below = text[match.end():match.end() + MAX_ANSWER + 1].partition("\n")
+        line = _LABEL.sub("", _END.split(_DASH.sub(r"\1 ", line), maxsplit=1)[0]).strip(" \t\r*`_")
+        formula = re.fullmatch(r"([^0-9$]*)\$([^$]+)\$([^0-9$]*)", line)
+        if formula and not _NOT_UNITS & _words(formula[1]):
+            return formula[2] + formula[3], cut
+        if re.search(r"[0-9½⅓¼√π∞=]|\\(?!text|math|mbox)[A-Za-z]", line) or _OPTION.fullmatch(line.strip(" $\\()*.")):
+            return line, cut
+        if not (match.group().startswith("#") and below.strip()):
+            found = found or line or None  # words
     if start < 0:
-        return None
-    content = text[start:end].strip()
-    if previous[0] >= 0:
-        between = text[previous[1] + 1:start][:MAX_ANSWER]
-        if not re.search(r"\n|[.!?]\s", between.strip()) and not _MARKER.search(between):
-            first = text[previous[0]:previous[1]].strip()
-            return content if first == content else f"{first} or {content}"
-    return _marked(content) or content  # \boxed{Answer: 24}; no deeper, for the last box holds no other box
+        return found, cut
+    first, content = (re.sub(r"^\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}$", r"\1", text[a:b].strip()) for a, b in boxes)
+    between = text[boxes[0][1] + 1:start][:MAX_ANSWER]
+    if boxes[0][0] >= 0 and not re.search(r"\n|[.!?]\s", between.strip()) and not _MARKER.search(between):
+        return content if first == content else f"{first} or {content}", cut
+    # \boxed{Answer: 24}; no deeper, for the last box holds no other box
+    return _marked(re.sub(r"\\text\{([^{}]*)\}", r"\1", content[:MAX_ANSWER + 1]))[0] or content, cut
 
 
 def _clean(text: str) -> str:
-    r"""Without the typography: LaTeX spacing and text commands, currency signs; \frac{a}{b} becomes a/b."""
-    text = text.translate(_PLAIN).replace("{,}", ",").replace(r"\!", "").replace(r"\%", "%")
-    text = re.sub(r"(?<=[0-9])(?:\\,|\u2009)(?=[0-9]{3}(?![0-9]))", ",", text).replace("\u2009", " ")
-    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;:()\[\]]|\^?\{?\\circ\}?|°", "", text)
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", text)
-    text = re.sub(r"\\?[$€£¥₹￥]|\\q?quad|\\\s|~", " ", text).replace(r"\{", "{").replace(r"\}", "}")
-    text = _FRAC.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]}", text)
-    text = _POWER_OF_TEN.sub(r"\1e\2", text)
-    return text.lstrip(" \t\r\n*`'\"").rstrip(" \t\r\n*`'\".,;:")
+    r"""One spelling: no typography, currency or layout; \frac{a}{b} is a/b, \sqrt3 is √(3), x^{2} is x^2, \leq is ≤."""
+    text = _rewrite(text, _TYPOGRAPHY).translate(_CHARACTERS)
+    for _ in range(8):
+        before, text = text, _rewrite(text, _BRACES)
+        if text == before:
+            break
+    text = _rewrite(text, _BRACKETS)
+    return text.lstrip(" *`'\"").rstrip(" *`'\".,;:")
 
 
-def _value(text: str, depth: int = 0):
-    """Fraction, frozenset for {...}, tuple for other brackets and bare lists, else the text; None for no value."""
+def _words(text: str) -> set[str]:
+    """The words of a text without case, and each without the s of a plural."""
+    words = re.findall(r"[^\W\d_]+", text.casefold())
+    return {*words, *(word.rstrip("s") for word in words)}
+
+
+def _contradict(said: set[str], wanted: set[str]) -> bool:
+    for sides in _RIVALS:
+        ours = [bool(side & said) for side in sides]
+        theirs = [bool(side & wanted) for side in sides]
+        if any(ours) and any(theirs) and not any(map(operator.and_, ours, theirs)):
+            return True
+    return False
+
+
+class _Answer(NamedTuple):
+    """value: Fraction, frozenset for {...}, tuple for other brackets and bare lists, else text; name: x of x = 5;
+    words: of a sentence around the value, which a prediction must have if the reference has them."""
+
+    value: object
+    name: str = ""
+    words: frozenset = frozenset()
+
+
+def _agree(said: _Answer, wanted: _Answer) -> bool:
+    ours, theirs = said.value, wanted.value
+    if said.name and wanted.name not in ("", said.name) or not wanted.words <= said.words:
+        return False
+    if isinstance(ours, tuple) and isinstance(theirs, tuple) and len(ours) == len(theirs):
+        return all(map(_agree, ours, theirs))
+    return type(ours) is type(theirs) and ours == theirs
+
+
+def _value(text: str, depth: int = 0) -> _Answer | None:
     text = text.strip()
-    number = _number(text)
-    if number is not None or not text:
-        return number
-    bracket = text[0] + text[-1]
-    inside = text[1:-1] if len(text) > 2 and bracket in ("()", "[]", "(]", "[)", "{}") else ""
-    parts = _split(inside)
+    found = _phrase(text)
+    if not text or depth > 4 or found and not found.words:
+        return found
+    bracket, inside = text[0] + text[-1], text[1:-1]
+    if bracket == "⎡⎤":
+        rows = [f"[{row.replace('&', ',')}]" for row in inside.strip(" ⏎").split("⏎")]
+        inside, bracket = ",".join(rows), "matrix"
+    parts = _split(inside) if bracket in ("()", "[]", "(]", "[)", "⦃⦄", "matrix") else None
     if parts is None:
-        bracket, parts = "", _split(text)
-    if parts and depth < 4 and (bracket or len(parts) > 1):
-        values = [_value(part, depth + 1) for part in parts]
-        if None not in values:
-            if bracket == "{}":
-                return frozenset(values)
-            return values[0] if bracket == "()" and len(values) == 1 else (bracket, *values)
-    return re.sub(r"\s*(\W)\s*", r"\1", " ".join(text.casefold().split()))
+        bracket, parts = "", _split(text) or [text]
+    if found and (not bracket or len(parts) == 1):
+        return found
+    if not bracket and len(parts) == 1:
+        return _equation(text, depth) or _Answer(_as_text(text))
+    values = [_value(part, depth + 1) for part in parts]
+    if None in values:
+        return _Answer(_as_text(text))
+    if bracket == "⦃⦄":
+        return _Answer(frozenset(value.value for value in values))
+    return values[0] if bracket == "()" and len(values) == 1 else _Answer((_Answer(bracket), *values))
+
+
+def _equation(text: str, depth: int) -> _Answer | None:
+    """Of x = 2 * 3 = 6 the last side, if the first is a name, a sum of names or plain arithmetic."""
+    first, *others = re.split("[=∈]", text)
+    if not others or re.search("[<>≤≥≠≈]", text):
+        return None
+    name = _as_text(first)
+    named = re.fullmatch(r"[^\W\d_][\w' ]*(?:\([^()=]*\))?(?:\+[^\W\d_]\w*)*|\([^\W\d](?:,[^\W\d])*\)|", name)
+    arithmetic = re.fullmatch(r"(?:[0-9\s.,+*/()%÷-]|x(?= ?[0-9]))*", re.sub(r"[A-Za-z]{3,}", "", name))
+    last = _value(others[-1], depth + 1) if named or arithmetic else None
+    return last and last._replace(name=name if named else "")
+
+
+def _as_text(text: str) -> str:
+    option = _OPTION.fullmatch(text)
+    text = " ".join((option[1] if option else text).casefold().split())
+    text = re.sub(r"\s*(\W|[π∞])\s*", r"\1", text)
+    text = re.sub(r"(?<=[0-9]) (?=[a-z](?![a-z]))", "", text)
+    # A unit after an expression is ignored, as after a number.
+    match = re.fullmatch(r"([-(√0-9].*?[0-9)π]) ?([^\W\d_]{2}.*)", text)
+    return match[1] if match and _are_units(match[2].split()) else text
 
 
 def _split(text: str) -> list[str] | None:
-    """The parts between the commas that no bracket encloses; None where brackets do not match, or for no text."""
+    """The parts between the commas (or 'and') that no bracket encloses; None where brackets do not match, or for no
+    text."""
     parts, depth = [""], 0
-    for piece in re.split(r"([\[\](){},;])", text):
-        depth += (piece in ("(", "[", "{")) - (piece in (")", "]", "}"))
+    for piece in re.split(r"(,?\s+and\s+|[\[\](){},;⦃⦄⎡⎤])", text):
+        depth += (piece in tuple("[({⦃⎡")) - (piece in tuple("])}⦄⎤"))
         if depth < 0:
             return None
-        if piece in (",", ";") and depth == 0:
+        if depth == 0 and re.fullmatch(r"[,;]|,?\s+and\s+", piece):
             parts.append("")
         else:
             parts[-1] += piece
     return parts if depth == 0 and text.strip() else None
 
 
-def _number(text: str) -> Fraction | None:
-    match = _VALUE.match(text)
-    if not match:
+def _phrase(text: str) -> _Answer | None:
+    """The one number of a text that otherwise holds but words: its unit after it, perhaps a sentence around it."""
+    number = _NUMBER.search(text)
+    value = number and _rational(number)
+    if value is None or _NUMBER.search(text, number.end()):
         return None
-    sign, whole, top, bottom, unit = match.groups()
-    unit = unit[1:] if unit[:1] == "%" else unit
-    joined = unit[:1].isalpha()  # 2x is no number
-    for i, word in enumerate(re.findall(r"[^\s/]+", unit)):
-        name = _UNIT.fullmatch(word)
-        if not name or name[1].lower() in _NOT_UNITS or (name[1] not in _JOINED_UNITS if joined and i == 0 else
-                                                         len(name[1]) == 1 and name[1] not in _LETTER_UNITS):
-            return None
-    value, divisor, whole = _fraction(top), _fraction(bottom or "1"), _fraction(whole or "0")
+    lead, after = text[:number.start()], text[number.end():]
+    before = re.findall(r"[^\s,.:;()\"]+", lead)
+    # x3, f(3; "x 3"; "Total - 3", where the dash is no minus sign
+    if re.search(r"[\w^/()\[]$|\^", lead) or before and (number[2] or before[-1] not in "aI" and len(before[-1]) == 1):
+        return None
+    if not _are_units([word for word in before if len(word) > 1]):
+        return None
+    joined = re.match(r"[A-Za-z]+", after)  # 2x is no number
+    if joined and joined.group() not in _JOINED_UNITS or re.match(r"[(\[^_'\"]|\.\S", after):
+        return None
+    unit, _, remark = after.partition(",")
+    units, others = (re.findall(r"[^\s,.:;()\"/]+", part) for part in (unit, remark))
+    if not _are_units([word for word in units + others if word != "-"]):
+        return None
+    words = {word.casefold() for word in before + others} - {"usd", "us", "eur", "gbp", "inr", "cny", "jpy", "rs"}
+    return _Answer(value, words=frozenset(words))
+
+
+def _are_units(words: list[str]) -> bool:
+    for word in words:
+        name = re.match(r"[^\W\d_]*", word).group()
+        if not _WORD.fullmatch(word) or _NOT_UNITS & _words(word) or re.search("[\u0370-\u03ff]", word):
+            return False
+        if name > "\u2e80":  # no blanks between these words
+            if _CJK_NUMBER.search(word):
+                return False
+        elif name not in _LETTER_UNITS and name.casefold() not in _SHORT_WORDS:
+            if len(name) < 3 or len(name) < 5 and _PRODUCT.fullmatch(name.casefold()):
+                return False
+    return True
+
+
+def _rational(match) -> Fraction | None:
+    value, divisor, whole = _fraction(match[4]), _fraction(match[5] or "1"), _fraction(match[3] or "0")
     if None in (value, divisor, whole) or divisor == 0 or whole and not value < divisor:  # 1 3/2 is no mixed number
         return None
-    return (whole + value / divisor) * (-1 if sign == "-" else 1)
+    return (whole + value / divisor) * (-1 if match[1] == "-" else 1)
 
 
 def _fraction(decimal: str) -> Fraction | None:
-    mantissa, _, exponent = decimal.replace(",", "").lower().partition("e")
+    mantissa, _, exponent = decimal.replace(",", "").strip("()").lower().partition("e")
     if sum(map(str.isdigit, mantissa)) > MAX_DIGITS or len(exponent) > 9 or abs(int(exponent or 0)) > MAX_DIGITS:
         return None
     return Fraction(f"{mantissa}e{exponent or 0}")
@@ -224,44 +504,79 @@ def _fraction(decimal: str) -> Fraction | None:
 
 # ---------------------------------------------------------------- programs and scores
 
+_TOGETHER = 16  # stdin tests in one process, at most
 OUTCOMES = ("compile_error", "timeout", "memory", "runtime_error", "failed_test", "passed", "no_tests")  # worst first
 LAYERS = {  # what each wall of the sandbox stops, and what it needs
     "rlimits": ("endless CPU, big memory, floods of output, many files", "any Linux"),
-    "no capabilities": ("what root may do beyond its files", "any Linux"),
-    "no_new_privs": ("new rights through setuid programs", "Linux 3.5"),
-    "seccomp": ("processes, signals, sockets, ptrace, chmod; all calls but some 120", "x86_64 or aarch64"),
-    "landlock": ("the user's files, /proc; TCP from 6.7, signals from 6.12", "Linux 5.13"),
-    "user namespace": ("memory and environment of the user's processes", "user namespaces allowed"),
-    "pid namespace": ("signals to other processes; what outlives a run", "the same, or root"),
-    "net namespace": ("the network, loopback too", "the same, or root"),
-    "ipc namespace": ("System V queues and shared memory", "the same, or root"),
-    "mount namespace": ("files that stay: each run gets its own 16 MB /dev/shm, else it can write nowhere",
-                        "the same, or root"),
+    "seccomp": ("processes, signals, sockets, ptrace, chmod; all calls but some 120", "x86_64"),
+    "landlock": ("the user's files, /proc", "Linux 5.13"),
+    "namespaces": ("the same by a root of its own; each run gets 16 MB in /dev/shm, else it can write nowhere",
+                   "user namespaces allowed"),
 }
-_FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})([^`]*)$")
 _SANS: set[str] = set()  # layers to leave out, for tests
+_FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})([^`]*)$")
+_PYTHON = re.compile(r"\W*(?:[\w/.]*\.py|i?python[0-9.]*|py[0-9.]*)(?![-\w])", re.IGNORECASE)
+# Code on the fence's own line: no name of a language and no attribute.
+_CODE = re.compile(r"""(?!(?:title|file|filename|name|linenums|lines|hl_lines|highlight|class|id)=)
+    (?:(?:import|from|def|class|for|while|if|with|try|return|print|async)\b.*[\s(:] | @\w | [A-Za-z_][\w.\[\]]*\s*[(=])""", re.VERBOSE)
+# Plainly an output, a session or a shell's: by the line before the block, or by its own first line.
+_TITLE = re.compile(r"""[\W_]*(?:(?:expected|sample|example|the|program|console|your)\s+)*(?:output|result|input|terminal
+    |prints?|shell)s?(?:\ is|\ will\ be|\ looks\ like)?[\W_]*$""", re.IGNORECASE | re.VERBOSE)
+_OUTPUT = re.compile(r"""\s*(?:>>>|\$\s|Traceback|pip3?\ |python3?\ |bash\ |cd\ |\|
+    |(?:[-+]?[0-9.]+|True|False|None|'[^'=\n]*'|"[^"=\n]*"|[\[({][^=\n]*[\])}])\s*(?:$|\n)
+    |(?!(?:import|from|def|class|return|global|nonlocal|del|assert|raise|async|with|while|if|for|print|yield|lambda)\b)
+     [A-Za-z]+:?(?:\ +[\w:,.!]+)+\s*(?:$|\n))""", re.VERBOSE)
+_DEFINES = re.compile(r"^(?:async\s+def|def|class)\s+(\w+)", re.MULTILINE)
+
+
+def code_blocks(text: str) -> list[str]:
+    """The fenced blocks (``` or ~~~; unclosed: to the end) that may be the program, in their order, never none: those
+    tagged as Python and those without a tag that are not plainly an output or a shell's; else the last one; else the
+    text.  CRLF becomes LF.  ValueError for what is no string.
+
+    A lone fence after the code, as when the prompt had opened the block, ends the code.  Code may begin on the line of
+    the fence, and the closing fence may follow the last character.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"text must be a string, not {type(text).__name__}")
+    text = text.lstrip("\ufeff").replace("\r\n", "\n")
+    if text.lstrip().startswith("<think"):
+        text = _said(text) if "</think" in text else ""
+    text = re.sub(r"(?m)^([^`\n]*[^`\s]|[ \t]*```[^`\n]+)[ \t]*(```)[ \t]*$", r"\1\n\2", text)
+    blocks, fence, body, outside = [], None, [], [""]
+    for line in (text + "\n\0").split("\n"):  # \0: the end, which closes a block
+        match = _FENCE.match(line)
+        if fence is None:
+            fence, body = match, []
+            if match is None:
+                outside.append(line)
+        elif line == "\0" or match and match[2].startswith(fence[2]) and not match[3].strip():
+            info = fence[3].strip()
+            python = _PYTHON.match(info)
+            first = info[python.end():].strip() if python else info
+            code = "\n".join([first] * bool(_CODE.match(first)) + body)
+            untagged = not info or not python and _CODE.match(info)
+            title = next((above for above in reversed(outside) if above.strip()), "")
+            likely = python or untagged and not _OUTPUT.match(code) and not _TITLE.match(title)
+            if line != "\0" or code.strip():
+                blocks.append((bool(likely), code))
+            fence = None
+        else:  # in a list item the block is indented with its fence
+            body.append(line.removeprefix(fence[1]))
+    text = "\n".join(outside[1:]).removesuffix("\n\0")
+    code = [block for likely, block in blocks if likely] or [block for _, block in blocks[-1:]] or [text]
+    return [block.lstrip("\ufeff") for block in code]
 
 
 def extract_code(text: str) -> str:
-    """The last fenced block (``` or ~~~, any language tag; unclosed: to the end), else the text.  CRLF becomes LF.
-
-    A lone fence after the code, as when the prompt had opened the block, ends the code.
-    """
-    blocks, fence, body, outside = [], None, [], []
-    for line in text.lstrip("\ufeff").replace("\r\n", "\n").split("\n"):
-        match = _FENCE.match(line)
-        if fence is None and match:
-            fence, body = match, []
-        elif fence is None:
-            outside.append(line)
-        elif match and match[2].startswith(fence[2]) and not match[3].strip():
-            blocks.append("\n".join(body))
-            fence = None
-        else:  # in a list item the block is indented with its fence
-            body.append(line[len(fence[1]):] if line.startswith(fence[1]) else line)
-    if fence is not None and "".join(body).strip():
-        blocks.append("\n".join(body))
-    return (blocks[-1] if blocks else "\n".join(outside)).lstrip("\ufeff")
+    """The program of a completion: the last of its code_blocks, but for a last one that only shows how to call what an
+    earlier one defines.  Where tests ask for a name, run_programs chooses better, given all of code_blocks(text)."""
+    blocks = code_blocks(text)
+    used = set(re.findall(r"\b(\w+)\s*\(", blocks[-1]))
+    for block in reversed(blocks[:-1]):
+        if not _DEFINES.search(blocks[-1]) and used.intersection(_DEFINES.findall(block)):
+            return block
+    return blocks[-1]
 
 
 @dataclass(frozen=True)
@@ -300,27 +615,33 @@ class SandboxError(RuntimeError):
     """The machinery failed, not the program: no verdict exists."""
 
 
-def run_programs(programs: list[str], tests: list[list[dict]], *, timeout: float = 2.0, memory_mb: int = 1024,
-                 workers: int | None = None) -> list[Verdict]:
+def run_programs(programs: list[str | list[str]], tests: list[list[dict]], *, timeout: float = 2.0,
+                 memory_mb: int = 1024, workers: int | None = None, fail_fast: bool = False) -> list[Verdict]:
     """Runs programs[i] against tests[i]; one Verdict per program, in the same order.  Safe to call from threads.
 
+    programs   the text of each; or all its blocks (code_blocks), of which the last that defines what the asserts ask
+               for is the program.  The standard library is all that it can import: no numpy, no site-packages.
     tests      {"input", "output"}: a run with that stdin, whose stdout must have the same whitespace-separated tokens
                and which must end normally; {"assert"}: statements with an assert, which see the program's names,
-               a few modules (MODULES) and their own; all of one program share one run.  What expects nothing (a blank
-               output, an assert that asks the program nothing) does not count.
+               a few modules (MODULES) and their own; all of one program share one run, in which it is not __main__.
+               What expects nothing (a blank output, an assert that asks the program nothing) does not count.
     timeout    CPU seconds per run decide; wall time gets 4 * timeout + 2.  No test is run after a timeout.
     memory_mb  address space in MiB, about 40 of which are the interpreter's
     workers    helpers at a time; default: one per core.  Equal jobs are run once.
+    fail_fast  the first failed test ends a program: right where only Verdict.ok counts, and faster
     Raises ValueError naming the argument or test, SandboxError when no helper can be started.
     """
     jobs = _check(programs, tests, timeout, memory_mb, workers)
-    distinct = dict.fromkeys(jobs)
-    if distinct:
+    limits = {"timeout": timeout, "wall": 4 * timeout + 2, "memory_mb": memory_mb, "fail_fast": bool(fail_fast)}
+    first = {}
+    for i, job in enumerate(jobs):
+        first.setdefault(job, i)
+    if first:
         from concurrent.futures import ThreadPoolExecutor  # here: helpers are lighter without
-        with ThreadPoolExecutor(min(workers or os.cpu_count() or 1, len(distinct))) as pool:
-            verdicts = pool.map(lambda job: _judge(*job, timeout, memory_mb), distinct)
-            distinct = dict(zip(distinct, verdicts))
-    return [distinct[job] for job in jobs]
+        with ThreadPoolExecutor(min(workers or os.cpu_count() or 1, len(first))) as pool:
+            verdicts = pool.map(lambda job: _judge(*job, limits, f"tests[{first[job]}]"), first)
+            first = dict(zip(first, verdicts))
+    return [first[job] for job in jobs]
 
 
 def layers() -> dict[str, bool]:
@@ -330,8 +651,30 @@ def layers() -> dict[str, bool]:
     return {name: name in helper.layers for name in LAYERS}
 
 
+def check_tests(tests: list[dict], where: str = "tests") -> None:
+    """Refuses the tests of one problem that run_programs could not judge, when the problem enters.  ValueError names
+    the test: a wrong type or key, no valid Python, no assert or none that ever runs, a module beyond the standard
+    library, and what would run code that a program returned (exec, compile, __import__, pickle)."""
+    if not isinstance(tests, (list, tuple)):
+        raise ValueError(f"{where} must be a list of tests, not {type(tests).__name__}")
+    for j, test in enumerate(tests):
+        here = f"{where}[{j}]"
+        if not isinstance(test, dict):
+            raise ValueError(f"{here} must be a dict, not {type(test).__name__}")
+        keys = sorted(test.keys() & {"assert", "input", "output"})
+        if keys not in (["assert"], ["input", "output"]):
+            raise ValueError(f"{here} must have the key 'assert', or the keys 'input' and 'output'; it has {list(test)}")
+        for key in keys:
+            if not isinstance(test[key], str):
+                raise ValueError(f"{here}[{key!r}] must be a string, not {type(test[key]).__name__}")
+        try:
+            _names(test.get("assert", "").strip())
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise ValueError(f"{here}['assert'] is not a Python statement that asserts: {error}") from None
+
+
 def _check(programs, tests, timeout, memory_mb, workers) -> list[tuple]:
-    """The jobs: (program, ((input, output), ...), ((statement, names to ask the program for), ...)).  ValueError."""
+    """The jobs: (blocks, ((input, output), ...), ((statement, names to ask the program for, its place), ...))."""
     def need(condition, message: str) -> None:
         if not condition:
             raise ValueError(message)
@@ -342,77 +685,86 @@ def _check(programs, tests, timeout, memory_mb, workers) -> list[tuple]:
     need(isinstance(timeout, (int, float)) and 0 < timeout < 1e6, f"timeout must be positive seconds, not {timeout!r}")
     need(type(memory_mb) is int and memory_mb >= 64, f"memory_mb must be an integer from 64 up, not {memory_mb!r}")
     need(workers is None or type(workers) is int and workers > 0, f"workers must be 1 or more, not {workers!r}")
-    jobs, names = [], {"": ()}
+    jobs = []
     for i, (program, own) in enumerate(zip(programs, tests)):
-        need(isinstance(program, str), f"programs[{i}] must be a string, not {type(program).__name__}")
-        need(isinstance(own, (list, tuple)), f"tests[{i}] must be a list of tests, not {type(own).__name__}")
-        for j, test in enumerate(own):
-            where = f"tests[{i}][{j}]"
-            need(isinstance(test, dict), f"{where} must be a dict, not {type(test).__name__}")
-            keys = sorted(test.keys() & {"assert", "input", "output"})
-            need(keys in (["assert"], ["input", "output"]),
-                 f"{where} must have the key 'assert', or the keys 'input' and 'output'; it has {list(test)}")
-            for key in keys:
-                need(isinstance(test[key], str), f"{where}[{key!r}] must be a string, not {type(test[key]).__name__}")
-            statement = test.get("assert", "").strip()
-            if statement not in names:
-                try:
-                    names[statement] = _names(statement)
-                except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-                    raise ValueError(f"{where}['assert'] is not a Python statement that asserts: {error}") from None
-        jobs.append((program, tuple((t["input"], t["output"]) for t in own if t.get("output", "").strip()),
-                     tuple((s, names[s]) for s in (t.get("assert", "").strip() for t in own) if names[s])))
+        blocks = (program,) if isinstance(program, str) else program
+        need(isinstance(blocks, (list, tuple)) and blocks and all(isinstance(block, str) for block in blocks),
+             f"programs[{i}] must be a string or the list of its blocks, not {type(program).__name__}")
+        check_tests(own, f"tests[{i}]")
+        statements = [(test.get("assert", "").strip(), j) for j, test in enumerate(own)]
+        asserts = tuple((statement, _names(statement), j) for statement, j in statements if _names(statement))
+        jobs.append((tuple(blocks), tuple((t["input"], t["output"]) for t in own if t.get("output", "").strip()), asserts))
     return jobs
 
 
+_MODULES_THAT_RUN_CODE = set("pickle marshal shelve importlib builtins subprocess ctypes runpy code timeit".split())
+
+
+@functools.lru_cache(4096)  # each program of a group has the same tests
 def _names(statement: str) -> tuple[str, ...]:
     """The names that a test must take from the program: those that it does not bind and that are not known here.
 
     Known names (abs, sorted, math, ...) are the judge's own, or a program could define an `abs` that agrees.  Only a
     test that names nothing else (MBPP: assert sum(10, 15) == 25) takes the first known one that it calls.
+    ValueError and SyntaxError for what can be no test.
     """
-    nodes = list(ast.walk(ast.parse(statement)))
-    if not any(isinstance(node, ast.Assert) for node in nodes):
-        raise ValueError(f"no assert in {statement[:80]!r}")
-    loaded = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
-    bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
-    bound |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler))}
-    bound |= {(n.asname or n.name).partition(".")[0] for n in nodes if isinstance(n, ast.alias)}
-    known = set(dir(builtins)).union(MODULES)
-    called = [n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
-    return (tuple(dict.fromkeys(name for name in loaded if name not in bound | known))
+    if not statement:
+        return ()
+    tree = ast.parse(statement)
+    kinds = {}
+    for node in ast.walk(tree):
+        kinds.setdefault(type(node), []).append(node)
+    if not any(isinstance(node, ast.Assert) for node in _live(tree)):
+        raise ValueError(f"no assert{' that runs' * (ast.Assert in kinds)} in {statement[:80]!r}")
+    aliases, calls = kinds.get(ast.alias, []), kinds.get(ast.Call, [])
+    constant = [call for call in calls if all(isinstance(argument, ast.Constant) for argument in call.args)]
+    imported = [alias.name for node in kinds.get(ast.Import, []) for alias in node.names]
+    imported += [node.module or "." for node in kinds.get(ast.ImportFrom, [])]
+    imported += [str(call.args[0].value) for call in constant if call.args and getattr(call.func, "id", "") == "__import__"]
+    for module in (name.partition(".")[0] for name in imported):
+        if module not in sys.stdlib_module_names:
+            raise ValueError(f"no {module!r}: the standard library is all that programs and tests have")
+        if module in _MODULES_THAT_RUN_CODE:
+            raise ValueError(f"with {module} it might run what a program returned")
+    names = kinds.get(ast.Name, [])
+    loaded = [node.id for node in names if isinstance(node.ctx, ast.Load)]
+    harmless = [call.func for call in constant]
+    for node in names:
+        if node.id in ("exec", "compile", "__import__") and node not in harmless:
+            raise ValueError(f"with {node.id} it might run what a program returned")
+    bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    bound |= {node.arg for node in kinds.get(ast.arg, [])}
+    for kind in (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler):
+        bound |= {node.name for node in kinds.get(kind, [])}
+    bound |= {(alias.asname or alias.name).partition(".")[0] for alias in aliases}
+    known = bound.union(dir(builtins), MODULES)
+    called = [call.func.id for call in calls if isinstance(call.func, ast.Name)]
+    return (tuple(dict.fromkeys(name for name in loaded if name not in known))
             or tuple(name for name in called if name not in bound)[:1])
 
 
-def _judge(program: str, stdin_tests: tuple, asserts: tuple, timeout: float, memory_mb: int) -> Verdict:
+def _live(tree: ast.Module) -> list:
+    """The nodes that may run: all but the bodies of functions that no running one names."""
+    live, waiting, asleep = [], [tree], []
+    while waiting:
+        node = waiting.pop()
+        live.append(node)
+        for child in ast.iter_child_nodes(node):
+            (asleep if isinstance(child, ast.FunctionDef) else waiting).append(child)
+        if not waiting:
+            named = {getattr(node, "id", None) or getattr(node, "attr", None) for node in live}
+            waiting = [function for function in asleep if function.name in named]
+            asleep = [function for function in asleep if function.name not in named]
+    return live
+
+
+def _judge(blocks: tuple, stdin_tests: tuple, asserts: tuple, limits: dict, where: str) -> Verdict:
     total = len(stdin_tests) + len(asserts)
     if total == 0:
         return Verdict("no_tests", 0, 0, "no test expects anything")
-    limits = {"timeout": timeout, "wall": 4 * timeout + 2, "memory_mb": memory_mb, "output": 16 << 20}
-    # (outcome, detail) per test; shorter than total after a timeout
-    results = [("passed", "")] * len(stdin_tests) if _pass_together(program, stdin_tests, limits) else []
-    for given, wanted in stdin_tests[len(results):]:
-        wanted = wanted.encode("utf-8", "surrogatepass")
-        keep = 65536 + 4 * len(wanted)  # all that can come into the trainer's memory
-        (outcome, detail), printed = _run([program, given], keep, limits | {"output": limits["output"] + keep})
-        if outcome == "passed" and printed.split() != wanted.split():
-            outcome, detail = "failed_test", f"expected {wanted[:80]!r}, printed {printed[:80]!r}"
-        results.append((outcome, detail))
-        if outcome in ("timeout", "compile_error"):
-            break  # the other runs would only cost the same again
-    else:
-        if asserts:
-            end, report = _run([program, json.dumps(asserts)], 6000 * len(asserts), limits | {"asserts": True})
-            said = [json.loads(line) for line in report.splitlines()]
-            for (outcome, detail), (statement, _) in zip(said, asserts):
-                if outcome == "unsupported":
-                    raise ValueError(f"the test {statement[:200]!r} cannot be checked: {detail}")
-            said = said[:-1] if len(said) == len(asserts) and end[0] != "passed" else said  # it must also end well
-            if end[0] == "passed":
-                end = "runtime_error", "ended before this test was done"
-            results += said + [end] * (1 if end[0] == "timeout" else len(asserts))
-    results = results[:total]
+    results = _run_stdin(blocks, stdin_tests, limits)  # (outcome, detail) per test
+    if asserts and not _is_over(results, len(stdin_tests), limits):
+        results += _run_asserts(blocks, asserts, limits, where)
     outcomes = [outcome for outcome, _ in results]
     worst = min(outcomes, key=OUTCOMES.index)
     first = outcomes.index(worst)
@@ -420,81 +772,141 @@ def _judge(program: str, stdin_tests: tuple, asserts: tuple, timeout: float, mem
     return Verdict(worst, outcomes.count("passed"), total, detail)
 
 
-def _pass_together(program: str, tests: tuple, limits: dict) -> bool:
-    """Whether a program passes several stdin tests one after the other in one process, the cost of a single one.
+def _is_over(results: list, wanted: int, limits: dict) -> bool:
+    """Whether the other tests need not run: after a timeout they would only cost the same again."""
+    if len(results) < wanted:
+        return True
+    last = results[-1][0] if results else "passed"
+    return last in ("timeout", "compile_error") or limits["fail_fast"] and last != "passed"
 
-    All the right values and a normal end are a pass, however they came about.  Anything else is no verdict: what one
-    test leaves behind may spoil the next, so each then gets a process of its own.  Little time, for loops that never
-    end would cost it twice.  (So a program whose later tests need what an earlier one left, a file, say, passes when
-    it is quick enough and fails when not.)
+
+def _run_stdin(blocks: tuple, tests: tuple, limits: dict) -> list[tuple[str, str]]:
+    """The results of the stdin tests, fewer where the rest need not run.
+
+    First they are played one after the other in one process, the cost of a single one.  All the right values and a
+    normal end are a pass, however they came about, and what fails in the first test does so in a new process.  Anything
+    else is no result: what one test leaves behind may spoil the next, so each then gets a process of its own.  (So a
+    program whose later tests need what an earlier one left, a file, say, passes when it is quick and fails when not.)
     """
-    if len(tests) < 2:
-        return False
+    if 1 < len(tests) <= _TOGETHER and sum(len(text) for test in tests for text in test) < 1 << 18:
+        # Little time: loops that never end will cost it again.
+        end, wrong = _play_tests(blocks, tests, limits | {"timeout": limits["timeout"] / 8, "wall": 2 * limits["timeout"]})
+        if end[0] == "compile_error" or end[0] == "passed" and not any(wrong):
+            return [end] * len(tests)
+        first = next((i for i, detail in enumerate(wrong) if detail), 0)
+        if limits["fail_fast"] and wrong[0] and end[0] in ("passed", "runtime_error"):
+            return [end if end[0] != "passed" else ("failed_test", wrong[0])]
+        if limits["fail_fast"] and first:
+            alone = _run_alone(blocks, tests[first], limits)
+            if alone[0] != "passed":
+                return [("passed", "")] * first + [alone]
+    results = []
+    for test in tests:
+        results.append(_run_alone(blocks, test, limits))
+        if _is_over(results, 0, limits):
+            break
+    return results
+
+
+def _run_alone(blocks: tuple, test: tuple, limits: dict) -> tuple[str, str]:
+    end, wrong = _play_tests(blocks, [test], limits)
+    return ("failed_test", wrong[0]) if end[0] == "passed" and wrong[0] else end
+
+
+def _play_tests(blocks: tuple, tests: list, limits: dict) -> tuple[tuple[str, str], list[str]]:
+    """Several stdin tests in one process -> how it ended, and for each what was wrong with the output, or ''."""
     given, wanted = ([text.encode("utf-8", "surrogatepass") for text in texts] for texts in zip(*tests))
-    if sum(map(len, given + wanted)) > 1 << 20:  # it would be in memory all at once
-        return False
-    keep = 65536 + 4 * sum(map(len, wanted))
-    limits = limits | {"together": True, "timeout": limits["timeout"] / 8, "wall": 2 * limits["timeout"],
-                       "output": limits["output"] + keep}
-    (outcome, _), printed = _run([program, json.dumps([text.decode("latin-1") for text in given])], keep, limits)
-    parts = printed.split(_NEXT, len(tests)) if outcome == "passed" else []
-    return [part.split() for part in parts] == [output.split() for output in wanted] + [[]]
+    inputs = given[0]
+    if len(tests) > 1:  # latin-1: JSON must not join surrogates to one character
+        inputs = json.dumps([text.decode("latin-1") for text in given]).encode()
+    keep = 65536 + 4 * max(map(len, wanted))  # all that can come into the trainer's memory
+    end, outputs = _run([json.dumps(blocks).encode(), inputs], len(tests), keep, limits)
+    details = []
+    for output, right in zip(outputs, wanted):
+        same = output.split() == right.split()
+        details.append("" if same else f"expected {right[:80]!r}, printed {output[:80]!r}")
+    return end, details
 
 
-def _run(texts: list[str], keep: int, limits: dict) -> tuple[tuple[str, str], bytes]:
-    """One run -> how the program ended (outcome, detail), and the first `keep` bytes of its stdout or the report."""
-    contents = [text.encode("utf-8", "surrogatepass") for text in texts] + [b"", b""]
-    # Files without a name.  Unlike pipes they never block, RLIMIT_FSIZE bounds them, and open(0) and seek work.
-    files = [open(os.memfd_create("verify"), "w+b", buffering=0) for _ in contents]
-    try:
-        for file, content in zip(files, contents):
-            while content:
-                content = content[file.write(content):]
-            file.seek(0)
-        reply = _ask(limits, [file.fileno() for file in files])
-        output, errors = (os.pread(file.fileno(), keep + 1, 0) for file in files[2:])
-    finally:
-        for file in files:
-            file.close()
-    if reply is None:
-        return ("runtime_error", "it killed its helper, twice"), output
+def _run_asserts(blocks: tuple, asserts: tuple, limits: dict, where: str) -> list[tuple[str, str]]:
+    """The results of the asserts, fewer after a timeout or where the first failure ends a program."""
+    names = sorted({name for _, names, _ in asserts for name in names})
+    contents = [json.dumps(content).encode() for content in (blocks, [test[:2] for test in asserts])]
+    end, [report] = _run(contents, 1, 6000 * len(asserts), limits | {"names": names})
+    results = [tuple(json.loads(line)) for line in report.splitlines()]
+    for (outcome, detail), (_, _, place) in zip(results, asserts):
+        if outcome == "unsupported":
+            raise ValueError(f"{where}[{place}]['assert'] cannot be checked: {detail}")
+    if results and _is_over(results, 0, limits):
+        return results
+    if len(results) == len(asserts) and end[0] != "passed":
+        results.pop()  # it must also end well
+    if end[0] == "passed":
+        end = "runtime_error", "ended before this test was done"
+    return results + [end] * (1 if end[0] == "timeout" else len(asserts) - len(results))
+
+
+def _run(contents: list[bytes], outputs: int, keep: int, limits: dict) -> tuple[tuple[str, str], list[bytes]]:
+    """One run -> how the program ended (outcome, detail), and the first `keep` bytes of each output or of the report."""
+    job = limits | {"output": (16 << 20) + keep, "outputs": outputs}
+    reply, errors, printed = _ask(job, contents + [b""] * (1 + outputs), keep)
     detail = (errors[-400:].decode("utf-8", "replace").splitlines() or [""])[-1][:200]
     code, cpu = reply["code"], reply["cpu"]
     if reply["late"] or cpu > limits["timeout"] or code == -signal.SIGPROF:
-        return ("timeout", f"over {limits['timeout']} s of CPU or {limits['wall']} s in all"), output
-    if "asserts" in limits and reply["judged"]:
-        return ("failed_test", "what it returned could not be compared within the limits"), output
-    if code == _COMPILE:
-        return ("compile_error", detail), output
-    if code in (_MEMORY, -signal.SIGKILL):
-        return ("memory", detail if code == _MEMORY else "killed, probably for lack of memory"), output
-    return (("runtime_error", detail or f"ended with status {code}") if code else ("passed", "")), output
+        end = "timeout", f"over {limits['timeout']} s of CPU or {limits['wall']} s in all"
+    elif "names" in limits and reply["judged"]:
+        end = "failed_test", "what it returned could not be compared within the limits"
+    elif code == _COMPILE:
+        end = "compile_error", detail
+    elif code and outputs > 1 and code != _FIRST:
+        end = "unclear", detail  # in which of the tests
+    elif code in (_MEMORY, -signal.SIGKILL):
+        end = "memory", detail if code == _MEMORY else "killed, probably for lack of memory"
+    else:
+        end = ("runtime_error", detail or f"ended with status {code}") if code else ("passed", "")
+    return end, printed
 
 
-def _ask(job: dict, files: list[int]) -> dict | None:
-    """Lets a helper do a job, a second and new one if it dies or hangs.  None when both did; SandboxError."""
-    for fresh in (False, True):
-        helper = _take(fresh)
+def _ask(job: dict, contents: list[bytes], keep: int) -> tuple[dict, bytes, list[bytes]]:
+    """Lets a helper do a job, another and new one each time that it dies or hangs: its reply, the last bytes of stderr,
+    and the outputs.  SandboxError when all died: no program can end its helper, so this says nothing about it."""
+    for attempt in range(_ATTEMPTS):
+        files = []
         try:
-            reply = helper.exchange({**job, "layers": helper.layers}, files, job["wall"] + _PATIENCE)
-        except OSError:
+            # Files without a name.  Unlike pipes they never block, RLIMIT_FSIZE bounds them, and open(0) and seek work.
+            # New ones each time, for a lost helper's program may have read and written.
+            for content in contents:
+                files.append(open(os.memfd_create("verify"), "w+b", buffering=0))
+                while content:
+                    content = content[files[-1].write(content):]
+                files[-1].seek(0)
+            helper = _take(fresh=attempt > 0)
+            try:
+                reply = helper.exchange({**job, "layers": helper.layers}, [file.fileno() for file in files], job["wall"] + _PATIENCE)
+            except BaseException:
+                helper.close()
+                raise
+            if "error" not in reply:
+                _idle.append(helper)
+                size = os.fstat(files[2].fileno()).st_size
+                errors = os.pread(files[2].fileno(), 400, max(0, size - 400))
+                return reply, errors, [os.pread(file.fileno(), keep + 1, 0) for file in files[3:]]
             helper.close()
+        except (OSError, SandboxError) as error:
+            lost = error
             continue
-        except BaseException:
-            helper.close()
-            raise
-        if "error" in reply:  # of the sandbox, before the program started
-            helper.close()
-            raise SandboxError(reply["error"])
-        _idle.append(helper)
-        return reply
-    return None
+        finally:
+            for file in files:
+                file.close()
+        raise SandboxError(reply["error"])  # of the sandbox, before the program started
+    raise lost if isinstance(lost, SandboxError) else SandboxError(f"{_ATTEMPTS} helpers were lost in a row: {lost!r}")
 
 
 # ---------------------------------------------------------------- helpers, seen from the trainer
 
 _idle: list[_Helper] = []
 _alive: set[_Helper] = set()
+_ATTEMPTS = 10  # helpers for one run, each after the loss of the one before
 _PATIENCE = 30  # seconds beyond the wall time of a run until a silent helper counts as hung
 _announced = threading.Lock()  # taken once, never released
 
@@ -582,16 +994,13 @@ _FILE = os.path.abspath(__file__)
 # ---------------------------------------------------------------- inside the helper
 
 MODULES = ("math", "cmath", "re", "random", "string", "copy", "itertools", "functools", "collections", "operator")
-_COMPILE, _MEMORY = 201, 202  # exit statuses; a program that takes one only says that it failed
-_MAX_VALUE = 4 << 20          # bytes of JSON of one value
-_NEXT = b"\0next\0"           # after the output of each of several tests; who forges it only cuts his output otherwise
+_COMPILE, _MEMORY, _FIRST = 201, 202, 203  # exit statuses; a program that takes one only says that it failed
+_MAX_VALUE = 16 << 20         # bytes of JSON of one value
 # What threading and random do after a fork would cost as much as the fork; a single thread needs none of it.
 _START = """import os, sys
 os.register_at_fork = lambda **_: None
 __file__ = sys.argv.pop(1)
 exec(compile(open(__file__, encoding="utf-8").read(), __file__, "exec"))"""
-_NAMESPACES = {"user namespace": 0x10000000, "pid namespace": 0x20000000, "net namespace": 0x40000000,
-               "ipc namespace": 0x08000000, "mount namespace": 0x00020000}
 
 
 def _serve(channel: int) -> None:
@@ -599,36 +1008,28 @@ def _serve(channel: int) -> None:
     del sys.path[0]  # the working folder
     sys.argv[:] = ["program.py"]
     builtins.exit = builtins.quit = sys.exit  # honest programs use them, -S leaves them out
-    for name in (*MODULES, "bisect", "heapq", "datetime", "decimal", "statistics", "typing"):
+    for name in (*MODULES, "bisect", "heapq", "statistics", "typing"):
         __import__(name)  # once here, not in every fork
     random.seed(0)  # verdicts shall not depend on luck
     for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGXCPU, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)  # whoever started the trainer may have blocked or ignored them
     signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGCHLD])
-    uid, gid = os.getuid(), os.getgid()
-    spaces = [name for name, flag in _NAMESPACES.items() if name not in _SANS and _libc.unshare(flag) == 0]
-    _libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: without it a plain user may not write the maps
-    if "user namespace" in spaces:
-        try:  # only files on the mount of our own need them
-            for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-                with open(f"/proc/self/{name}", "w") as file:
-                    file.write(text)
-        except OSError:
-            spaces = [name for name in spaces if name != "mount namespace"]
-    _libc.prctl(4, 0, 0, 0, 0)  # from here on: nobody reads the memory of helper, judge and program
+    spaces = "namespaces" not in _SANS and _enter_namespaces()
+    _libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE, from here on: nobody reads the memory of helper, judge and program
     server = os.fork()  # only a child is inside the pid namespace, as its init
     if server:
         signal.signal(signal.SIGTERM, lambda *_: os.kill(server, signal.SIGKILL))
         os._exit(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]) & 1)
     _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    while (null := os.open(os.devnull, os.O_RDWR)) < 7:
-        pass  # a child needs 0 to 6 for itself
-    channel = socket.socket(fileno=fcntl.fcntl(channel, fcntl.F_DUPFD, 7))
+    while (null := os.open(os.devnull, os.O_RDWR)) < 7 + _TOGETHER:
+        pass  # a child needs those below for itself
+    channel = socket.socket(fileno=fcntl.fcntl(channel, fcntl.F_DUPFD, null))
     for kind, value in ((resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0)):
         _limit(kind, value)
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
     if hard == resource.RLIM_INFINITY or hard >= 64 << 20:  # deep recursion; the kernel looks when the stack grows
         resource.setrlimit(resource.RLIMIT_STACK, (64 << 20, hard))
+    spaces = spaces and _enter_root()
     walls = _walls(spaces)  # made once, raised in each child
     gc.freeze()  # a collection in a child would write to, and so copy, every page
 
@@ -636,14 +1037,14 @@ def _serve(channel: int) -> None:
         return os.fork() or _child(work, files, channel, job, walls)
 
     while True:
-        message, files, _, _ = socket.recv_fds(channel, 1 << 16, 4)
+        message, files, _, _ = socket.recv_fds(channel, 1 << 16, 32)
         if not message:
             os._exit(0)
         job = json.loads(message)
         if "probe" in job:
             pids = [spawn(None, *[null] * 6)]
-        elif "asserts" in job:
-            program, tests, report, errors = files
+        elif "names" in job:
+            program, tests, errors, report = files
             ours, theirs = (end.detach() for end in socket.socketpair())
             pids = [spawn(_check_asserts, null, null, null, ours, tests, report)]
             for fd in (tests, report, ours):
@@ -651,15 +1052,15 @@ def _serve(channel: int) -> None:
             pids.append(spawn(_play, null, null, errors, theirs, program, null))
             files = [program, errors, theirs]
         else:
-            program, given, output, errors = files
-            pids = [spawn(_play, given, output, errors, null, program, null)]
+            program, given, errors, *outputs = files
+            pids = [spawn(_play, given, outputs[0], errors, null, program, null, *outputs)]
         for fd in files:
             os.close(fd)
         ended, late = _wait(set(pids), time.monotonic() + job["wall"])
         if "probe" not in job:
             (code, cpu), (judged, _) = ended[pids[-1]], ended[pids[0]]
             channel.send(json.dumps({"code": code, "cpu": cpu, "late": late, "judged": judged}).encode())
-        if "mount namespace" in walls["layers"] and os.listdir("/dev/shm"):
+        if spaces and os.listdir("/dev/shm"):
             _libc.umount2(b"/dev/shm", 2)  # MNT_DETACH: with all that is in it
             os.close(walls["rules"]) if walls["rules"] >= 0 else None
             walls = _walls(spaces)
@@ -689,11 +1090,12 @@ def _wait(pids: set[int], deadline: float) -> tuple[dict, bool]:
 
 def _child(work, files: tuple[int, ...], channel: socket.socket, job: dict, walls: dict) -> None:
     """Walls, then the work, in the forked child.  Descriptors: 0 stdin, 1 stdout, 2 stderr, 3 between program and
-    judge, 4 source, 5 report, 6 the trainer until the walls stand.  Never returns."""
+    judge, 4 source, 5 report, 6 the trainer until the walls stand, from 7 on the outputs of several tests.  Never
+    returns."""
     try:
-        for target, fd in enumerate((*files, channel.fileno())):
+        for target, fd in enumerate((*files[:6], channel.fileno(), *files[6:])):
             os.dup2(fd, target)
-        layers = _confine(job, walls)
+        layers = _confine(job, walls, 7 + len(files[6:]))
         if work is None or layers != job["layers"]:
             answer = {"layers": layers} if work is None else {"error": f"the sandbox has changed: {layers}"}
             os.write(6, json.dumps(answer).encode())
@@ -711,37 +1113,46 @@ def _child(work, files: tuple[int, ...], channel: socket.socket, job: dict, wall
 
 
 def _play(source: str, job: dict) -> None:
-    """The program as __main__, then its answers to the judge on descriptor 3, or what a normal end does; the latter
-    for each of the inputs, a JSON list, when it plays several tests together."""
+    """The program as __main__, for each of the inputs, and what a normal end does; under asserts the program as a
+    module, then its answers to the judge on descriptor 3."""
     leave, write = os._exit, os.write  # bound now: a program may replace them
+    number, inputs, outputs = 0, [None], job.get("outputs", 1)
 
     def fail(status: int, error: BaseException) -> None:
         write(2, f"\n{_describe(error)}".encode("utf-8", "replace"))
-        leave(status)
+        leave(_FIRST if status == 1 and outputs > 1 and number == 0 else status)
 
     os.close(5)
-    inputs, ends = [None], ()
-    if "together" in job:
-        inputs, ends = json.loads(os.pread(0, os.fstat(0).st_size, 0)), (os.dup(0), os.dup(1))
     try:
-        code = compile(source.lstrip("\ufeff"), "<program>", "exec", dont_inherit=True)
+        program = _choose(json.loads(source), set(job.get("names", ())))
+        code = compile(program.lstrip("\ufeff"), "<program>", "exec", dont_inherit=True)
     except BaseException as error:  # SyntaxError, null bytes, surrogates, nesting too deep for the parser
         fail(_COMPILE, error)
+    if outputs > 1:
+        inputs = json.loads(os.pread(0, os.fstat(0).st_size, 0))
+        stdin = os.dup(0)
     try:
-        for number, given in enumerate(inputs, 1):
-            main = sys.modules["__main__"] = type(sys)("__main__")
+        for number, given in enumerate(inputs):
+            # Under asserts `if __name__ == "__main__"` does not run: it may read input, or exit.
+            main = type(sys)("program" if "names" in job else "__main__")
+            sys.modules[main.__name__] = sys.modules["__main__"] = main
+            main.__file__ = "program.py"
             if given is not None:
-                _rewind(given.encode("latin-1"), *ends)
+                _rewind(given.encode("latin-1"), stdin, 7 + number)
+            if "names" in job:
+                exec("from typing import *", main.__dict__)  # as LeetCode gives them
             try:
                 exec(code, main.__dict__)
             except SystemExit as stop:
-                if "asserts" in job or stop.code not in (None, 0):  # an early exit skips the asserts
+                if "names" in job:
+                    fail(1, SystemExit(f"{stop.code}; the program ended itself, so its asserts did not run"))
+                if stop.code not in (None, 0):
                     raise
-            if "asserts" in job:
+            if "names" in job:
                 _answer(main.__dict__)
                 break
             # What os._exit leaves out: join threads, exit handlers, flush.
-            if number == len(inputs):
+            if number + 1 == len(inputs):
                 threading._shutdown()  # a second call would not wait
             else:
                 for thread in threading.enumerate():
@@ -754,11 +1165,23 @@ def _play(source: str, job: dict) -> None:
             for stream in {sys.stdout, sys.__stdout__}:
                 if not getattr(stream, "closed", True):
                     stream.flush()
-            if given is not None:
-                write(ends[1], _NEXT)
         leave(0)
     except BaseException as error:
         fail(_MEMORY if isinstance(error, MemoryError) else 1, error)
+
+
+def _choose(blocks: list[str], names: set[str]) -> str:
+    """The last block that defines these names, else the last."""
+    for block in reversed(blocks[:-1] and blocks):
+        try:
+            nodes = list(ast.walk(ast.parse(block)))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+        defined = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        defined |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        if names <= defined:
+            return block
+    return blocks[-1]
 
 
 def _rewind(given: bytes, stdin: int, stdout: int) -> None:
@@ -783,17 +1206,29 @@ def _describe(value) -> str:
 
 
 def _answer(names: dict) -> None:
-    """Looks up and calls the names of the program for the judge, a line of JSON each way, until the judge has ended."""
+    """Does what the judge asks with the program's names and objects, a line of JSON each way, until the judge has ended.
+
+    [what, target, ...]: the value of a name, an attribute, a call.  Only plain values cross; of an object its number."""
+    kept = {}  # the objects that the judge knows, by number
     with open(3, "rb") as requests, open(3, "wb", closefd=False) as replies:
         for request in requests:
-            name, *call = _decode(request)
+            what, target, *rest = _decode(request, kept.get)
             try:
-                if name not in names and not hasattr(builtins, name):
-                    raise NameError(f"name {name!r} is not defined")
-                value = names[name] if name in names else getattr(builtins, name)
-                if call:
-                    value = value(*call[0], **call[1])
-                line = json.dumps(_encode(["value", value] if call or not callable(value) else ["function"]))
+                changed = None
+                if isinstance(target, str):
+                    if target not in names and not hasattr(builtins, target):
+                        raise NameError(f"name {target!r} is not defined")
+                    target = names[target] if target in names else getattr(builtins, target)
+                if what == "call":
+                    before = json.dumps(_encode(_mutable(*rest), kept))
+                    value = target(*rest[0], **rest[1])
+                    changed = _encode(_mutable(*rest), kept)
+                    changed = None if json.dumps(changed) == before else changed
+                elif what == "set":
+                    value = setattr(target, *rest)
+                else:
+                    value = getattr(target, *rest) if rest else target
+                line = json.dumps(["value", _encode(value, kept), changed], separators=(",", ":"))
                 if len(line) >= _MAX_VALUE:
                     raise ValueError(f"a value of more than {_MAX_VALUE} bytes")
             except BaseException as error:
@@ -802,75 +1237,129 @@ def _answer(names: dict) -> None:
             replies.flush()
 
 
-def _check_asserts(source: str, _) -> None:
+def _mutable(args, kwargs) -> list:
+    """The arguments that a call may change, as it is seen outside."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, (list, dict, set, collections.deque))]
+
+
+def _check_asserts(source: str, job: dict) -> None:
     """The judge: executes each statement and reports a line [outcome, detail] each on descriptor 5."""
     requests, replies = open(3, "wb", closefd=False), open(3, "rb")
     said = None
 
-    def ask(name: str, *call):
+    def ask(what: str, target, *rest):
         nonlocal said
+        requests.write(json.dumps(_encode([what, target, *rest])).encode() + b"\n")
         try:
-            request = json.dumps(_encode([name, *call]))
-        except TypeError as error:
-            raise _Unsupported(f"an argument of {name}: {error}") from None
-        try:
-            requests.write(request.encode() + b"\n")
             requests.flush()
             line = replies.readline(_MAX_VALUE)
         except OSError:
             line = b""
         if not line.endswith(b"\n"):
             os._exit(0)  # the program is gone; how it ended is the verdict
-        kind, *said = _decode(line)
-        if kind == "function":
-            return _Function(lambda *args, **kwargs: ask(name, args, kwargs))
+        kind, said, more = _decode(line, lambda number: _Object(ask, number))
         if kind == "value":
-            return said[0]
-        raised = getattr(builtins, said[0], None)  # so that a test can expect a ValueError
+            for old, new in zip(_mutable(*rest) if more else (), more or ()):
+                _refill(old, new)
+            return said
+        raised = getattr(builtins, said, None)  # so that a test can expect a ValueError
         raised = raised if isinstance(raised, type) and issubclass(raised, Exception) else RuntimeError
-        error = raised(said[1].partition(": ")[2])
-        error.of_program = said[1]
+        error = raised(more.partition(": ")[2])
+        error.of_program = more
         raise error
 
     for statement, names in json.loads(source):
         try:
-            scope = {"__name__": "test", **{name: sys.modules[name] for name in MODULES}}
-            scope |= {name: ask(name) for name in names}
+            scope = {"__name__": "__main__", "__builtins__": {**vars(builtins), "eval": _evaluate}}
+            scope |= {name: sys.modules[name] for name in MODULES}
+            scope |= {name: ask("name", name) for name in names}
             exec(compile(statement, "<assert>", "exec", dont_inherit=True), scope)
             result = "passed", ""
         except BaseException as error:
             detail = _describe(error)
             if hasattr(error, "of_program"):
                 result = "memory" if isinstance(error, MemoryError) else "runtime_error", error.of_program[:400]
-            elif isinstance(error, (_Unsupported, ImportError, SyntaxError)):
+            elif isinstance(error, (_Unsupported, ImportError)):
                 result = "unsupported", detail
             else:
                 value = _describe(said)  # what the program returned last
                 result = "failed_test", f"{' '.join(statement[:80].split())}: {detail}; the last value was {value:.80}"
         os.write(5, json.dumps(result).encode() + b"\n")
+        if job["fail_fast"] and result[0] != "passed":
+            break
     os._exit(0)
 
 
+def _evaluate(text: str, *_):
+    """eval for what a program returned: literals, containers and arithmetic of bounded size."""
+    tree = ast.parse(text[:10_000].strip(), mode="eval")
+    numbers = (ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop)
+    powers = 0
+    for node in ast.walk(tree):
+        inside = numbers if isinstance(node, (ast.BinOp, ast.UnaryOp)) else (*numbers, ast.List, ast.Tuple, ast.Set, ast.Dict)
+        powers += isinstance(node, (ast.Pow, ast.LShift))
+        for child in ast.iter_child_nodes(node):
+            large = isinstance(getattr(child, "value", 0), (str, bytes)) or powers and getattr(child, "value", 0) > 1000
+            if not isinstance(child, (*inside, ast.expr_context)) or inside is numbers and large or powers > 1:
+                raise ValueError(f"{text[:80]!r} is more than a value")
+    return eval(compile(tree, "<value>", "eval"), {"__builtins__": {}})
+
+
 class _Unsupported(BaseException):
-    """A test that wants to send something other than a plain value."""
+    """A test that wants to send a function."""
 
 
-@dataclass(frozen=True)
-class _Function:
-    """A function of the program, in the judge."""
+class _Object:
+    """An object of the program, in the judge: called and asked by name, never compared, or it would say what is equal."""
 
-    call: object
+    def __init__(self, ask, number) -> None:
+        vars(self).update(_ask=ask, _number=number)
 
     def __call__(self, *args, **kwargs):
-        return self.call(*args, **kwargs)
+        return self._ask("call", self, args, kwargs)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._ask("get", self, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        self._ask("set", self, name, value)
+
+    def __bool__(self) -> bool:
+        return self._ask("call", "bool", (self,), {})
+
+    def _refuse(self, *_):
+        raise TypeError("objects of a program cannot be compared")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
 
 
-def _encode(value):
-    """A plain value as JSON can hold it; the other kinds as {kind: parts}.  TypeError for an object."""
+def _method(name: str):
+    def method(self, *args):
+        try:
+            bound = self._ask("get", self, name)
+        except AttributeError:  # which list() forgives only as a TypeError
+            raise TypeError(f"an object of the program without {name}") from None
+        return self._ask("call", bound, args, {})
+
+    return method
+
+
+for _name in ("len iter next getitem setitem delitem str repr add sub mul truediv neg abs int float enter exit".split()):
+    setattr(_Object, f"__{_name}__", _method(f"__{_name}__"))
+
+
+def _refill(old, new) -> None:
+    """Gives a list, dict, set or deque new contents."""
+    old.clear()
+    (old.extend if hasattr(old, "extend") else old.update)(new)
+
+
+def _encode(value, kept: dict | None = None):
+    """A plain value as JSON can hold it; the other kinds as {kind: parts}; an object as its number in `kept`."""
     if value is None or isinstance(value, (bool, float, str)):
         return value
-    if isinstance(value, _Function):  # not _Unsupported: the program chose to have a function of this name
-        raise ValueError("a function of the program is not a plain value")
     if isinstance(value, int):
         return int(value) if -2**53 < value < 2**53 else {"int": hex(value)}  # decimal is quadratic, and limited
     if isinstance(value, complex):
@@ -878,55 +1367,131 @@ def _encode(value):
     if isinstance(value, (bytes, bytearray)):
         return {"bytes": value.hex()}
     if isinstance(value, list):
-        return [_encode(item) for item in value]
+        return [_encode(item, kept) for item in value]
     if isinstance(value, dict):
-        return {"dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
-    for kind in (tuple, set, frozenset):
+        return {"dict": [[_encode(key, kept), _encode(item, kept)] for key, item in value.items()]}
+    for kind in (tuple, set, frozenset, collections.deque):
         if isinstance(value, kind):
-            return {kind.__name__: [_encode(item) for item in value]}
-    if hasattr(type(value), "__iter__") and not isinstance(value, type):
-        return {"iter": [_encode(item) for item in itertools.islice(value, 10_000)]}
-    raise TypeError(f"{type(value).__name__} is not a plain value")
+            return {kind.__name__: [_encode(item, kept) for item in value]}
+    for kind in (decimal.Decimal, Fraction):
+        if isinstance(value, kind):
+            return {kind.__name__: str(value)}
+    for kind in (datetime.datetime, datetime.date, datetime.time):
+        if isinstance(value, kind):
+            return {kind.__name__: value.isoformat()}
+    if isinstance(value, datetime.timedelta):
+        return {"timedelta": [value.days, value.seconds, value.microseconds]}
+    if type(value) is _Object:
+        return {"object": value._number}
+    lazy = hasattr(type(value), "__iter__") and not isinstance(value, type)
+    if lazy and type(value).__module__ != "program":
+        return {"iter": [_encode(item, kept) for item in itertools.islice(value, 10_000)]}
+    if kept is not None:
+        kept[id(value)] = value
+        return {"object": id(value)}
+    module = isinstance(getattr(value, "__self__", None), type(sys))  # len, math.sqrt
+    error = _Unsupported if module or isinstance(value, (type, type(_encode))) else TypeError
+    raise error(f"a {type(value).__name__} as an argument is not a plain value")
 
 
 _MAKE = {"int": lambda text: int(text, 16), "complex": lambda parts: complex(*parts), "bytes": bytes.fromhex,
-         "dict": dict, "tuple": tuple, "set": set, "frozenset": frozenset, "iter": iter}
+         "timedelta": lambda parts: datetime.timedelta(*parts), "datetime": datetime.datetime.fromisoformat,
+         "date": datetime.date.fromisoformat, "time": datetime.time.fromisoformat, "Decimal": decimal.Decimal,
+         "Fraction": Fraction, "dict": dict, "tuple": tuple, "set": set, "frozenset": frozenset,
+         "deque": collections.deque, "iter": iter}
 
 
-def _decode(line: bytes):
-    return json.loads(line, object_hook=lambda parts: [_MAKE[kind](content) for kind, content in parts.items()][0])
+def _decode(line: bytes, find):
+    """The value; `find` gives the object of a number."""
+    def make(parts: dict):
+        [(kind, content)] = parts.items()
+        return find(content) if kind == "object" else _MAKE[kind](content)
+
+    return json.loads(line, object_hook=make)
 
 
 # ---------------------------------------------------------------- the walls
 
-# Call numbers on x86_64 and aarch64; - where there is none.
+# System calls of x86_64.
 _CALLS = """
-read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, lseek 8 62, close 3 57, dup 32 23,
-dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, fstat 5 80, stat 4 -, lstat 6 -, newfstatat 262 79, statx 332 291,
-access 21 -, faccessat 269 48, faccessat2 439 439, readlink 89 -, readlinkat 267 78, getcwd 79 17, chdir 80 49,
-fchdir 81 50, getdents64 217 61, open 2 -, openat 257 56, ftruncate 77 46, fsync 74 82, fdatasync 75 83, flock 73 32,
-mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, madvise 28 233, brk 12 214, rt_sigaction 13 134,
-rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigtimedwait 128 137, sigaltstack 131 132, poll 7 -, ppoll 271 73,
-select 23 -, pselect6 270 72, epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22,
-eventfd2 290 19, futex 202 98, set_robust_list 273 99, rseq 334 293, gettid 186 178, getpid 39 172, getppid 110 173,
-getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177, getpgid 121 155, gettimeofday 96 169, time 201 -,
-clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101, getitimer 36 102,
-setitimer 38 103, alarm 37 -, pause 34 -, times 100 153, getrusage 98 165, getrlimit 97 163, setrlimit 160 164,
-getrandom 318 278, uname 63 160, sysinfo 99 179, sched_yield 24 124, sched_getaffinity 204 123, membarrier 324 283,
-sendto 44 206, recvfrom 45 207, shutdown 48 210, getsockopt 55 209, getsockname 51 204, exit 60 93, exit_group 231 94,
-restart_syscall 219 128, umask 95 166, sendfile 40 71, mkdir 83 -, mkdirat 258 34, rmdir 84 -, unlink 87 -,
-unlinkat 263 35, rename 82 -, renameat 264 38, renameat2 316 276, truncate 76 45"""
+read 0, write 1, readv 19, writev 20, pread64 17, pwrite64 18, lseek 8, close 3, dup 32, dup2 33, dup3 292, pipe 22,
+pipe2 293, fstat 5, stat 4, lstat 6, newfstatat 262, statx 332, access 21, faccessat 269, faccessat2 439, readlink 89,
+readlinkat 267, getcwd 79, chdir 80, fchdir 81, getdents64 217, open 2, openat 257, ftruncate 77, fsync 74,
+fdatasync 75, flock 73, mmap 9, munmap 11, mprotect 10, mremap 25, madvise 28, brk 12, rt_sigaction 13,
+rt_sigprocmask 14, rt_sigreturn 15, rt_sigtimedwait 128, sigaltstack 131, poll 7, ppoll 271, select 23, pselect6 270,
+epoll_create1 291, epoll_ctl 233, epoll_wait 232, epoll_pwait 281, eventfd2 290, futex 202, set_robust_list 273,
+rseq 334, gettid 186, getpid 39, getppid 110, getuid 102, geteuid 107, getgid 104, getegid 108, getpgid 121,
+gettimeofday 96, time 201, clock_gettime 228, clock_getres 229, clock_nanosleep 230, nanosleep 35, getitimer 36,
+setitimer 38, alarm 37, pause 34, times 100, getrusage 98, getrlimit 97, setrlimit 160, getrandom 318, uname 63,
+sysinfo 99, sched_yield 24, sched_getaffinity 204, membarrier 324, sendto 44, recvfrom 45, shutdown 48, getsockopt 55,
+getsockname 51, exit 60, exit_group 231, restart_syscall 219, umask 95, sendfile 40, mkdir 83, mkdirat 258, rmdir 84,
+unlink 87, unlinkat 263, rename 82, renameat 264, renameat2 316, truncate 76"""
+# Calls that are admitted with some values of one argument: their number, which argument, the values in hexadecimal.
+_OWN = 0xEEEEEEEE  # the process's own number, to be filled in
+_CHECKED_CALLS = """
+56 0 3d0f00 7d0f00                      clone: threads, of glibc and of musl
+62 0 eeeeeeee                           kill: itself
+234 0 eeeeeeee                          tgkill: itself
+302 0 0 eeeeeeee                        prlimit64: itself
+53 1 1 801 80001 80801                  socketpair: streams, which go nowhere else
+72 1 0 1 2 3 4 5 6 7 406                fcntl: no F_SETOWN, which can signal others
+16 1 5401 5413 541b 5421 5450 5451      ioctl: isatty and the like"""
+# What a program may read: libraries and time zones.
+_READABLE = (os.path.dirname(os.__file__), sys.base_prefix + "/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64",
+             "/usr/share/zoneinfo")
+_DEVICES = "/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"
 
 
-def _walls(spaces: list[str]) -> dict:
+def _enter_namespaces() -> bool:
+    """User, pid and mount namespaces of our own; the pid one is for the next child."""
+    uid, gid = os.getuid(), os.getgid()
+    if _libc.unshare(0x10000000 | 0x20000000 | 0x00020000) != 0:
+        return False
+    _libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: without it a plain user may not write the maps
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    return True
+
+
+def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
+    if _libc.mount(source.encode(), target.encode(), kind.encode(), flags, options.encode()) != 0:
+        raise OSError(f"no mount at {target}")
+
+
+def _enter_root() -> bool:
+    """A root folder with nothing but what a program may read, /proc of the own namespace, and an empty /dev/shm."""
+    root = "/dev/shm"
+    try:
+        _mount("none", "/", "none", 0x44000)  # MS_REC | MS_PRIVATE: nothing goes back
+        _mount("tmpfs", root, "tmpfs", 14, "size=1m")  # nosuid, nodev, noexec
+        os.makedirs(root + "/dev/shm")
+        for path in (*_READABLE, *_DEVICES):
+            place = root + path
+            if os.path.islink(path):
+                os.symlink(os.readlink(path), place)
+            elif os.path.exists(path) and not os.path.exists(place):
+                os.makedirs(place) if os.path.isdir(path) else open(place, "w").close()
+                _mount(path, place, "none", 0x5000)  # MS_BIND | MS_REC
+                kept = os.statvfs(place).f_flag & 14  # the flags that a mount of others must keep
+                _mount("none", place, "none", 0x1021 | kept)  # MS_BIND | MS_REMOUNT | MS_RDONLY
+        os.mkdir(root + "/proc")
+        _mount("proc", root + "/proc", "proc", 14)
+        for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
+            os.symlink(f"/proc/self/fd{target}", f"{root}/dev/{name}")
+        _mount("none", root, "none", 0x1021 | 14)
+    except OSError:
+        return False
+    os.chroot(root)
+    return True
+
+
+def _walls(spaces: bool) -> dict:
     """What a helper prepares for its children: the layers that it has itself, the rules of Landlock, the filter."""
-    layers = ["rlimits", *(name for name in spaces if name != "mount namespace")]
-    if "mount namespace" in spaces:
-        _libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: nothing goes back
-        if _libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 14, b"size=16m,nr_inodes=1k") == 0:  # nosuid, nodev, noexec
-            layers.append("mount namespace")
-    os.chdir("/dev/shm" if "mount namespace" in layers else "/")
-    return {"layers": layers, "rules": _landlock("mount namespace" in layers), "filter": _seccomp()}
+    if spaces:
+        _mount("tmpfs", "/dev/shm", "tmpfs", 14, "size=16m,nr_inodes=1k")
+    os.chdir("/dev/shm" if spaces else "/")
+    return {"layers": ["rlimits"] + ["namespaces"] * spaces, "rules": _landlock(spaces), "filter": _seccomp()}
 
 
 def _limit(kind: int, value: int) -> None:
@@ -935,20 +1500,18 @@ def _limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, value))
 
 
-def _confine(job: dict, walls: dict) -> list[str]:
-    """Walls off this process, for good -> the names of the layers that hold."""
+def _confine(job: dict, walls: dict, first_unused: int) -> list[str]:
+    """Walls off this process, for good, and closes descriptors -> the names of the layers that hold."""
     _limit(resource.RLIMIT_AS, job["memory_mb"] << 20)
     _limit(resource.RLIMIT_FSIZE, job["output"])
     _limit(resource.RLIMIT_CPU, int(job["timeout"]) + 1)
     layers, prctl = list(walls["layers"]), _libc.prctl
-    if "no capabilities" not in _SANS and _libc.capset(*_NO_CAPABILITIES) == 0:
-        layers.append("no capabilities")
-    if "no_new_privs" not in _SANS and prctl(38, 1, 0, 0, 0) == 0:
-        layers.append("no_new_privs")
+    if walls["filter"] or walls["rules"] >= 0:
+        prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: what both of them ask of a plain user
     prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the helper
     if walls["rules"] >= 0 and _libc.syscall(446, walls["rules"], 0) == 0:  # landlock_restrict_self
         layers.append("landlock")
-    os.closerange(7, 4096)
+    os.closerange(first_unused, 4096)
     if walls["filter"]:
         code, places, pointer = walls["filter"]
         own = os.getpid().to_bytes(4, sys.byteorder)
@@ -961,17 +1524,14 @@ def _confine(job: dict, walls: dict) -> list[str]:
 
 def _landlock(scratch: bool) -> int:
     """Rules under which a process opens nothing but libraries, four devices and its scratch folder; -1 without."""
-    create, add = 444, 445  # the same numbers on every architecture
+    create, add = 444, 445
     abi = _libc.syscall(create, None, 0, 1)
     if "landlock" in _SANS or abi < 1:
         return -1
     every = (1 << 13 + (abi > 1) + (abi > 2) + (abi > 4)) - 1  # 13 rights, then REFER, TRUNCATE, IOCTL_DEV
-    # Handled: file rights; TCP bind and connect from ABI 4; abstract sockets and signals from ABI 6.
-    rules = _libc.syscall(create, struct.pack("QQQ", every, 3 * (abi > 3), 3 * (abi > 5)), 24, 0)
+    rules = _libc.syscall(create, struct.pack("Q", every), 8, 0)
     read_file, read_folder, write_file = 4, 8, 2
-    rights = dict.fromkeys((os.path.dirname(os.__file__), sys.base_prefix + "/lib", "/lib", "/lib64", "/usr/lib",
-                            "/usr/lib64", "/usr/share/zoneinfo"), read_file | read_folder)
-    rights |= dict.fromkeys(("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"), read_file | write_file)
+    rights = dict.fromkeys(_READABLE, read_file | read_folder) | dict.fromkeys(_DEVICES, read_file | write_file)
     rights |= {"/dev/shm": every} if scratch else {}
     for path, allowed in rights.items():
         if os.path.exists(path):
@@ -981,38 +1541,29 @@ def _landlock(scratch: bool) -> int:
     return rules
 
 
-_NO_CAPABILITIES = struct.pack("Ii", 0x20080522, 0), bytes(24)
-
-
 def _seccomp() -> tuple | None:
-    """The filter (BPF) that admits _CALLS and, with these arguments only, the calls below: its code, the places for
-    the process's own number, a pointer to it (struct sock_fprog).  A child has only to fill in its number."""
-    machine = os.uname().machine
-    if "seccomp" in _SANS or machine not in ("x86_64", "aarch64") or sys.maxsize < 1 << 32:
+    """The filter (BPF) that admits _CALLS and, with these arguments only, _CHECKED_CALLS: its code, the places for the
+    process's own number, a pointer to it (struct sock_fprog).  A child has only to fill in its number."""
+    if "seccomp" in _SANS or os.uname().machine != "x86_64" or sys.maxsize < 1 << 32:
         return None
-    column, architecture = (0, 0xC000003E) if machine == "x86_64" else (1, 0xC00000B7)
-    own = 0xEEEEEEEE  # to be filled in
-    checked = (  # call numbers, which argument, its admitted values
-        ((56, 220), 0, (0x3D0F00, 0x7D0F00)),                       # clone: threads, of glibc and of musl
-        ((62, 129), 0, (own,)), ((234, 131), 0, (own,)),            # kill, tgkill: itself
-        ((302, 261), 0, (0, own)),                                  # prlimit64: itself
-        ((53, 199), 1, (1, 0x801, 0x80001, 0x80801)),               # socketpair: streams, which go nowhere else
-        ((72, 25), 1, (0, 1, 2, 3, 4, 5, 6, 7, 1030)),              # fcntl: no F_SETOWN, which can signal others
-        ((16, 29), 1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)))  # ioctl: isatty and the like
     load, equal, leave, admit, kill = 0x20, 0x15, 0x06, 0x7FFF0000, 0x80000000
     refuse = 0x50000 | 38  # ENOSYS: then the C library falls back from clone3 to clone
-    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (leave, 0, 0, kill), (load, 0, 0, 0)]
-    for numbers, argument, values in checked:
-        code += [(equal, 0, len(values) + 3, numbers[column]), (load, 0, 0, 16 + 8 * argument)]
-        code += [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
+    code = [(load, 0, 0, 4), (equal, 1, 0, 0xC000003E), (leave, 0, 0, kill), (load, 0, 0, 0)]
+    for line in _CHECKED_CALLS.strip().split("\n"):
+        number, argument, *values = line[:40].split()
+        code += [(equal, 0, len(values) + 3, int(number)), (load, 0, 0, 16 + 8 * int(argument))]
+        code += _jumps(values, 16)
         code += [(leave, 0, 0, refuse), (leave, 0, 0, admit)]
-    calls = [call.split()[1 + column] for call in _CALLS.split(",")]
-    calls = [int(call) for call in calls if call != "-"]
-    code += [(equal, len(calls) - i, 0, call) for i, call in enumerate(calls)]
+    code += _jumps([call.split()[1] for call in _CALLS.split(",")], 10)
     code += [(leave, 0, 0, refuse), (leave, 0, 0, admit)]
-    places = [8 * i + 4 for i, line in enumerate(code) if line[3] == own]
+    places = [8 * i + 4 for i, line in enumerate(code) if line[3] == _OWN]
     filled = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     return filled, places, struct.pack("HP", len(code), ctypes.addressof(filled))
+
+
+def _jumps(values: list[str], base: int) -> list[tuple]:
+    """Jumps behind the refusal that follows for each of the values."""
+    return [(0x15, len(values) - i, 0, int(value, base)) for i, value in enumerate(values)]
 
 
 # ---------------------------------------------------------------- command line
@@ -1024,69 +1575,22 @@ def probe() -> int:
     return 0 if all(found.values()) else 1
 
 
-def bench() -> None:
-    """Prints programs per second (4 stdin tests each; right ones, and such as fail all) against one subprocess per
-    test, bare and with a limit set by preexec_fn, without and with 3 GB in this process; what its fork costs; its
-    memory over 10,000 programs."""
-    from concurrent.futures import ThreadPoolExecutor
-    tests, count = [{"input": str(i), "output": str(i + 1)} for i in range(4)], itertools.count()
-
-    def helpers(n: int, each: int = 4, right: bool = True) -> None:
-        programs = [f"print(int(input()) + {1 if right else 2})  # {next(count)}" for _ in range(n)]
-        assert {verdict.ok for verdict in run_programs(programs, [tests[:each]] * n)} == {right}
-
-    def subprocesses(n: int, limit=None) -> None:
-        def one(_) -> None:
-            for test in tests:
-                done = subprocess.run([sys.executable, "-c", "print(int(input()) + 1)"], input=test["input"], text=True,
-                                      capture_output=True, preexec_fn=limit)
-                assert done.stdout.split() == [test["output"]]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(one, range(n)))
-
-    def fork(n: int) -> None:
-        for _ in range(n):
-            os.waitpid(os.fork() or os._exit(0), 0)
-
-    def rate(work, n: int) -> float:
-        started = time.monotonic()
-        work(n)
-        return n / (time.monotonic() - started)
-
-    print(f"{os.cpu_count()} cores, layers missing: {[name for name, on in layers().items() if not on] or 'none'}")
-    for gigabytes in (0, 3):
-        ballast = b"x" * (gigabytes << 30)
-        for _ in range(3):
-            warm, cold, forks = rate(helpers, 200), rate(subprocesses, 20), rate(fork, 20)
-            fails = rate(lambda n: helpers(n, right=False), 100)
-            slow = rate(lambda n: subprocesses(n, lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0))), 10)
-            times = lambda rival: f"{rival:.1f} (x{warm / rival:.0f}, x{fails / rival:.0f})"
-            print(f"holding {len(ballast) >> 30} GB: {warm:.0f} programs/s that pass, {fails:.0f} that fail; one "
-                  f"subprocess per test {times(cold)}, with preexec_fn {times(slow)}; "
-                  f"a fork of this process {1000 / forks:.1f} ms", flush=True)
-        del ballast
-    for done in range(0, 10_001, 2_000):
-        with open("/proc/self/statm") as file:
-            pages = int(file.read().split()[1])
-        print(f"after {done:6,} more programs (1 test each): {pages * 4 / 1024:.1f} MiB in this process", flush=True)
-        if done < 10_000:
-            helpers(2_000, 1)
-
-
 def main(arguments: list[str]) -> int:
     """The command line -> exit status: 0 passed, 1 not, 2 bad input."""
     if arguments in (["-h"], ["--help"]):
         return print(__doc__) or 0
-    if arguments not in (["probe"], ["bench"]) and len(arguments) != 2:
-        print("usage: python verify.py PROGRAM.py TESTS.json | probe | bench", file=sys.stderr)
+    if arguments != ["probe"] and len(arguments) != 2:
+        print("usage: python verify.py PROGRAM.py TESTS.json | probe", file=sys.stderr)
         return 2
     try:
         if arguments == ["probe"]:
             return probe()
-        if arguments == ["bench"]:
-            return bench() or 0
-        with open(arguments[0], encoding="utf-8") as program, open(arguments[1], encoding="utf-8") as tests:
-            verdict = run_programs([program.read()], [json.load(tests)])[0]
+        with open(arguments[0], encoding="utf-8") as program, open(arguments[1], encoding="utf-8") as file:
+            try:
+                tests = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"{arguments[1]} is no JSON: {error}") from None
+            verdict = run_programs([program.read()], [tests])[0]
     except (OSError, ValueError, SandboxError) as error:
         print(f"verify.py: {error}", file=sys.stderr)
         return 2

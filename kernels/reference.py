@@ -1,29 +1,31 @@
-"""GRPO loss in plain PyTorch: slow, obvious, any dtype and device. It is the CPU path, and the oracle of grpo.py.
+"""GRPO loss in plain PyTorch: slow, obvious, any dtype and device. It is the CPU path, and the oracle of the kernels.
 
-Letters: M rows (one row is one token, padded or packed alike), V vocabulary, H hidden, B sequences, T tokens of a
-sequence, G traces of one problem. Sequence b belongs to problem b // G. For a row with weight w of sequence b:
+Letters: M rows (one row is one token, padded or packed alike), V vocabulary, B sequences, T tokens of a sequence,
+G traces of one problem. Sequence b belongs to problem b // G. For a row with weight w of sequence b:
 
     logp  = x[target] / tau - logsumexp(x / tau)                          tau = temperature, x = the row of logits
     A     = (r_b - mean r) / (std r + adv_eps)                            over the G rewards of the problem
-    rho   = exp(logp - old)
-    l     = -min(rho * A, clamp(rho, 1 - clip_low, 1 + clip_high) * A) + beta * (exp(ref - logp) - (ref - logp) - 1)
-    loss  = sum of w * l over the rows
+    rho   = exp(logp - old)                                               on-policy 1, with a derivative
+    l     = -min(rho A, clamp(rho, 1 - clip_low, 1 + clip_high) A) + beta rho (exp(ref - logp) - (ref - logp) - 1)
+    loss  = sum of w l over the rows
 
-Source: arXiv 2605.03862 and its public code, which is token_weights "grpo", population std, adv_eps 1e-6, one update
-per rollout (so rho = 1); its math trainer has the defaults of TRL ("dapo", ddof 1, adv_eps 1e-4).
+The term with beta has the derivative beta rho (logp - ref) in logp, which over sampled tokens is that of the reverse
+KL(policy || reference). Without rho it would be that of the forward one, on-policy too.
+
+Sources: arXiv 2605.03862 and its public code, which is token_weights "grpo", population std, adv_eps 1e-6, one update
+per rollout (so rho = 1); its math trainer has the defaults of TRL ("dapo", ddof 1, adv_eps 1e-4). The term with beta
+is that of DeepSeek-V3.2, arXiv 2512.02556.
 
 Numbers: float32 inside, float64 when the logits are float64; a bfloat16 log-softmax over 152k tokens is off by 1e-2.
 Rows of weight 0 are selected away, never multiplied by 0, because 0 * inf is NaN: whatever a padded row holds (NaN
-logits, target -100), its outputs and gradients are 0. No function writes to its inputs. Wrong shapes, dtypes, devices
-and settings are a ValueError that names the argument, what it was and what it must be.
-Left out: speed. Each call makes several (M,V) temporaries, where a fused kernel reads the logits once.
+logits, target -100), its outputs and gradients are 0. No function writes to its inputs.
+Left out: speed (several (M,V) temporaries a call, where a fused kernel reads the logits once) and the checks of
+arguments, which stand once in __init__.py.
 """
 import torch
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# ---------------------------------------------------------------------------------------------------- 1. the loss
 
-
-# ---- the loss ----
 
 def grpo_loss_reference(logits, target, reward, seq, weight, group_size, old_logp=None, ref_logp=None, *,
                         temperature=1.0, clip_low=0.2, clip_high=0.2, beta=0.0, adv_eps=1e-6, ddof=0, scale=True,
@@ -38,61 +40,58 @@ def grpo_loss_reference(logits, target, reward, seq, weight, group_size, old_log
     weight    (M,) float, from token_weights. Carries mask and average: 0 means padding. The loss is a plain sum, so
               the losses of micro-batches add up to the loss of the step, without scaling.
     old_logp  (M,) float in nats, of the policy that sampled. None: on-policy, rho = 1, so l is -A and its gradient
-              -A * dlogp (a live token of probability 0 then is NaN; with old_logp its rho is 0).
+              -A * dlogp. A live token of probability 0 then is NaN, as it is with KL; else its rho is 0.
     ref_logp  (M,) float in nats, of the reference policy; needed if beta > 0, else not read.
     inplace   permission to overwrite logits. This implementation has no use for it and leaves logits as they are.
 
     logp and entropy are in nats, at the given temperature. Outputs of padded rows are 0.
     """
-    _check_logits(logits, temperature)
-    _check_rows(logits, target, reward, seq, weight, old_logp, ref_logp)
-    _require(clip_low >= 0, "clip_low", clip_low, "at least 0")
-    _require(clip_high >= 0, "clip_high", clip_high, "at least 0")
-    _require(0 <= beta < float("inf"), "beta", beta, "at least 0 and finite")
-    _require(beta == 0 or ref_logp is not None, "ref_logp", None, f"given, because beta is {beta}")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    live = weight.nonzero()[:, 0]
+    logp, entropy = token_logp_reference(logits.index_select(0, live), target[live], temperature)
 
-    work = _work_dtype(logits)
-    live = weight.detach().nonzero()[:, 0]
-    rows = lambda x: x.detach()[live].to(work)
-    A = group_advantage(reward.to(torch.promote_types(reward.dtype, work)), group_size, adv_eps, ddof, scale)   # (B,)
-    b = seq[live].long()
-    outside = b[(b < 0) | (b >= len(A))]
-    _require(len(outside) == 0, "seq", outside[:1].tolist(), f"in [0, {len(A)}) in live rows")
-    A = A[b].to(work)                                                                       # (live rows,)
-    logp, entropy = _logp_entropy(logits.index_select(0, live), target[live], temperature)
+    reward = reward.to(torch.promote_types(reward.dtype, dtype))
+    A = group_advantage(reward, group_size, adv_eps, ddof, scale)              # (B,)
+    A = _take(A, seq[live].long(), dtype)                                      # (live rows,)
 
-    rho = torch.exp(logp - (logp.detach() if old_logp is None else rows(old_logp)))
-    loss = -torch.minimum(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
+    old = logp.detach() if old_logp is None else _take(old_logp, live, dtype)
+    rho = torch.exp(logp - old)
+    clipped = rho.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.minimum(rho * A, clipped * A)
     if beta > 0:
-        gap = rows(ref_logp) - logp
-        loss = loss + beta * (torch.expm1(gap) - gap)
-    loss = (rows(weight) * loss).sum()
+        gap = _take(ref_logp, live, dtype) - logp
+        loss = loss + beta * rho * (torch.expm1(gap) - gap)
+    loss = (_take(weight, live, dtype) * loss).sum()
 
-    dense = lambda x: x.new_zeros(len(logits)).index_copy(0, live, x)
-    return loss, dense(logp.detach()), dense(entropy), dense(A)
+    padded = torch.zeros(len(logits), dtype=dtype, device=logits.device)
+    logp = padded.index_copy(0, live, logp.detach())
+    entropy = padded.index_copy(0, live, entropy)
+    A = padded.index_copy(0, live, A)
+    return loss, logp, entropy, A
 
 
-# ---- its parts ----
+def _take(x, rows, dtype):
+    return x.detach()[rows].to(dtype)
 
-def token_logp(logits, target, temperature=1.0):
+
+# --------------------------------------------------------------------------------------------------- 2. its parts
+
+
+def token_logp_reference(logits, target, temperature=1.0):
     """Log-probability of each target, for old and reference policies and other losses -> logp, entropy (M,), in nats.
 
     logits (M,V) float, target (M,) int64; a target outside [0,V) gives NaN. logp carries gradient to logits, entropy is
     a metric and does not. There is no mask: leave padding out before the call if you differentiate.
     """
-    _check_logits(logits, temperature)
-    _check_tensor("target", target, (len(logits),), (torch.int64,), logits.device)
-    return _logp_entropy(logits, target, temperature)
-
-
-def _logp_entropy(logits, target, temperature):
     V = logits.shape[1]
-    logq = torch.log_softmax(logits.to(_work_dtype(logits)) / temperature, dim=-1)          # (M,V)
-    with torch.no_grad():  # clamp: a token of probability 0 adds 0 * -1e30, not 0 * -inf
-        entropy = -(logq.exp() * logq.clamp(min=-1e30)).sum(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logq = torch.log_softmax(logits / temperature, dim=-1)                     # (M,V)
     logp = logq.gather(1, target.clamp(0, V - 1)[:, None])[:, 0]
     outside = (target < 0) | (target >= V)
-    return logp * torch.ones_like(logp).masked_fill(outside, float("nan")), entropy         # NaN in the gradient too
+    logp = logp * torch.ones_like(logp).masked_fill(outside, float("nan"))     # NaN in the gradient too
+    with torch.no_grad():
+        entropy = -(logq.exp() * logq.clamp(min=-1e30)).sum(-1)                # a probability of 0 adds 0, not 0 * inf
+    return logp, entropy
 
 
 def group_advantage(reward, group_size, adv_eps=1e-6, ddof=0, scale=True):
@@ -103,23 +102,18 @@ def group_advantage(reward, group_size, adv_eps=1e-6, ddof=0, scale=True):
     take no part and get A = 0. Rewards are measured from the row's own, so equal ones give exactly 0, where r - mean
     leaves rounding noise that a tiny std blows up to advantages near 1.
     """
-    _check_tensor("reward", reward, ("B",), FLOATS)
-    _require(isinstance(group_size, int) and group_size > 0, "group_size", repr(group_size), "a positive int")
-    _require(len(reward) % group_size == 0, "reward", f"{len(reward)} rewards",
-             f"a multiple of group_size = {group_size}")
-    _require(adv_eps >= 0, "adv_eps", adv_eps, "at least 0")
-    _require(isinstance(ddof, int) and ddof >= 0, "ddof", repr(ddof), "an int of at least 0")
-
-    r = reward.detach().to(_work_dtype(reward)).view(-1, group_size)                        # (N,G)
+    r = reward.detach().to(torch.promote_types(reward.dtype, torch.float32))
+    r = r.view(-1, group_size)                                                 # (N,G)
     finite = r.isfinite()
     n = finite.sum(-1, keepdim=True)
-    d = r[:, :, None] - r[:, None, :]                                                       # (N,G,G): own - other
-    d = d.masked_fill(~(finite[:, :, None] & finite[:, None, :]), 0)
-    A = d.sum(-1) / n.clamp(min=1)                                                          # own - mean
+    both = finite[:, :, None] & finite[:, None, :]
+    d = r[:, :, None] - r[:, None, :]                                          # (N,G,G): own - other
+    d = d.masked_fill(~both, 0)
+    A = d.sum(-1) / n.clamp(min=1)                                             # own - mean
     if scale:
-        spread = ((d - A[:, :, None]) ** 2).masked_fill(~finite[:, None, :], 0).sum(-1)
-        std = (spread / (n - ddof).clamp(min=1)).sqrt()
-        A = torch.where(A == 0, A, A / (std + adv_eps))                                     # also with adv_eps = 0
+        squares = (d - A[:, :, None]) ** 2
+        variance = squares.masked_fill(~finite[:, None, :], 0).sum(-1) / (n - ddof).clamp(min=1)
+        A = torch.where(A == 0, A, A / (variance.sqrt() + adv_eps))            # 0 also with adv_eps = 0
     return A.flatten()
 
 
@@ -134,53 +128,13 @@ def token_weights(mask, mode="dapo", max_len=None, num_tokens=None):
     "grpo"     m / (B * len_b)         every sequence counts the same
     "dr_grpo"  m / (B * max_len)       as a sum over tokens: max_len is the generation limit, not the longest sequence
     """
-    _require(torch.is_tensor(mask) and mask.dim() == 2, "mask", getattr(mask, "shape", type(mask)), "a tensor (B,T)")
     m = (mask.detach() != 0).float()
     B = max(len(m), 1)
     if mode == "dapo":
         num_tokens = m.sum() if num_tokens is None else num_tokens
-        _require(num_tokens > 0 or not m.any(), "num_tokens", num_tokens, "positive, the tokens of the whole step")
         return m / num_tokens if m.any() else m
     if mode == "grpo":
         return m / (B * m.sum(1, keepdim=True).clamp(min=1))
-    _require(mode == "dr_grpo", "mode", repr(mode), "'dapo', 'grpo' or 'dr_grpo'")
-    _require(max_len is not None and max_len > 0, "max_len", max_len, "positive, the generation limit, in mode dr_grpo")
-    return m / (B * max_len)
-
-
-# ---- input checks ----
-
-def _work_dtype(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _require(ok, name, was, must):
-    if not ok:
-        raise ValueError(f"{name}: got {was}, must be {must}")
-
-
-def _check_tensor(name, x, shape, dtypes, device=None):
-    """shape holds a number where the size is fixed and a letter where it is free."""
-    _require(torch.is_tensor(x), name, type(x).__name__, "a tensor")
-    fits = x.dim() == len(shape) and all(isinstance(want, str) or want == size for want, size in zip(shape, x.shape))
-    _require(fits, name, f"shape {tuple(x.shape)}", f"of shape ({', '.join(map(str, shape))})")
-    _require(x.dtype in dtypes, name, x.dtype, "of dtype " + " or ".join(str(d).removeprefix("torch.") for d in dtypes))
-    _require(device is None or x.device == device, name, f"on {x.device}", f"on {device} as the others are")
-
-
-def _check_logits(logits, temperature):
-    _check_tensor("logits", logits, ("M", "V"), FLOATS)
-    V, stride = logits.shape[1], logits.stride(1)
-    _require(V > 0, "logits", f"shape {tuple(logits.shape)}", "of at least one column")
-    _require(stride == 1 or V == 1, "logits", f"last stride {stride}", "of last stride 1")
-    _require(0 < temperature < float("inf"), "temperature", temperature, "positive and finite")
-
-
-def _check_rows(first, target, reward, seq, weight, old_logp, ref_logp):
-    M, device = len(first), first.device
-    _check_tensor("target", target, (M,), (torch.int64,), device)
-    _check_tensor("reward", reward, ("B",), FLOATS, device)
-    _check_tensor("seq", seq, (M,), (torch.int32, torch.int64), device)
-    for name, x in ("weight", weight), ("old_logp", old_logp), ("ref_logp", ref_logp):
-        if x is not None or name == "weight":
-            _check_tensor(name, x, (M,), FLOATS, device)
+    if mode == "dr_grpo":
+        return m / (B * max_len)
+    raise ValueError(f"mode: got {mode!r}, must be 'dapo', 'grpo' or 'dr_grpo'")

@@ -14,6 +14,14 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    """Long tests run with `-m slow` only. A call of ours that a library is about to drop is a failure."""
+    config.addinivalue_line("markers", "slow: minutes, not seconds; run with -m slow")
+    config.addinivalue_line("filterwarnings", "error::FutureWarning:(data|executor|rm|tracelift|verify|kernels).*")
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """(folder, model, tokenizer): a random tiny model whose vocabulary covers both domains of the tiny world."""

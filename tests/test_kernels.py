@@ -4,6 +4,7 @@ marked @both run the plain PyTorch reference and the Triton kernels, the latter 
     python -m pytest tests/test_kernels.py
 """
 import functools
+import inspect
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import kernels
-from kernels import group_advantage, linear_grpo_loss, token_weights
+from kernels import group_advantage, grpo_loss, linear_grpo_loss, token_logp, token_weights
 
 try:
     from kernels import grpo as fused
@@ -28,31 +29,20 @@ except ImportError:                                      # triton exists for Lin
 
 torch.set_num_threads(1)
 NAN, INF = float("nan"), float("inf")
-NOW = {}                                                 # what grpo_loss and token_logp mean in the running test
 
 
 @pytest.fixture(params=["reference", "triton"])
 def implementation(request, monkeypatch):
-    """Lets the functions of this file, and linear_grpo_loss, run on one of the two."""
+    """Lets the functions of kernels run on one of the two."""
     if request.param == "triton":
         if fused is None:
             pytest.skip("triton is not installed")
-        monkeypatch.setitem(NOW, "grpo_loss", fused.grpo_loss)
-        monkeypatch.setitem(NOW, "token_logp", fused.token_logp)
-        monkeypatch.setattr(kernels, "grpo_loss", fused.grpo_loss)
+        monkeypatch.setattr(kernels, "backend", lambda device: "triton")
     return request.param
 
 
 both = pytest.mark.usefixtures("implementation")
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")    # numpy's, on NaN inputs
-
-
-def grpo_loss(*args, **kwargs):
-    return NOW.get("grpo_loss", kernels.grpo_loss)(*args, **kwargs)
-
-
-def token_logp(*args, **kwargs):
-    return NOW.get("token_logp", kernels.token_logp)(*args, **kwargs)
 
 
 # ---- the textbook: one row at a time, one scalar at a time, sharing nothing with kernels/ ----
@@ -82,8 +72,8 @@ def textbook(logits, target, reward, seq, weight, group_size, old_logp=None, ref
         value, slope = -min(rho * A, clipped * A), -A * rho if rho * A <= clipped * A else 0.0
         if beta:
             gap = float(ref_logp[i]) - logp
-            value += beta * (math.exp(gap) - gap - 1)
-            slope += beta * (1 - math.exp(gap))
+            value += beta * rho * (math.exp(gap) - gap - 1)
+            slope += beta * rho * -gap
         loss += w * value
         dlogits[i] = torch.tensor([w * slope * ((j == t) - p[j]) / temperature for j in range(V)], dtype=torch.float64)
         logps.append(logp), advantages.append(A)
@@ -119,14 +109,13 @@ def run(batch, **settings):
 # ---- value and gradient ----
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mode", ["dapo", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("old", [True, False], ids=["off-policy", "on-policy"])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("scale", [True, False])
 @both
-def test_matches_the_textbook(dtype, mode, old, beta, temperature, scale, implementation):
-    b = batch(dtype, mode, old=old, T=2, N=1 if implementation == "triton" else 2)     # the interpreter is slow
+def test_matches_the_textbook(dtype, old, beta, temperature, scale, implementation):
+    b = batch(dtype, "grpo", old=old, T=2, N=1 if implementation == "triton" else 2)     # the interpreter is slow
     settings = dict(temperature=temperature, beta=beta, scale=scale, clip_low=0.1, clip_high=0.3)
     (loss, *rows), grad = run(b, **settings)
     want_loss, want_grad, *want_rows = textbook(**b, **settings)
@@ -145,12 +134,13 @@ def test_matches_the_textbook(dtype, mode, old, beta, temperature, scale, implem
     torch.testing.assert_close(grad.double(), want_grad, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("ddof, adv_eps", [(1, 1e-4), (0, 1e-6), (1, 0.5)])
+@pytest.mark.parametrize("mode, ddof, adv_eps", [("dapo", 1, 1e-4), ("grpo", 0, 1e-6), ("dr_grpo", 1, 0.5)])
 @both
-def test_ddof_and_eps(ddof, adv_eps):
-    b = batch()
+def test_weights_ddof_and_eps(mode, ddof, adv_eps):
+    b = batch(mode=mode)
     out, grad = run(b, ddof=ddof, adv_eps=adv_eps)
     want = textbook(**b, ddof=ddof, adv_eps=adv_eps)
+    assert out[0].item() == pytest.approx(want[0], abs=1e-7)
     torch.testing.assert_close(out[3], want[4])
     torch.testing.assert_close(grad, want[1])
 
@@ -241,6 +231,105 @@ def test_token_logp_is_a_distribution_and_its_logp_is_differentiable():
     assert logp.exp().sum().item() == pytest.approx(1.0)
     torch.testing.assert_close(entropy[0], torch.distributions.Categorical(logits=logits[0] / 1.7).entropy())
     assert logp.requires_grad and not entropy.requires_grad
+
+
+# ---- KL ----
+
+def every_token(old=None, seed=0, V=7, temperature=0.7):
+    """(logits (V,), reference (V,) log-probs, rows): one row for each token of a vocabulary. Its weight is the token's
+    probability under the policy that sampled, so that the sum over the rows is the expectation over sampled tokens.
+    Rewards are equal, so that the KL alone is left."""
+    g = torch.Generator().manual_seed(seed)
+    logits, other, third = torch.randn(3, V, generator=g, dtype=torch.float64) * 1.5
+    reference = other.log_softmax(-1)
+    sampler = ((logits if old is None else third) / temperature).log_softmax(-1)
+    rows = dict(target=torch.arange(V), reward=torch.ones(1, dtype=torch.float64),
+                seq=torch.zeros(V, dtype=torch.int32), weight=sampler.exp(), group_size=1,
+                old_logp=None if old is None else sampler, ref_logp=reference, beta=1.0, temperature=temperature)
+    return logits.requires_grad_(), reference, rows
+
+
+@pytest.mark.parametrize("old", [None, "another policy"], ids=["on-policy", "off-policy"])
+@pytest.mark.parametrize("seed", range(3))
+@both
+def test_the_kl_term_is_the_reverse_kl(old, seed, implementation):
+    """Expected value and expected gradient over sampled tokens are those of KL(policy || reference), also where the
+    tokens come from an older policy. Without the live ratio the gradient would be that of KL(reference || policy)."""
+    logits, reference, rows = every_token(old, seed)
+    loss = grpo_loss(logits.expand(7, 7).contiguous(), **rows)[0]
+    grad, = torch.autograd.grad(loss, logits)
+    logp = (logits / rows["temperature"]).log_softmax(-1)
+    reverse = (logp.exp() * (logp - reference)).sum()
+    forward = (reference.exp() * (reference - logp)).sum()
+    want, = torch.autograd.grad(reverse, logits, retain_graph=True)
+    wrong, = torch.autograd.grad(forward, logits)
+    tolerance = 1e-12 if implementation == "reference" else 1e-6
+    torch.testing.assert_close(loss, reverse.detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad, want, rtol=tolerance, atol=tolerance)
+    assert (grad - wrong).norm() > 0.1 * grad.norm() > 0.01
+
+
+@pytest.mark.parametrize("old", [None, "another policy"], ids=["on-policy", "off-policy"])
+@both
+def test_the_linear_loss_has_the_same_kl(old):
+    logits, _, rows = every_token(old)
+    grad, = torch.autograd.grad(grpo_loss(logits.expand(7, 7).contiguous(), **rows)[0], logits)
+    head = logits.detach()[:, None].clone().requires_grad_()                       # (V, 1): hidden states of 1
+    linear_grpo_loss(torch.ones(7, 1, dtype=torch.float64), head, **rows, chunk=3)[0].backward()
+    torch.testing.assert_close(head.grad[:, 0], grad, rtol=1e-6, atol=1e-6)
+
+
+@both
+def test_gradient_of_one_kl_row():
+    """beta rho (logp - ref), also where exp(ref - logp) is large."""
+    logits = torch.tensor([[1.0, -20.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    target, one = torch.tensor([1]), torch.ones(1, dtype=torch.float64)
+    logp = token_logp(logits, target)[0].detach()
+    grpo_loss(logits, target, one, torch.tensor([0]), one, 1, logp - 0.5, logp + 3, beta=0.5)[0].backward()
+    want = 0.5 * math.exp(0.5) * -3 * (torch.tensor([0.0, 1.0, 0.0]) - logits.detach().softmax(-1))
+    torch.testing.assert_close(logits.grad, want)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")     # of trl's own calls
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_loss_and_gradient_equal_those_of_trl(loss_type, off_policy, request, tmp_path):
+    """Its trainer on a tiny model: loss with KL, and the gradient of every weight."""
+    trl = pytest.importorskip("trl", minversion="1.10", reason="compares with trl >= 1.10, which is not installed")
+    from datasets import Dataset
+    folder, _, tokenizer = request.getfixturevalue("tiny")
+    B, P, T = 4, 3, 5                                    # sequences, tokens of a prompt, tokens of a completion
+    args = trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=B,
+                          gradient_accumulation_steps=1, num_generations=B, beta=0.3, temperature=0.9, epsilon=0.1,
+                          epsilon_high=0.3, loss_type=loss_type)
+    trainer = trl.GRPOTrainer(str(folder), lambda completions, **_: [0.0] * len(completions), args,
+                              Dataset.from_list([{"prompt": "a"}] * B), processing_class=tokenizer)
+    trainer.current_gradient_accumulation_steps = 1      # what its training loop sets
+    model = trainer.model.train()
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(tokenizer), (B, P + T), generator=g)
+    mask = torch.arange(T) < torch.tensor([5, 3, 1, 4])[:, None]
+    logits = model(ids).logits[:, P - 1:-1].reshape(B * T, -1)
+    target = ids[:, P:].flatten()
+    own = token_logp(logits.detach(), target, 0.9)[0]
+    old = own + 0.3 * torch.randn(B * T, generator=g) if off_policy else None
+    ref = own + 0.5 * torch.randn(B * T, generator=g)
+    reward = torch.tensor([1.0, 0.0, 0.5, 1.0])
+    weight = token_weights(mask, loss_type).flatten()
+    seq = torch.arange(B).repeat_interleave(T)
+    ours, *_, A = grpo_loss(logits, target, reward, seq, weight, B, old, ref, temperature=0.9, clip_low=0.1,
+                            clip_high=0.3, beta=0.3, ddof=1, adv_eps=1e-4)
+    weights = [w for w in model.parameters() if w.requires_grad]
+    gradients = torch.autograd.grad(ours, weights)
+    inputs = {"prompt_ids": ids[:, :P], "prompt_mask": torch.ones(B, P, dtype=torch.int64),
+              "completion_ids": ids[:, P:], "completion_mask": mask.long(), "advantages": A[::T],
+              "old_per_token_logps": None if old is None else old.view(B, T), "ref_per_token_logps": ref.view(B, T),
+              "num_items_in_batch": mask.sum()}
+    theirs = trainer._compute_loss(model, inputs)
+    torch.testing.assert_close(ours, theirs)
+    for got, want in zip(gradients, torch.autograd.grad(theirs, weights)):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert max(x.abs().max() for x in gradients) > 1e-3
 
 
 # ---- advantage ----
@@ -428,11 +517,14 @@ def linear_case(dtype=torch.float64, H=4, V=11, seed=3):
     b = batch(dtype, V=V)
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(len(b.pop("logits")), H, generator=g, dtype=torch.float64).to(dtype)
-    return hidden, torch.randn(V, H, generator=g, dtype=torch.float64).to(dtype), b
+    head = torch.randn(V, H, generator=g, dtype=torch.float64).to(dtype)
+    own = token_logp(hidden @ head.T, b["target"].clamp(min=0))[0].detach()
+    for name in "old_logp", "ref_logp":                  # near the policy, as after an update or two
+        b[name] = own + 0.3 * torch.randn(len(own), generator=g).to(own.dtype)
+    return hidden, head, b
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 4096])
-@pytest.mark.parametrize("frozen", ["", "head", "hidden"])
+@pytest.mark.parametrize("chunk, frozen", [(1, ""), (7, ""), (7, "head"), (7, "hidden"), (4096, "")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @both
 def test_linear_equals_materialised(chunk, frozen, dtype):
@@ -608,7 +700,7 @@ def test_bad_logits_are_named(case):
     (lambda h, w, b: token_logp(h, b["target"], -1.0), "temperature: got -1.0"),
     (lambda h, w, b: group_advantage(b["reward"], 4), "reward: got 6 rewards, must be a multiple of group_size = 4"),
     (lambda h, w, b: group_advantage(b["reward"].tolist(), 2), "reward: got list"),
-    (lambda h, w, b: token_weights(b["weight"]), r"mask: got torch.Size\(\[18\]\), must be a tensor \(B,T\)"),
+    (lambda h, w, b: token_weights(b["weight"]), r"mask: got shape \(18,\), must be of shape \(B, T\)"),
     (lambda h, w, b: token_weights(torch.ones(2, 3), "mean"), "mode: got 'mean', must be 'dapo', 'grpo' or 'dr_grpo'"),
     (lambda h, w, b: token_weights(torch.ones(2, 3), "dr_grpo"), "max_len: got None"),
     (lambda h, w, b: token_weights(torch.ones(2, 3), "dr_grpo", max_len=0), "max_len: got 0"),
@@ -625,31 +717,51 @@ def triton_only():
         pytest.skip("triton is not installed")
 
 
+@pytest.fixture
+def no_launch(triton_only, monkeypatch):
+    """The functions of kernels take the Triton kernels, any launch of which is a TypeError."""
+    monkeypatch.setattr(kernels, "backend", lambda device: "triton")
+    monkeypatch.setattr(fused, "_forward", None)
+
+
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_the_fused_kernel_names_bad_rows_and_settings(case, triton_only, monkeypatch):
-    name, change, _ = BAD_ROWS[case]
+def test_bad_rows_and_settings_never_reach_the_kernels(case, no_launch):
+    name, change, message = BAD_ROWS[case]
     if case.startswith(("seq beyond", "seq negative")):
-        pytest.skip("to know this the kernel would have to wait for the GPU; see the test of NaN below")
+        pytest.skip("to know this would be to wait for the GPU; see the test of NaN below")
     good = ok()
-    monkeypatch.setattr(fused, "_forward", None)         # any launch would be a TypeError
-    with pytest.raises(ValueError, match=f"^{name}: got .*, must be "):
-        fused.grpo_loss(**{**good, name: change(good)})
+    bad = {**good, name: change(good)}
+    with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
+        grpo_loss(**bad)
+    logits = bad.pop("logits")
+    with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
+        linear_grpo_loss(logits[:, :4].contiguous(), torch.randn(11, 4), **bad)
 
 
 @pytest.mark.parametrize("case", BAD_LOGITS)
-def test_the_fused_kernel_names_bad_logits(case, triton_only, monkeypatch):
+def test_bad_logits_never_reach_the_kernels(case, no_launch):
+    change, message = BAD_LOGITS[case]
     good = ok()
-    logits = BAD_LOGITS[case][0](good.pop("logits"))
-    monkeypatch.setattr(fused, "_forward", None)
-    for call in (lambda: fused.grpo_loss(logits, **good), lambda: fused.token_logp(logits, good["target"])):
-        with pytest.raises(ValueError, match="^logits: got .*, must be "):
+    logits = change(good.pop("logits"))
+    for call in (lambda: grpo_loss(logits, **good), lambda: token_logp(logits, good["target"])):
+        with pytest.raises(ValueError, match=f"^logits: {message}"):
             call()
+
+
+@pytest.mark.parametrize("case", ["target short", "target int32", "seq float", "seq short", "weight dense", 
+                                  "reward dense", "reward count", "old_logp short", "ref_logp missing"])
+def test_the_kernels_alone_refuse_what_would_read_beyond_a_tensor(case, triton_only, monkeypatch):
+    name, change, _ = BAD_ROWS[case]
+    good = ok()
+    monkeypatch.setattr(fused, "_forward", None)
+    with pytest.raises(AssertionError, match=name):
+        fused.grpo_loss_triton(**{**good, name: change(good)})
 
 
 def test_the_fused_kernel_wants_cuda(triton_only, monkeypatch):
     monkeypatch.setattr(fused.triton.knobs.runtime, "interpret", False)
-    with pytest.raises(ValueError, match="^logits: got .* on cpu, must be on CUDA"):
-        fused.grpo_loss(**ok())
+    with pytest.raises(AssertionError, match="logits must be on CUDA"):
+        fused.grpo_loss_triton(**ok())
 
 
 # ---- what only the fused kernels have ----
@@ -665,8 +777,8 @@ def test_advantage_in_the_kernel(group_size, settings, triton_only):
                         torch.tensor([1.0, NAN, 0.0, INF, 2.0, -INF] * 4)])
     seq = torch.cat([torch.arange(0, len(reward), 5), torch.arange(96, 102)])
     M = len(seq)
-    A = fused.grpo_loss(torch.zeros(M, 2), torch.zeros(M, dtype=torch.int64), reward, seq, torch.ones(M), group_size,
-                        **settings)[3]
+    target = torch.zeros(M, dtype=torch.int64)
+    A = fused.grpo_loss_triton(torch.zeros(M, 2), target, reward, seq, torch.ones(M), group_size, **settings)[3]
     torch.testing.assert_close(A, group_advantage(reward, group_size, **settings)[seq], rtol=2e-6, atol=1e-6)
     assert (A[(seq >= 48) & (seq < 96)] == 0).all() and (group_size == 1 or A[seq < 48].abs().min() > 0)
 
@@ -676,7 +788,7 @@ def test_a_sequence_that_does_not_exist_is_loud(seq, triton_only):
     b = batch()
     b["seq"][0] = seq
     x = b["logits"].requires_grad_()
-    loss, logp, _, A = fused.grpo_loss(**b)
+    loss, logp, _, A = fused.grpo_loss_triton(**b)
     loss.backward()
     assert b["weight"][0] > 0 and loss.isnan() and A[0].isnan() and x.grad[0].isnan().all() and logp[0].isfinite()
     assert x.grad[1:].isfinite().all() and A[1:].isfinite().all()
@@ -695,7 +807,7 @@ def test_precision_over_many_blocks(dtype, offset, triton_only):
     logp = logits.double().log_softmax(-1)[torch.arange(M), b["target"]]
     b["old_logp"] = logp.float() + torch.tensor([.1, -.1, .3, -.3])
     x, y = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    got, want = fused.grpo_loss(x, **b), kernels.grpo_loss_reference(y, **b)
+    got, want = fused.grpo_loss_triton(x, **b), kernels.grpo_loss_reference(y, **b)
     got[0].backward(), want[0].backward()
     assert (got[0] - want[0]).abs() <= 1e-5 and (got[1] - want[1]).abs().max() <= 1e-5
     assert (got[2] - want[2]).abs().max() <= 5e-5
@@ -710,7 +822,7 @@ def test_rows_beyond_two_gigabytes(triton_only):
     b = dict(target=torch.tensor([5, 6, 7]), reward=torch.tensor([0.0, 1.0]), seq=torch.tensor([0, 1, 1]),
              weight=torch.ones(3), group_size=2)
     near, leaf = data.clone().requires_grad_(), far.detach().requires_grad_()
-    want, got = fused.grpo_loss(near, **b), fused.grpo_loss(leaf, **b, inplace=True)
+    want, got = fused.grpo_loss_triton(near, **b), fused.grpo_loss_triton(leaf, **b, inplace=True)
     assert torch.equal(got[1], want[1]) and want[1].unique().numel() == 3
     want[0].backward(), got[0].backward()
     assert torch.equal(far, near.grad) and near.grad.abs().min(1).values.max() > 0
@@ -723,12 +835,12 @@ def test_in_place(triton_only):
     x = b["logits"].clone().requires_grad_()
     logits = x * 1                                       # as the head of a model would give them
     before = logits.detach().clone()
-    loss = fused.grpo_loss(**{**b, "logits": logits})[0]
+    loss = fused.grpo_loss_triton(**{**b, "logits": logits})[0]
     loss.backward(retain_graph=True)
     assert torch.equal(logits, before)                   # not without being asked
     x.grad = None
     square = (logits ** 2).sum()                         # its backward needs the logits
-    loss = fused.grpo_loss(**{**b, "logits": logits}, inplace=True)[0]
+    loss = fused.grpo_loss_triton(**{**b, "logits": logits}, inplace=True)[0]
     torch.testing.assert_close(loss, want)
     loss.backward(retain_graph=True)
     torch.testing.assert_close(logits.detach(), want_grad)
@@ -737,9 +849,11 @@ def test_in_place(triton_only):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             again.backward()
     rows = torch.zeros(1, 4).expand(3, 4).requires_grad_()
-    with pytest.raises(ValueError, match=r"^logits: got V = 4, strides \(0, 1\) on cpu, must be .* if inplace"):
-        fused.grpo_loss(rows, torch.zeros(3, dtype=torch.int64), torch.rand(2), torch.zeros(3, dtype=torch.int32),
-                        torch.ones(3), 2, inplace=True)
+    rest = (torch.zeros(3, dtype=torch.int64), torch.rand(2), torch.zeros(3, dtype=torch.int32), torch.ones(3), 2)
+    with pytest.raises(ValueError, match="^logits: got row stride 0, must be of row stride at least 4 if inplace"):
+        grpo_loss(rows, *rest, inplace=True)
+    with pytest.raises(AssertionError, match="logits"):
+        fused.grpo_loss_triton(rows, *rest, inplace=True)
 
 
 def test_inputs_of_any_stride(triton_only):
@@ -749,20 +863,20 @@ def test_inputs_of_any_stride(triton_only):
     spread = {k: x.repeat_interleave(2)[::2] if torch.is_tensor(x) and x.dim() == 1 else x for k, x in b.items()}
     assert not spread["target"].is_contiguous()
     x = b["logits"].clone().requires_grad_()
-    got = fused.grpo_loss(**{**spread, "logits": x}, beta=0.1)
+    got = fused.grpo_loss_triton(**{**spread, "logits": x}, beta=0.1)
     got[0].backward()
     for a, c in zip((*got, x.grad), (*want, want_grad)):
         torch.testing.assert_close(a, c)
     x, y = (torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
     target = torch.tensor([1, 9, 4, 9, 0])[::2]
-    fused.token_logp(x, target)[0].sum().backward()
+    fused.token_logp_triton(x, target)[0].sum().backward()
     kernels.token_logp(y, target)[0].sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
 
 
 def test_no_second_derivative(triton_only):
     x = torch.randn(2, 5, requires_grad=True)
-    logp = fused.token_logp(x, torch.tensor([1, 2]))[0].sum()
+    logp = fused.token_logp_triton(x, torch.tensor([1, 2]))[0].sum()
     first, = torch.autograd.grad(logp * logp, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -771,49 +885,146 @@ def test_no_second_derivative(triton_only):
 def test_token_logp_backward_takes_any_row_gradient(triton_only):
     logits = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
     target, pull = torch.tensor([0, 8, 3, 3, 1]), torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0], dtype=torch.float64)
-    (fused.token_logp(logits, target, 0.7)[0] * pull).sum().backward()
+    (fused.token_logp_triton(logits, target, 0.7)[0] * pull).sum().backward()
     got, logits.grad = logits.grad, None
     (kernels.token_logp(logits, target, 0.7)[0] * pull).sum().backward()
     torch.testing.assert_close(got, logits.grad)
     assert (got[2] == 0).all() and got.abs().sum() > 1
 
 
+# ---- what runs where ----
+
 def test_cpu_tensors_take_the_reference(monkeypatch, triton_only):
     assert kernels.backend("cpu") == "reference" and kernels.backend(torch.device("cuda", 0)) == "triton"
     monkeypatch.setattr(fused, "_forward", None)
     grpo_loss(**ok()), token_logp(torch.zeros(1, 2), torch.tensor([1]))
-    monkeypatch.setattr(kernels, "_triton", lambda: None)
-    assert kernels.backend("cuda") == "reference"        # a machine without triton
+    kernels.check("cpu")                                 # nothing to run
 
+
+def test_the_reference_on_cuda_only_for_the_asking(monkeypatch):
+    monkeypatch.setenv("TRACELIFT_KERNELS", "reference")
+    assert kernels.backend("cuda") == "reference"
+    kernels.check("cuda")                                # nothing to run, so no GPU either
+    monkeypatch.setenv("TRACELIFT_KERNELS", "triton")
+    with pytest.raises(ValueError, match="^TRACELIFT_KERNELS: got 'triton', must be 'reference' or not set"):
+        kernels.backend("cpu")
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """kernels.grpo will be imported anew, from the triton that the test puts in place."""
+    monkeypatch.delitem(sys.modules, "kernels.grpo", raising=False)
+    monkeypatch.delattr(kernels, "grpo", raising=False)
+
+
+def one_line(call) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and "TRACELIFT_KERNELS=reference" in message
+    return message
+
+
+def test_triton_that_is_not_installed(unloaded, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)     # import triton: ModuleNotFoundError
+    for call in (lambda: kernels.backend("cuda"), lambda: kernels.check(torch.device("cuda", 0))):
+        assert one_line(call).startswith("Triton is not installed (pip install triton)")
+    assert kernels.backend("cpu") == "reference"
+    grpo_loss(**ok())
+
+
+@pytest.mark.parametrize("line, reason", [
+    ("raise OSError('libcuda.so.1: wrong version\\nof something')",
+     "OSError: libcuda.so.1: wrong version of something"),
+    ("import a_part_of_triton", "ModuleNotFoundError: No module named 'a_part_of_triton'"),
+    ("from math import jit", "ImportError: cannot import name 'jit' from 'math'"),
+])
+def test_triton_that_cannot_be_imported(unloaded, monkeypatch, tmp_path, line, reason):
+    (tmp_path / "triton.py").write_text(line + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    for call in (lambda: kernels.backend("cuda"), lambda: kernels.check("cuda")):
+        assert one_line(call).startswith(f"Triton is broken: {reason}")
+
+
+@pytest.mark.parametrize("failure, reason", [
+    (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+     "RuntimeError: Failed to find C compiler. Please specify via CC environment variable."),
+    (subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+     "CalledProcessError: Command '['gcc', 'main.c']' returned non-zero exit status 1"),
+])
+def test_triton_that_cannot_compile_is_found_by_check(triton_only, monkeypatch, failure, reason):
+    class Launch:                                        # kernel[grid](...)
+        def __getitem__(self, grid):
+            raise failure
+
+    monkeypatch.setattr(kernels, "backend", lambda device: "triton")
+    with torch.no_grad():
+        kernels.check("cpu")                             # the interpreter can
+    monkeypatch.setattr(fused, "_forward", Launch())
+    message = one_line(lambda: kernels.check("cpu"))
+    assert message.startswith(f"Triton cannot run on cpu: {reason}") and "Python.h" in message
+
+
+def test_kernels_that_compute_nonsense_are_found_by_check(triton_only, monkeypatch):
+    monkeypatch.setattr(kernels, "backend", lambda device: "triton")
+    monkeypatch.setattr(fused, "token_logp_triton", lambda logits, target: (logits[:, 0], None))
+    assert one_line(lambda: kernels.check("cpu")).startswith("Triton computes on cpu [0.0, 1.0] instead of [-2.77")
+
+
+def test_each_file_copied_alone(tmp_path, triton_only):
+    """reference.py, grpo.py and linear.py into empty folders: each needs no other."""
+    code = """if 1:
+        import sys, torch
+        from grpo import grpo_loss_triton
+        from linear import chunked_loss
+        from reference import grpo_loss_reference
+        assert "kernels" not in sys.modules
+        hidden, head = torch.randn(6, 4), torch.randn(9, 4)
+        rows = (torch.arange(6), torch.tensor([0., 1.]), torch.tensor([0, 0, 0, 1, 1, 1]), torch.full((6,), 1 / 6), 2)
+        losses = [grpo_loss_reference(hidden @ head.T, *rows), grpo_loss_triton(hidden @ head.T, *rows),
+                  chunked_loss(grpo_loss_triton, hidden, head, *rows, chunk=4)]
+        for other in losses[1:]:
+            torch.testing.assert_close(other, losses[0])"""
+    for name in "reference.py", "grpo.py", "linear.py":
+        (tmp_path / name[:-3]).mkdir()
+        (tmp_path / name[:-3] / name).write_text((ROOT / "kernels" / name).read_text())
+    paths = os.pathsep.join(str(folder) for folder in tmp_path.iterdir())
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+# ---- the commands ----
 
 @pytest.fixture(scope="module")
-def sass():
-    """What `python -m kernels.sass` counts, and facts about the PTX; compiled for sm_90 in a process of its own."""
+def machine_code():
+    """What count_instructions.py counts, and facts about the PTX; compiled for sm_90 in a process of its own."""
     if fused is None:
         pytest.skip("triton is not installed")
     code = """if 1:
         import json, re
-        from kernels import sass
-        from kernels.sass import grpo
-        counts = {name: {**c, "all": c.total()} for name, c in sass.table(4096 * 4).items()}
-        ptx = {"forward": sass.compiled(grpo._forward, 4, V=16384, BLOCK=4096, TAU=1.0, GROUP=8, SCALE=True),
-               "backward": sass.compiled(grpo._backward, 8, V=16384, BLOCK=4096, TAU=1.0)}
+        from count_instructions import compiled, grpo, table
+        counts = {name: {**c, "all": c.total()} for name, c in table(4096 * 4).items()}
+        ptx = {"forward": compiled(grpo._forward, 4, V=16384, BLOCK=4096, TAU=1.0, GROUP=8, SCALE=True),
+               "backward": compiled(grpo._backward, 8, V=16384, BLOCK=4096, TAU=1.0)}
         print(json.dumps([counts, {name: kernel.asm["ptx"] for name, kernel in ptx.items()}]))"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True,
                           env={**os.environ, "TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_instructions_per_element(sass):
-    counts, _ = sass
+def test_instructions_per_element(machine_code):
+    counts, _ = machine_code
     assert counts["forward"]["MUFU.EX2"] <= 1.1 and counts["backward"]["MUFU.EX2"] <= 1.1
     assert counts["forward"]["all"] <= 11 and counts["backward"]["all"] <= 11
     assert counts["plain"]["all"] > 1.5 * counts["forward"]["all"]      # what exp2, one FMA and no mask are good for
 
 
-def test_compiled_code_reads_128_bits_at_once_and_has_no_float64(sass):
-    for name, ptx in sass[1].items():
+def test_compiled_code_reads_128_bits_at_once_and_has_no_float64(machine_code):
+    for name, ptx in machine_code[1].items():
         loads = [line for line in ptx.splitlines() if "ld.global" in line]
         wide = [line for line in loads if ".v4.b32" in line]
         assert len(wide) >= (4 if name == "forward" else 2), loads
@@ -823,12 +1034,12 @@ def test_compiled_code_reads_128_bits_at_once_and_has_no_float64(sass):
 
 
 def test_the_benchmark_runs_without_a_gpu(tmp_path, monkeypatch, capsys, triton_only):
-    from kernels import bench
+    import bench_kernels as bench
     if bench.CUDA:
-        pytest.skip("this machine has a GPU: run python -m kernels.bench")
+        pytest.skip("this machine has a GPU: run python tests/bench_kernels.py")
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)      # compiles for half a minute
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    monkeypatch.setattr(kernels, "grpo_loss", kernels.grpo_loss)         # main replaces it
+    monkeypatch.setattr(kernels, "backend", kernels.backend)             # main replaces it
     monkeypatch.setattr(sys, "argv", ["bench", "--vocab", "32", "--hidden", "8", "--out", str(tmp_path / "b.json")])
     bench.main()
     report = json.loads((tmp_path / "b.json").read_text())
@@ -840,17 +1051,18 @@ def test_the_benchmark_runs_without_a_gpu(tmp_path, monkeypatch, capsys, triton_
     assert {"forward", "backward"} <= results["ours, in place"].keys() and "failed" not in results["eager PyTorch"]
     losses = {name: loss().item() for name, loss in bench_losses(bench).items()}
     assert losses["eager"] == pytest.approx(losses["ours"], abs=1e-6)         # the rivals do the same work
-    monkeypatch.setattr(fused, "grpo_loss", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):                                    # ours failing is no row of a table
-        bench.measure("ours", lambda: fused.grpo_loss(), [], 1)
+        bench.measure("ours", lambda: 1 / 0, [], 1)
 
 
 def bench_losses(bench):
     s = bench.step(16, 32, torch.float32, torch.device("cpu"))
-    return {"eager": lambda: bench.eager(**s)[0], "ours": lambda: fused.grpo_loss(**s)[0]}
+    return {"eager": lambda: bench.eager(**s)[0], "ours": lambda: fused.grpo_loss_triton(**s)[0]}
 
 
-def test_public_names():
+def test_public_names(triton_only):
     assert set(kernels.__all__) == {"grpo_loss", "grpo_loss_reference", "linear_grpo_loss", "token_logp",
-                                    "token_weights", "group_advantage", "backend"}
+                                    "token_weights", "group_advantage", "backend", "check"}
     assert all(getattr(kernels, name).__doc__ for name in kernels.__all__)
+    same = [inspect.signature(f) for f in (kernels.reference.grpo_loss_reference, fused.grpo_loss_triton)]
+    assert same[0] == same[1]

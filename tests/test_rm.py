@@ -1,24 +1,28 @@
-"""rm.py: what is saved is what scores, pooling sees the last token only, and the loss and metrics by hand."""
+"""rm.py: what is saved is what scores, pooling sees the last token only, and the loss and metrics by hand.
+
+    python -m pytest tests/test_rm.py
+"""
+import dataclasses
 import json
 import math
+import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import data
+import executor
+import rm as rm_module
+from data import UserError
+from rm import RMSettings, RubricRewardModel, Rows, draw_negatives, group_rows, measure_ranking, rank_loss, rm_loss
 
-import data  # noqa: E402
-import executor  # noqa: E402
-import rm as rm_module  # noqa: E402
-from data import UserError  # noqa: E402
-from rm import RubricRewardModel, evaluate, group_rows, pairs, rm_loss  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-torch.set_num_threads(1)
+ROOT = Path(rm_module.__file__).resolve().parent
 CPU = torch.device("cpu")
 
 
@@ -30,7 +34,7 @@ def groups():
 @pytest.fixture(scope="module")
 def texts(groups):
     """Of different lengths, or padding would not be tested."""
-    found = [text for group in groups for text in group_rows(group, data.DIMENSIONS[group["task_type"]])[0]]
+    found = [text for group in groups for text in group_rows(group, data.DIMENSIONS["math"]).texts]
     assert len({len(text.split()) for text in found}) > 3
     return found
 
@@ -74,8 +78,7 @@ def test_scores_survive_saving(model, folder, texts):
     before = model.score(texts)
     assert before[0].std() > 0.01, "the scores must differ, or this test sees nothing"
     again = RubricRewardModel.from_pretrained(folder, CPU)
-    for old, new in zip(before, again.score(texts)):
-        torch.testing.assert_close(new, old, atol=1e-6, rtol=0)
+    assert all(torch.equal(old, new) for old, new in zip(before, again.score(texts))), "bit for bit"
     assert [again.tokenizer(t)["input_ids"] for t in texts] == [model.tokenizer(t)["input_ids"] for t in texts]
     code = ("import sys, json, torch; torch.set_num_threads(1); from rm import RubricRewardModel as R\n"
             "s, d = R.from_pretrained(sys.argv[1], 'cpu').score(json.load(sys.stdin))\n"
@@ -199,13 +202,13 @@ def test_score_does_not_depend_on_the_batch(model, texts, batch_size):
     assert dimensions.shape == (len(texts), 5) and 0 <= dimensions.min() and dimensions.max() <= 4
 
 
-def test_combine_by_hand(tokenizer):
+def test_scores_by_hand(tokenizer):
     """Half rubric (weighted mean of expected labels / 4), half sigmoid of the total."""
     two = make(tokenizer, ("a", "b"), [3.0, 1.0])
     logits = torch.zeros(3, 2, 5)
     logits[1, 0, 4], logits[1, 1, 0] = 1e3, 1e3                    # certain: labels 4 and 0
     logits[2, 0] = torch.tensor([0.1, 0.2, 0.3, 0.4, 1e-30]).log()
-    score, expected = two.combine(logits, torch.tensor([0.0, math.log(3), -1e3]))
+    score, expected = two.scores(logits, torch.tensor([0.0, math.log(3), -1e3]))
     torch.testing.assert_close(expected, torch.tensor([[2.0, 2.0], [4.0, 0.0], [2.0, 2.0]]))
     torch.testing.assert_close(score, torch.tensor([0.5, 0.5 * 0.75 + 0.5 * 0.75, 0.25]))
 
@@ -224,26 +227,57 @@ def test_a_text_longer_than_the_context_is_an_error(model):
         model.score(["has " * 600])
 
 
+PUBLIC = {"problem_id": "q", "source": "somewhere", "task_type": "algorithm", "problem": " Sum a list .\n", "reference_solution": "",
+          "tests_or_constraints": "at most 9 numbers", "positive_pool": [], "negative_bank": []}
+HAND_MADE = """<task>code</task>
+<type>algorithm</type>
+<problem>
+Sum a list .
+</problem>
+<tests>
+at most 9 numbers
+</tests>
+<reasoning>
+add one by one
+</reasoning>"""
+
+
+def test_a_public_reward_model_reads_what_it_was_trained_on(tmp_path):
+    """Trained on the public form, it scores a trace through rm_text as through the text written by hand."""
+    rubric = dict.fromkeys(data.DIMENSIONS["code"], 4) | {"total": 1.0}
+    trace = {"reasoning": "\nadd one by one ", "rubric": rubric}
+    group = PUBLIC | {"positive_pool": [trace], "negative_bank": [trace | {"negative_kind": "x", "reasoning": "guess"}]}
+    rows = group_rows(group, data.DIMENSIONS["code"])
+    flawed = HAND_MADE.replace("add one by one", "guess")
+    assert rows.texts == [HAND_MADE, flawed]
+    public = make(executor.tiny_tokenizer([HAND_MADE, flawed]), data.DIMENSIONS["code"])
+    ours, theirs = public.score(rows.texts), public.score([HAND_MADE, flawed])
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs)) and ours[0][0] != ours[0][1]
+
+
 # ---------------------------------------------------------------- pairs and loss
 
-def as_set(found):
-    return set(zip(*(x.tolist() for x in found)))
+def rank_by_hand(score, pairs_of_groups):
+    """The mean over the pairs of a group, then over groups."""
+    means = []
+    for pairs in pairs_of_groups:
+        losses = [math.log(1 + math.exp(score[worse] - score[better])) for better, worse in pairs]
+        means.append(sum(losses) / len(losses))
+    return sum(means) / len(means)
 
 
-def test_pairs_by_hand():
-    gold = torch.tensor([1.0, 0.40, 0.25, 0.20, 0.9, 0.3, 1.0])
-    positive = torch.tensor([True, False, False, False, True, False, True])
-    group = torch.tensor([0, 0, 0, 0, 1, 1, 2])
-    assert as_set(pairs(gold, positive, group, False)) == {(0, 1), (0, 2), (0, 3), (4, 5)}      # never across groups
-    assert as_set(pairs(gold, positive, group, True)) == {(1, 3)}                              # 0.15 is not more than 0.15
-    assert as_set(pairs(gold, positive, group, True, gap=0.01)) == {(1, 2), (1, 3), (2, 3)}
-    assert as_set(pairs(gold[6:], positive[6:], group[6:], False)) == set()                    # no negatives
-
-
-@pytest.mark.parametrize("high, low", [(0.35, 0.20), (0.40, 0.25), (0.45, 0.30), (1.0, 0.85)])
-def test_a_gap_of_exactly_the_threshold_is_no_pair(high, low):
-    """The rubrics have gaps of 0.15; rounding must not make some of them count and others not."""
-    assert as_set(pairs(torch.tensor([high, low]), torch.tensor([False, False]), torch.tensor([0, 0]), True)) == set()
+def test_every_group_counts_the_same_however_many_flawed_traces_it_has():
+    """Over all pairs at once, a group with a large bank would count more than one with a small one."""
+    score = torch.tensor([0.9, 0.2, 0.8, 0.5, 0.1, 0.6, 0.7])
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 2])                    # group 0: one above three; 1: one above one; 2: alone
+    above = torch.zeros(7, 7, dtype=torch.bool)
+    above[0, 1:4] = above[4, 5] = True
+    want = rank_by_hand(score.tolist(), [[(0, 1), (0, 2), (0, 3)], [(4, 5)]])
+    assert rank_loss(score, above, group).item() == pytest.approx(want, abs=1e-6)
+    above[0, 5] = above[4, 6] = True                               # of another group: no pair
+    assert rank_loss(score, above, group).item() == pytest.approx(want, abs=1e-6)
+    flat = rank_by_hand(score.tolist(), [[(0, 1), (0, 2), (0, 3), (4, 5)]])
+    assert abs(flat - want) > 0.01, "or this test would see nothing"
 
 
 def batch_of(positive, group):
@@ -268,9 +302,32 @@ def test_loss_by_hand(model, nn_weight):
         s = 1 / (1 + math.exp(-total[b].item()))
         huber += 0.5 * (s - gold[b].item()) ** 2 / B               # errors are below 1: the quadratic part
         score.append(0.5 * rubric + 0.5 * s)
-    rank = lambda found: sum(math.log(1 + math.exp(score[j] - score[i])) for i, j in found) / len(found)
-    want = ce + 0.5 * huber + 0.7 * rank([(0, 1), (0, 2), (3, 4)]) + nn_weight * rank([(1, 2)])
+    want = ce + 0.5 * huber + 0.7 * rank_by_hand(score, [[(0, 1), (0, 2)], [(3, 4)]])
+    want += nn_weight * rank_by_hand(score, [[(1, 2)]])
     assert rm_loss(model, *args, nn_weight=nn_weight).item() == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("high, low, counts", [(0.40, 0.25, True), (0.35, 0.20, True), (0.45, 0.30, True), (1.0, 0.85, True),
+                                               (0.40, 0.26, False), (0.30, 0.30, False), (0.9, 0.1, True)])
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_margin_of_exactly_015_counts(model, high, low, counts, swap):
+    """The rubrics have gaps of 0.15; rounding must not make some of them count and others not."""
+    labels_logits, total, labels, _, positive, group = batch_of([False, False], [0, 0])
+    gold = torch.tensor([low, high] if swap else [high, low])
+    with_pairs, without = (rm_loss(model, labels_logits, total, labels, gold, positive, group, nn_weight=w).item() for w in (1, 0))
+    score = model.scores(labels_logits, total)[0].tolist()
+    extra = rank_by_hand(score, [[(1, 0) if swap else (0, 1)]]) if counts else 0.0
+    assert with_pairs - without == pytest.approx(extra, abs=1e-5)
+
+
+def test_flawed_pairs_are_averaged_over_groups_too(model):
+    """Four flawed traces of one group, two of another; good ones are in no pair of these."""
+    args = list(batch_of([True, False, False, False, False, True, False, False], [0] * 5 + [1] * 3))
+    args[3] = torch.tensor([1.0, 0.6, 0.4, 0.3, 0.2, 1.0, 0.5, 0.1])
+    pairs = [[(1, 2), (1, 3), (1, 4), (2, 4)], [(6, 7)]]
+    score = model.scores(*args[:2])[0].tolist()
+    with_pairs, without = (rm_loss(model, *args, nn_weight=w).item() for w in (1, 0))
+    assert with_pairs - without == pytest.approx(rank_by_hand(score, pairs), abs=1e-5)
 
 
 @pytest.mark.parametrize("positive", [[True, True], [False, False]])
@@ -316,8 +373,9 @@ def test_metrics_by_hand():
     """Ties count as wrong: a model that gives every trace one score must not look good."""
     scores = {"p": 0.9, "q": 0.5, "r": 0.9, "s": 0.8, "t": 0.1, "u": 0.7}
     labels = {key: [4.4, 3.4, 1.4, 1.0, 0.0] for key in scores} | {"t": [3.6, 2.4, 2.0, 1.0, 0.0]}
-    found = evaluate(Known(scores, labels), [group("1", [("p", 1.0)], [("q", "slip", 0.4), ("r", "leak", 0.2)]),
-                                             group("2", [("s", 1.0)], [("t", "slip", 0.3), ("u", "leak", 0.7)])])
+    found = measure_ranking(Known(scores, labels), [
+        group("1", [("p", 1.0)], [("q", "slip", 0.4), ("r", "leak", 0.2)]),
+        group("2", [("s", 1.0)], [("t", "slip", 0.3), ("u", "leak", 0.7)])])
     error = [-0.1, 0.1, 0.7, -0.2, -0.2, 0.0]
     assert found["groups"] == 2 and found["pair_accuracy"] == 0.75 and found["group_accuracy"] == 0.5
     assert found["total_mae"] == pytest.approx(sum(map(abs, error)) / 6, abs=1e-6)
@@ -329,8 +387,8 @@ def test_metrics_by_hand():
 
 def test_a_group_needs_every_positive_above_every_negative():
     scores = {"p": 0.9, "q": 0.4, "r": 0.5}
-    found = evaluate(Known(scores, {key: [0.0] * 5 for key in scores}),
-                     [group("1", [("p", 1.0), ("q", 1.0)], [("r", "slip", 0.4)])])
+    found = measure_ranking(Known(scores, {key: [0.0] * 5 for key in scores}),
+                            [group("1", [("p", 1.0), ("q", 1.0)], [("r", "slip", 0.4)])])
     assert found["pair_accuracy"] == 0.5 and found["group_accuracy"] == 0.0
     assert found["pair_accuracy_by_kind"] == {"slip": 0.5}
 
@@ -339,39 +397,151 @@ def test_a_group_needs_every_positive_above_every_negative():
 def test_a_group_without_pairs_is_no_group(positives, negatives):
     """all() of nothing is True and the mean of nothing NaN: such a group must not count as ranked right."""
     with pytest.raises(UserError, match="g-7"):
-        evaluate(Known({"p": 0.9}, {"p": [0.0] * 5}), [group("g-7", positives, negatives)])
+        measure_ranking(Known({"p": 0.9}, {"p": [0.0] * 5}), [group("g-7", positives, negatives)])
 
 
 # ---------------------------------------------------------------- training
 
-def test_training_beats_chance_and_saves_what_it_measured(tmp_path, capsys):
+BASE = ["--sequences", "64", "--hidden", "32", "--layers", "1", "--eval_problems", "2", "--max_answer_tokens", "4",
+        "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A run folder with groups and a base model that is close to random."""
+    run_dir = tmp_path_factory.mktemp("runs") / "code"
+    data.main(["--run_dir", str(run_dir), "--task_type", "code", "--train", "60", "--heldout", "60", "--negatives", "4"])
+    executor.main(["--run_dir", str(run_dir), *BASE])
+    return run_dir
+
+
+@pytest.fixture
+def copied(prepared, tmp_path):
+    return Path(shutil.copytree(prepared, tmp_path / "code"))
+
+
+def settings(run_dir, **changes):
+    small = dict(run_dir=str(run_dir), device="cpu", epochs=1.0, learning_rate=3e-3, warmup=2, max_heldout=60)
+    return RMSettings(**{**small, **changes})
+
+
+def train(s, folder):
+    folder.mkdir(exist_ok=True)
+    return rm_module.train_reward_model(s, folder)
+
+
+def test_training_beats_chance_and_saves_what_it_measured(copied, capsys):
     """From a random backbone, held-out pairs come out clearly better than the 0.5 of guessing."""
-    run = tmp_path / "run"
-    data.main(["--preset", "smoke", "--run", str(run), "--task_type", "code", "--train", "200", "--heldout", "60"])
-    executor.main(["--preset", "smoke", "--run", str(run), "--sequences", "64", "--hidden", "32",
-                   "--layers", "1", "--eval_problems", "2", "--max_answer_tokens", "4", "--device", "cpu"])
-    argv = ["--preset", "smoke", "--run", str(run), "--epochs", "3", "--learning_rate", "3e-3", "--max_heldout", "60",
-            "--device", "cpu"]
+    argv = ["--run_dir", str(copied), "--epochs", "12", "--learning_rate", "3e-3", "--max_heldout", "60", "--device", "cpu"]
     rm_module.main(argv)
-    metrics = json.loads((run / "rm" / "metrics.json").read_text())
+    metrics = json.loads((copied / "rm" / "metrics.json").read_text())
     assert metrics["groups"] == 60 and metrics["pair_accuracy"] > 0.65, metrics
-    assert f"{metrics['pair_accuracy']:.3f}" in capsys.readouterr().out
-    heldout = data.read_groups(run / "groups" / "heldout.jsonl")
-    again = evaluate(RubricRewardModel.from_pretrained(run / "rm", CPU), heldout)
-    assert again["pair_accuracy"] == pytest.approx(metrics["pair_accuracy"], abs=0.01)         # a near tie may flip
-    assert again["total_mae"] == pytest.approx(metrics["total_mae"], abs=1e-5)
-    before = (run / "rm" / "model.safetensors").stat().st_mtime_ns
+    said = capsys.readouterr().out
+    assert f"{metrics['pair_accuracy']:.3f}" in said and f"next: python tracelift.py train --run_dir {copied}" in said
+    heldout = data.read_groups(copied / "groups" / "heldout.jsonl")
+    again = measure_ranking(RubricRewardModel.from_pretrained(copied / "rm", CPU), heldout)
+    assert again == {key: metrics[key] for key in again}, "what was measured is what was saved"
+    before = (copied / "rm" / "model.safetensors").stat().st_mtime_ns
     rm_module.main(argv)                                           # complete: skipped
-    assert (run / "rm" / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="epochs"):
-        rm_module.main([*argv, "--epochs", "1"])
+    assert (copied / "rm" / "model.safetensors").stat().st_mtime_ns == before
+    for flag, value in ("epochs", "1"), ("negatives_per_visit", "2"), ("nn_weight", "0.5"):
+        with pytest.raises(UserError, match=flag):
+            rm_module.main([*argv, f"--{flag}", value])
+
+
+def bank(flawed, good=1):
+    names = [f"good {i}" for i in range(good)] + [f"flawed {i}" for i in range(flawed)]
+    R = len(names)
+    return Rows(names, torch.arange(R * 5).reshape(R, 5), torch.arange(R) / 10, torch.arange(R) < good)
+
+
+def test_flawed_traces_are_drawn_anew_at_each_visit():
+    """Good ones always, `most` flawed ones each time others, rows with their own labels; a small bank as it is."""
+    rows, rng, seen = bank(6, good=2), random.Random(0), set()
+    for _ in range(20):
+        drawn = draw_negatives(rows, 2, rng)
+        chosen = [rows.texts.index(text) for text in drawn.texts]
+        assert chosen[:2] == [0, 1] and len(chosen) == len(set(chosen)) == 4 and drawn.positive.tolist() == [True, True, False, False]
+        assert torch.equal(drawn.labels, rows.labels[chosen]) and torch.equal(drawn.gold, rows.gold[chosen])
+        seen.add(tuple(chosen[2:]))
+    assert len(seen) > 5 and {i for pair in seen for i in pair} == set(range(2, 8))
+    again = [draw_negatives(rows, 2, random.Random(7)).texts for _ in range(2)]
+    assert again[0] == again[1], "a function of the generator"
+    for flawed in 1, 2:
+        assert draw_negatives(bank(flawed), 2, rng).texts == bank(flawed).texts
+    assert rows.texts == bank(6, good=2).texts, "the group itself stays whole"
+
+
+def test_a_training_sees_all_flawed_traces_a_few_at_a_time(prepared, tmp_path, monkeypatch):
+    """negatives_per_visit of each group in a step, drawn anew, and two trainings with one seed are one training."""
+    visits, real = [], rm_module.rm_loss
+
+    def spy(rm, label_logits, total_logit, labels, gold, positive, group, nn_weight):
+        visits.append([(positive[group == g].tolist(), str(labels[group == g].tolist())) for g in range(int(group.max()) + 1)])
+        return real(rm, label_logits, total_logit, labels, gold, positive, group, nn_weight)
+    monkeypatch.setattr(rm_module, "rm_loss", spy)
+    s = settings(prepared, epochs=4.0, max_groups=6, groups_per_batch=3, negatives_per_visit=2, max_heldout=3)
+    metrics = [train(s, tmp_path / name) for name in "ab"]
+    assert metrics[0] == metrics[1] and metrics[0]["steps"] == 8 == len(visits) / 2
+    groups = [group for step in visits for group in step]
+    assert all(positive == [True, False, False] for positive, _ in groups) and len({len(step) for step in visits}) == 1
+    assert len({rubrics for _, rubrics in groups}) > 6, "of 4 flawed traces always the same 2"
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in "ab"]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    train(dataclasses.replace(s, seed=1), tmp_path / "c")
+    other = load_file(tmp_path / "c" / "model.safetensors")
+    assert not all(torch.equal(weights[0][name], other[name]) for name in other)
+
+
+class Crash(Exception):
+    pass
+
+
+def crash(*args, **kwargs):
+    raise Crash
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_long_texts_end_a_training_before_it_begins(copied, monkeypatch, split):
+    """Held-out ones too: nothing is cut, and no hours are spent before that is known."""
+    path = copied / "groups" / f"{split}.jsonl"
+    groups = data.read_groups(path)
+    groups[2]["negative_bank"][1]["reasoning"] += " ; negate" * 600
+    data.write_groups(path, groups)
+    monkeypatch.setattr(rm_module, "rm_loss", crash)
+    with pytest.raises(UserError, match="context 512") as error:
+        rm_module.main(["--run_dir", str(copied), "--device", "cpu"])
+    assert "\n" not in str(error.value) and re.search(r"text of \d{3,} tokens", str(error.value))
+    assert not list(copied.glob("rm*"))
+
+
+def test_the_reward_model_is_saved_before_it_is_measured(copied, monkeypatch):
+    """An error in measuring must not cost the training."""
+    monkeypatch.setattr(rm_module, "measure_ranking", crash)
+    with pytest.raises(Crash):
+        rm_module.main(["--run_dir", str(copied), "--device", "cpu", "--epochs", "1"])
+    assert not (copied / "rm").exists()
+    saved = RubricRewardModel.from_pretrained(copied / "rm.partial", CPU)
+    heldout = data.read_groups(copied / "groups" / "heldout.jsonl")[:5]
+    assert 0 <= measure_ranking(saved, heldout)["pair_accuracy"] <= 1
+
+
+def test_a_training_that_diverges_names_step_and_flag(prepared, tmp_path, monkeypatch):
+    real, calls = rm_module.rm_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        return real(*args) * (math.nan if len(calls) == 3 else 1)
+    monkeypatch.setattr(rm_module, "rm_loss", broken)
+    with pytest.raises(FloatingPointError, match="step 2.*--learning_rate"):
+        train(settings(prepared), tmp_path / "rm")
+    assert not (tmp_path / "rm" / "model.safetensors").exists()
 
 
 def test_math_and_code_in_one_run_are_refused(tmp_path):
     """Their rubrics have different dimensions; the heads would learn a mixture under one name."""
-    run = tmp_path
     mixed = [data.build_groups(data.tiny_problems(task, 2, 0), 2, 0)[0] for task in ("math", "code")]
     for split in ("train", "heldout"):
-        data.write_groups(run / "groups" / f"{split}.jsonl", mixed)
+        data.write_groups(tmp_path / "groups" / f"{split}.jsonl", mixed)
     with pytest.raises(UserError, match="math and code"):
-        rm_module.train(rm_module.RMSettings(run=str(run), device="cpu"))
+        train(settings(tmp_path), tmp_path / "rm")

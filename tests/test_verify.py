@@ -1,8 +1,10 @@
 """verify.py at its edges: answers, code blocks, honest programs, and programs that attack the verdict."""
+import ast
 import contextlib
 import ctypes
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -125,6 +127,140 @@ def test_hostile_text_is_quick_and_never_raises(text):
     assert time.process_time() - started < 3
 
 
+# Kinds of public bug reports on answer checkers, with values of our own.
+@pytest.mark.parametrize("prediction, reference", [
+    ('5 more apples', '5'), ('Mia has 12 apples left', '12'), ('f(3) = 9', '9'), ('g(-2)=4', '4'),
+    ('x \\in [1, 4)', '[1,4)'), ('x\\in\\{1,2\\}', '\\{1,2\\}'), ('3 and 4', '3, 4'), ('3, 4 and 5', '3, 4, 5'),
+    ('3, 4, and 5', '3,4,5'), ('\\frac{\\sqrt{5}}{3}', '\\frac{\\sqrt5}{3}'), ('\\tfrac12', '1/2'), ('¾', '3/4'),
+    ('2½', '2.5'), ('5³', '5^3'), ('√7', '\\sqrt{7}'), ('3√2', '3\\sqrt{2}'), ('\\sqrt 2', '\\sqrt{2}'),
+    ('x ≥ 4', 'x\\geq 4'), ('x>=4', 'x \\ge 4'), ('\\frac{3}{-4}', '-3/4'), ('3/(-4)', '-3/4'),
+    ('\\frac{-3}{-4}', '3/4'), ('24 个苹果', '24'), ('250元', '250'), ('15 km/h', '15'), ('3 hours', '3'),
+    ('$12', '12 dollars'), ('\\text{Tuesday}', 'Tuesday'), ('option B', 'B'), ('(D)', 'D'), ('B.', 'B'),
+    ('101_{2}', '101_2'), ('101₂', '101_2'), ('5\\pi \\text{ cm}^2', '5\\pi'), ('5π square meters', '5\\pi'),
+    ('2\\sqrt{3} units', '2\\sqrt{3}'), ('\\displaystyle\\frac{7}{8}', '7/8'), ('\\textbf{36}', '36'),
+    ('\\mathbf{36}', '36'), ('p+q=37', '37'), ('m + n + p = 40', '40'), ('12 ÷ 4 = 3', '3'),
+    ('$130 - $60 = $70', '70'), ('70 dollars profit', '70'), ('a profit of $70', '70'), ('3,000,000', '3000000'),
+    ('x = -4', 'x=-4'), ('-4', 'x = -4'), ('7 pm', '7 pm'), ('7', '7 pm'), ('3 million', '3 million'),
+    ('\\begin{bmatrix}1\\\\2\\end{bmatrix}', '\\begin{pmatrix}1 \\\\ 2\\end{pmatrix}'),
+    ('\\begin{pmatrix}\\frac12\\\\2\\end{pmatrix}', '\\begin{pmatrix} 0.5 \\\\2 \\end{pmatrix}'), ('{{7}}', '7'),
+    ('90 degrees', '90°'), ('12%', '12 percent'), ('2^{10}', '2^10'), ('e^{-x}', 'e^{-x}'), ('x**2', 'x^2'),
+    ('\\left\\{3,4\\right\\}', '\\{4,3\\}'), ('(0, ∞)', '(0,\\infty)'), ('[2,\\infty)', '[2, ∞)'), ('1⁄2', '1/2'),
+    ('10 1/2', '10.5'), ('50 mph', '50'), ('5 kilograms', '5 kg'), ('The answer is 5', '5'), ('12 square feet', '12'),
+    ('12 sq ft', '12'), ("5'", "5'"), ('3 hours per day', '3'), ('5 in.', '5'), ('45^{\\circ}', '45'),
+    ('12 students', '12'), ('12 bags of rice', '12'), ('\\frac{2\\sqrt{3}}{3}', '2√3/3'), ('\\$18.00', '18'),
+    ('18 dollars.', '18'), ('7 days', '7'), ('she needs 7 more days', '7'), ('It takes 7 days.', '7'),
+    ('5x+3', '5x + 3'), ('y = 2x+1', 'y=2x+1'), ('2x+1', 'y=2x+1'), ('1.5 hours', '1.5'),
+    ("12 o'clock", "12 o'clock"), ('\\{-1, 3\\}', '\\{3,-1\\}'), ('(3,-2)', '\\left(3,-2\\right)'), ('5 tbsp', '5'),
+    ('6 ways', '6'), ('120 cubic centimeters', '120'), ('5 apples each', '5'), ('\\dfrac{\\pi}{3}', 'π/3'),
+    ('10\\%', '10'), ('y=x^{2}', 'y = x²'), ('-3/4', '-\\frac34'), ('15 minutes', '15 min'),
+    ('$\\frac{1}{3}$', '1/3'), ('\\frac{x+1}{2}', '(x+1)/2'), ('20\\,\\mathrm{m/s^2}', '20'),
+    ('7\\,\\text{cm}', '7 centimeters'), ('14:30', '14:30'), ('\\sqrt{2}+1', '\\sqrt2 + 1'), ('3.0 × 10^8', '3e8'),
+    ('A', 'a'), ('\\left(\\frac{3}{2}, 4\\right)', '(1.5, 4)'), ('No', 'no'), ('48 ㎝', '48'),
+])
+def test_spellings_and_units_that_mean_the_same(prediction, reference):
+    assert math_equal(prediction, reference)
+
+
+@pytest.mark.parametrize("prediction, reference", [
+    ('5 hundredths', '5'), ('7 thirds', '7'), ('3 halves', '3'), ('5 lakh', '5'), ('2 gross', '2'), ('2 theta', '2'),
+    ('2\\theta', '2'), ('3 abc', '3'), ('4 xyz', '4'), ('5 ab', '5'), ('2/pi', '2'), ('1/x', '1'), ('7 am', '7 pm'),
+    ('44 BC', '44 AD'), ('a loss of 5', 'profit of 5'), ('5 fewer', '5 more'), ('3 below zero', '3'),
+    ('3 degrees below zero', '3'), ('y=3', 'x=3'), ('5 km', '5 m'), ('5 cm', '5 mm'), ('5 cents', '5 dollars'),
+    ('5 cents', '$5'), ('24万', '24'), ('3 kilo dozens', '3'), ('x=2, y=3', 'x=3, y=2'), ('y=2, x=3', 'x=2,y=3'),
+    ('12 dollars and 50 cents', '12'), ('52_7', '52_8'), ('√3', '3'), ('\\frac{1}{2}3', '1/23'), ('2^{3x}', '2^3 x'),
+    ('x ≤ 3', 'x < 3'), ('x≥3', 'x≤3'), ('[1,2]', '(1,2)'),
+    ('\\begin{pmatrix}1\\\\2\\end{pmatrix}', '\\begin{pmatrix}1&2\\end{pmatrix}'),
+    ('\\begin{pmatrix}1\\\\2\\end{pmatrix}', '\\begin{vmatrix}1\\\\2\\end{vmatrix}'), ('June 5', 'July 5'),
+    ('5, yes', '5, no'), ('about 7', '7'), ('at least 7', '7'), ('not 7', '7'), ('7 or so', '7'), ('2*7=15', '14'),
+    ('2x=10', '10'), ('x^2=9', '9'), ('1/2x', '1/2'), ('5!', '5'), ('5 squared', '5'), ('-5', '5'), ('3k', '3'),
+    ('3M', '3'), ('3 K', '3'), ('half of 12', '12'), ('12 and a half', '12'), ('x\\frac{-1}{2}', 'x-1/2'),
+    ('2^{\\frac12}', '2^1/2'), ('x^21', 'x^2 1'), ('2i', '2'), ('3+4i', '3'), ('1:2', '12'), ('3rd', '3'),
+    ('1st', '1'), ('12e', '12'), ('0x10', '16'), ('5 feet 3 inches', '5'), ('5 times', '5'), ('1 in 5', '5'),
+    ('1 out of 5', '5'), ('π', '3.14'), ('∞', '-∞'), ('-∞', '\\infty'), ('{1,2}', '1,2'), ('(1,2,3)', '(1,2)'),
+    ('{{1,2}}', '\\{1,2\\}'), ('5 percent', '0.05'), ('3 + 4', '7'), ('ab -1', '-1'), ('n = 5k', '5'), ('5n', '5'),
+    ('√(16)', '4'), ('x=5 or 6', '5'), ('5 ± 2', '5'), ('5 pm', '5 am'), ('twice 5', '5'), ('minus 5', '5'),
+    ('negative 5', '5'), ('5 over 6', '5'), ('log 5', '5'), ('ln 2', '2'), ('sin 30', '30'), ('10^6', '10'),
+    ('6e', '6'), ('five', '5'), ('C', 'D'), ('CD', 'C'), ('AB', 'A'), ('3(x+1)', '3'), ('(3)(4)', '12'),
+    ('4(5)', '4'), ('5 mod 7', '5'), ('5|6', '5'), ('5 μ', '5'), ('5 ohm alpha', '5'), ('2 sqrt 3', '2'),
+    ('2√3', '2'), ('7 billion dollars', '7'), ('7bn', '7'), ('$7M', '7'), ('7k', '7'), ('1e400000', '1'),
+    ('5 dozen eggs', '5'), ('5 and 6', '5'), ('5/0', '5'), ('1 1', '1'), ('-(-5)', '-5'), ('--5', '-5'), ('−5', '5'),
+    ('5 south', '5 north'), ('P(A)=0.5', 'P(B)=0.5'), ('x_1=3', 'x_2=3'), ('f(2)=7', 'f(3)=7'),
+    ('\\overline{12}', '12'), ('0.\\overline{3}', '0.3'), ('0.333...', '0.333'), ('12...', '12'), ('0.3̅', '0.3'),
+    ('5 billionths', '5'), ('5‰', '5'), ('5 basis points', '5'), ('10 3', '10'), ('10/3/2', '10/3'),
+])
+def test_what_makes_another_number_of_it(prediction, reference):
+    assert not math_equal(prediction, reference) and not math_equal(reference, prediction)
+
+
+@pytest.mark.parametrize("text, reference", [
+    ('So \\boxed{9}. The answer is elegant.', '9'), ('#### 9\nThe answer is fully consistent.', '9'),
+    ('#### 18\n#### Explanation\nwe add 3 and 4', '18'),
+    ('\\boxed{18}\n\nThe final answer is in \\boxed{} above', '18'), ('#### 6*4 = 24', '24'),
+    ('Answer: a+b = 3+4 = 7', '7'), ('Answer: Tom has 7 pens left', '7'), ('The answer is option D.', 'D'),
+    ('\\boxed{\\text{The answer is 7}}', '7'), ('Final answer - 24', '24'), ('Answer:\n\n- 24 apples', '24'),
+    ('Answer:\n* 24', '24'), ('The answer is -24', '-24'), ('Answer: –24', '-24'),
+    ('<think>\\boxed{5} hmm</think>\nSo the total is 6.', '6'), ('The answer is $2\\sqrt{3}$ cm.', '2\\sqrt{3}'),
+    ('Thus, the perimeter is $12$.', '12'), ('The answer is: **C**', 'C'), ('The answer is (C).', 'C'),
+    ('#### 2*7 = 14 apples', '14'), ('#### $18', '18'), ('#### 18 dollars per day', '18'), ('#### Answer\n18', '18'),
+    ('## Final Answer\n\n**18**', '18'), ('The answer is 1,000.', '1000'), ('The answer is 3.5.', '3.5'),
+    ('The answer is\n\n$$\\frac{3}{4}$$', '3/4'), ('答案是 24', '24'), ('答案：24个', '24'),
+    ('So the total cost is $18 + $5 = $23.', '23'), ('She makes 9 * 2 = $<<9*2=18>>18 every day', '18'),
+    ('\\boxed{12 \\text{ apples}}', '12'), ('\\boxed{x=12}', '12'), ('\\boxed{\\$12}', '12'),
+    ('The answer is therefore 12.', '12'), ('#### Step 3: Sum up\n5+6=11\nSo 11 apples.', '11'),
+    ('### Final Answer\n11', '11'), ('The answer is $\\boxed{\\frac{3}{4}}$.', '0.75'), ('\\boxed 8', '8'),
+    ('\\boxed8', '8'), ('The answer is in the box: \\boxed{8}', '8'), ('Hence 8 apples remain. #### 8', '8'),
+    ('A: 8', '8'), ('**Answer: 8**', '8'), ('Answer: \\(8\\)', '8'), ('Answer: \\[8\\]', '8'),
+    ('Answer: $8$ apples', '8'), ('The answer is 8 because 4*2=8', '8'), ('The answer is 8, since 4*2=8', '8'),
+    ('total = 8 apples, right?', '8'),
+])
+def test_the_answer_of_a_text(text, reference):
+    assert math_equal(extract_answer(text), reference)
+
+
+@pytest.mark.parametrize("text, reference", [
+    ('Answer: 7, which is 2 more than 5', '7'), ('The answer is 7 and also 8', '7'), ('Final answer - 24', '-24'),
+    ('#### - 24', '-24'), ('\\boxed{5}\nLet me check \\boxed{6', '6'), ('so 12. The answer is \\boxed{12', '12'),
+    ('<think>the answer is 5', '5'), ('<think>\\boxed{5} hmm</think>\nSo the total is 6.', '5'),
+    ('\\boxed{7}\n<think>\nmaybe 8', '8'), ('There are 3 million', '3'), ('It has 4 dozen.', '4'), ('so y = 3x', '3'),
+    ('= 2^3', '3'), ('it is about 7', '7'), ('The area is \\sqrt{16}', '16'), ('Answer: (C) 24', 'C'),
+    ('Thus x = 5 and y = 6.', '6'), ('The answers are 5 and 6', '6'),
+    ('the temperature is 5 degrees below zero', '5'), ('Answer: 5 degrees below zero', '-5'),
+    ('The answer is unknown.', '5'), ('I got 12. Wait, the answer is not 12.', '12'),
+    ('The answer is 12, not 13.', '12'), ('The answer is 12 (not 13).', '12'), ('\\boxed{12}\\boxed{13}', '13'),
+    ('Answer: 8 (4 per box)', '8'), ('The answer is 8!', '8'),
+])
+def test_not_the_answer_of_a_text(text, reference):
+    assert not math_equal(extract_answer(text), reference)
+
+
+@pytest.mark.parametrize("call, named", [
+    (lambda: extract_answer(None), "text"), (lambda: extract_answer(b"5"), "text"), (lambda: extract_code(None), "text"),
+    (lambda: verify.code_blocks(5), "text"), (lambda: math_equal("5", 5), "reference"),
+    (lambda: math_equal("5", None), "reference"), (lambda: math_equal(5, "5"), "prediction")])
+def test_bad_texts_are_named(call, named):
+    with pytest.raises(ValueError, match=f"^{named} must be a string"):
+        call()
+
+
+PIECES = r"""\boxed{ \fbox{ } { \frac \dfrac \sqrt [ ] ( ) ^ _ 12 3.5 1,234 - #### $ \$ % \text{ apples x = and or , ; <think> </think>
+    \begin{pmatrix} \end{pmatrix} \\ & ½ √ π ∞ ³ ⁄ 元 \infty \le \in 1e9 / ** `` ``` ~~~ python \left \right \{ \} ! ° \circ … because
+    - {,} € \, dozen 999999999999""".split() + [" ", "\n", "answer is ", "Answer: ", "Step 2:", "\ud800", "\0"]
+
+
+@pytest.mark.parametrize("count", [1500, pytest.param(60_000, marks=pytest.mark.slow)])
+def test_fuzzed_texts(count):
+    rng = random.Random(count)
+    for _ in range(count):
+        some = rng.sample(PIECES, rng.choice([3, 8, len(PIECES)]))
+        text = rng.choice(PIECES) * rng.choice([0, 0, 0, 0, 0, 0, 0, 300, 5000])
+        text += "".join(rng.choices(some, k=rng.choice([3, 8, 20, 60, 400])))
+        started = time.process_time()
+        answer = extract_answer(text)
+        assert math_equal(answer, "24") in (True, False) and math_equal(text, "24") in (True, False)
+        extract_code(text)
+        assert time.process_time() - started < 1, text[:200]
+
+
 # ---------------------------------------------------------------- code blocks
 
 @pytest.mark.parametrize("text, code", [
@@ -137,9 +273,32 @@ def test_hostile_text_is_quick_and_never_raises(text):
     ("x = 1\n```\n", "x = 1"), ("```\na\n```\n```", "a"),
     ("1. so\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y"),
     ("print('```')", "print('```')"), ("", ""),
+    ("```python\nx = 1\n```\nOutput:\n```\n17\n```", "x = 1"), ("```python\nx = 1\n```\n```text\ny = 2\n```", "x = 1"),
+    ("```py\nx = 1\n```\nRun:\n```sh\npython a.py\n```", "x = 1"), ("```\nx = 1\n```\n```\n[1, 2]\n```", "x = 1"),
+    ("```\nx = 1\n```\n```\n$ python a.py\n```", "x = 1"), ("```\nx = 1\n```\n```\n>>> x\n1\n```", "x = 1"),
+    ("```python\nx = 1\n```\n**Expected output:**\n```\ny = 2\n```", "x = 1"), ("```python\nx = 1\n```\n```markdown\n# y\n```", "x = 1"),
+    ("```python\nx = 1\n```\n```\nHello World\n```", "x = 1"), ("```json\n{}\n```", "{}"),
+    ("```python import sys\nprint(1)\n```", "import sys\nprint(1)"), ("```print(1)\n```", "print(1)"),
+    ('```python title="a.py"\nx = 1\n```', "x = 1"), ("```{.python .numberLines}\nx = 1\n```", "x = 1"),
+    ("```python\nx = 1```", "x = 1"), ("```python\nx = 1\nprint(x)```\nDone.", "x = 1\nprint(x)"), ("```python print(5)```", "print(5)"),
+    ("```Python3.11\nx = 1\n```", "x = 1"), ("```main.py\nx = 1\n```\n```\n5\n```", "x = 1"),
+    ("```python\ndef f(a):\n    return a\n```\nExample:\n```python\nprint(f(2))\n```", "def f(a):\n    return a"),
+    ("```python\ndef f(a):\n    return a\n```\nBetter:\n```python\ndef f(a):\n    return 2 * a\n```", "def f(a):\n    return 2 * a"),
+    ("<think>\n```python\nx = 0\n```\n", ""), ("<think>\n```python\nx = 0\n```\n</think>\nx = 1", "\nx = 1"),
 ])
 def test_extract_code(text, code):
     assert extract_code(text) == code
+
+
+def test_the_block_that_defines_what_the_tests_ask_for():
+    text = "```python\ndef g(x):\n    return x\n```\nthen\n```python\ndef f(x):\n    return 2 * x\n```\nand\n```python\nprint(f(3)\n```"
+    blocks = verify.code_blocks(text)
+    assert len(blocks) == 3
+    verdicts = run_programs([blocks] * 3, [[check("assert f(2) == 4")], [check("assert g(2) == 2")], [check("assert h(2) == 2")]])
+    assert [v.outcome for v in verdicts] == ["passed", "passed", "compile_error"]  # nothing defines h: it is the last
+    assert run(("x = (", "print(1)"), io("", "1")).ok
+    with pytest.raises(ValueError, match=r"programs\[0\]"):
+        run([], io("", "1"))
 
 
 # ---------------------------------------------------------------- scores
@@ -273,7 +432,10 @@ def test_honest_completions(completion):
     ("def f(x):\n    while True:\n        yield x\n        x += 1", "assert next(f(3)) == 3"),
     ("def f(x): return map(str, range(x))", "assert list(f(3)) == ['0', '1', '2']"),
     ("def sum(a, b): return a + b", "assert sum(10, 15) == 25"),       # MBPP/126 names its function like a builtin
-    ("LIMIT = 5\nif __name__ == '__main__': LIMIT = 6", "assert LIMIT == 6"),
+    ("LIMIT = 5\nif __name__ == '__main__': LIMIT = int(input())", "assert LIMIT == 5"),
+    ("import sys\ndef f(x): return x\nif __name__ == '__main__': sys.exit(f(3))", "assert f(2) == 2"),
+    ("import unittest\ndef f(x): return x\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 1)\n"
+     "if __name__ == '__main__':\n    unittest.main()", "assert f(2) == 2"),
     ("def f(x):\n    if x < 0: raise ValueError('no')", "try:\n    f(-1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'"),
     ("def g(x): return x\ndef f(x): return x", "def check(candidate):\n    for i in range(9):\n        assert candidate(i) == i\ncheck(f)"),
     ("def f(x): return x", "import random\nfor _ in range(20):\n    n = random.randint(0, 9)\n    assert f(n) == n"),
@@ -343,7 +505,7 @@ def test_asserts_count_separately_and_the_worst_names_the_outcome():
     assert (verdict.outcome, verdict.passed, verdict.total) == ("runtime_error", 2, 4)
     assert "test 3 of 4" in verdict.detail and "IndexError" in verdict.detail
     verdict = run(program, *tests[:2])
-    assert verdict.outcome == "failed_test" and "the last value was [2]" in verdict.detail
+    assert verdict.outcome == "failed_test" and "the last value was 2" in verdict.detail
 
 
 def test_all_tests_are_run_after_a_failure_but_none_after_a_timeout():
@@ -469,7 +631,7 @@ def test_an_unprintable_value_does_not_end_the_judge():
 
 def test_a_right_program_that_exits_early_has_not_passed():
     verdict = run("def f(x): return x + 1\nexit()", *TESTS)
-    assert (verdict.outcome, verdict.passed) == ("runtime_error", 0) and "SystemExit" in verdict.detail
+    assert (verdict.outcome, verdict.passed) == ("runtime_error", 0) and "SystemExit" in verdict.detail and "did not run" in verdict.detail
 
 
 def test_an_early_exit_keeps_the_asserts_before_it():
@@ -480,19 +642,124 @@ def test_an_early_exit_keeps_the_asserts_before_it():
 def test_right_values_and_then_a_bad_end_are_no_pass():
     """The program takes the place of the code that answers, answers right, and ends with a status of its choice."""
     program = ("import json, os\nwith open(3, 'rb', closefd=False) as requests:\n    for line in requests:\n        request = json.loads(line)\n"
-               "        reply = ['value', request[1]['tuple'][0] + 1] if len(request) > 1 else ['function']\n"
+               "        reply = ['value', {{'object': 1}} if len(request) == 2 else request[2]['tuple'][0] + 1, None]\n"
                "        os.write(3, json.dumps(reply).encode() + b'\\n')\nos._exit({})")
     assert run(program.format(3), *TESTS).outcome == "runtime_error"
     assert run(program.format(0), *TESTS).ok
 
 
-def test_objects_and_functions_as_arguments_are_named():
+STACK = "class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)\n    def pop(self): return self.items.pop()\n"
+NODE = "class Node:\n    def __init__(self, val, next=None): self.val, self.next = val, next\n"
+
+
+@pytest.mark.parametrize("program, statement", [
+    ("class Solution:\n    def twoSum(self, nums: List[int], target: int) -> Optional[List[int]]:\n        return [0, 1]",
+     "assert Solution().twoSum([2, 7], 9) == [0, 1]"),
+    (STACK, "s = Stack(); s.push(3); s.push(4); assert s.pop() == 4 and s.pop() == 3"),
+    (STACK, "s = Stack()\ns.push([1])\nassert s.items == [[1]]"),
+    (STACK, "s = Stack()\ntry:\n    s.pop()\n    assert False\nexcept IndexError:\n    pass"),
+    ("class S:\n    def __init__(self): self.a = []\n    def __len__(self): return len(self.a)\n    def add(self, x): self.a.append(x)",
+     "s = S(); s.add(1); assert len(s) == 1 and s.a[0] == 1"),
+    ("class V:\n    def __init__(self, x): self.x = x\n    def __add__(self, o): return V(self.x + o.x)\n    def __repr__(self): return f'V({self.x})'",
+     "v = V(1) + V(2); assert v.x == 3 and repr(v) == 'V(3)' and str(v) == 'V(3)'"),
+    ("class G:\n    def __getitem__(self, i): return i * 2\n    def __iter__(self): return iter([1, 2])", "g = G(); assert g[3] == 6 and list(g) == [1, 2] and 2 in g"),
+    (NODE + "def rev(n):\n    p = None\n    while n: n.next, p, n = p, n, n.next\n    return p",
+     "n = rev(Node(1, Node(2, Node(3))))\nout = []\nwhile n:\n    out.append(n.val)\n    n = n.next\nassert out == [3, 2, 1]"),
+    (NODE, "a = Node(1)\na.next = Node(2)\na.val = 7\nassert a.val == 7 and a.next.val == 2 and a.next.next is None"),
+    ("class C:\n    n = 0\n    @classmethod\n    def make(cls): cls.n += 1; return cls()\n    @staticmethod\n    def twice(x): return 2 * x\n    @property\n    def p(self): return 5",
+     "c = C.make(); assert C.n == 1 and C.twice(4) == 8 and c.p == 5"),
+    ("class M:\n    def __enter__(self): return 5\n    def __exit__(self, *a): return None", "with M() as x:\n    assert x == 5"),
+    ("class It:\n    def __init__(self): self.n = 0\n    def __iter__(self): return self\n    def __next__(self):\n        self.n += 1\n        if self.n > 3: raise StopIteration\n        return self.n",
+     "assert list(It()) == [1, 2, 3]"),
+    ("def add(n):\n    def inner(x): return x + n\n    return inner", "assert add(2)(3) == 5"),
+    ("import enum\nclass E(enum.Enum):\n    A = 'x'\ndef f(): return E.A", "assert f().value == 'x' and f().name == 'A'"),
+    ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n    y: int = 2\ndef f(): return [P(1), P(3)]", "assert [(p.x, p.y) for p in f()] == [(1, 2), (3, 2)]"),
+    ("def f(x): x.sort()", "x = [2, 1]; f(x); assert x == [1, 2]"),
+    ("def f(x): x['b'] = x.pop('a')", "x = {'a': [1]}\nf(x)\nassert x == {'b': [1]}"),
+    ("def f(x, y): x.append(y.pop())", "x, y = [1], [2]; f(x, y=y); assert (x, y) == ([1, 2], [])"),
+    ("def f(x): x[0].append(1); x.clear() if len(x) > 3 else None", "x = [[], 2]; f(x); assert x == [[1], 2]"),
+    ("def f(x): x.add(3)", "x = {1}; f(x); assert x == {1, 3}"), ("def f(x): x.rotate(1)", "from collections import deque\nx = deque([1, 2, 3]); f(x); assert x == deque([3, 1, 2])"),
+    ("class R:\n    def rotate(self, m: List[List[int]]) -> None: m[:] = [list(r) for r in zip(*m[::-1])]", "m = [[1, 2], [3, 4]]; R().rotate(m); assert m == [[3, 1], [4, 2]]"),
+    ("from decimal import Decimal\ndef f(x): return Decimal(x) / 4", "assert f(10) == 2.5 and f(1) == __import__('decimal').Decimal('0.25')"),
+    ("from fractions import Fraction\ndef f(x): return Fraction(x, 6)", "from fractions import Fraction\nassert f(3) == Fraction(1, 2) and f(6) == 1"),
+    ("import datetime as d\ndef f(x): return [d.date(2020, 1, x), d.datetime(2020, 1, 2, 3, tzinfo=d.timezone.utc), d.timedelta(days=x), d.time(4)]",
+     "import datetime as d\nassert f(2) == [d.date(2020, 1, 2), d.datetime(2020, 1, 2, 3, tzinfo=d.timezone.utc), d.timedelta(2), d.time(4)]"),
+    ("from collections import deque, namedtuple\nP = namedtuple('P', 'x y')\ndef f(x): return [deque(x), P(1, 2)]",
+     "from collections import deque\nassert f([1]) == [deque([1]), (1, 2)]"),
+    ("import datetime\ndef f(d): return d.year", "import datetime\nassert f(datetime.date(2021, 5, 6)) == 2021"),
+    ("def f(x): return '[1, (2, -3.5)]'", "import ast\nassert eval(f(1)) == [1, (2, -3.5)] and ast.literal_eval(f(1)) == [1, (2, -3.5)]"),
+    ("def f(x): return '2 ** 5 * 3 - 1'", "assert eval(f(1)) == 95"),
+])
+def test_honest_objects_and_changed_arguments(program, statement):
+    assert run(program, check(statement)) == Verdict("passed", 1, 1, "")
+
+
+ANY = "class Any:\n    def __eq__(self, o): return True\n    __ne__ = __lt__ = __gt__ = __le__ = __ge__ = __contains__ = lambda self, o: True\n    __hash__ = lambda self: 1\n"
+
+
+@pytest.mark.parametrize("program, statement", [
+    (ANY + "def f(x): return Any()", "assert f(1) == 5"), (ANY + "def f(x): return Any()", "assert 5 == f(1)"),
+    (ANY + "def f(x): return Any()", "assert not f(1) != 5"), (ANY + "def f(x): return Any()", "assert f(1) < 3"),
+    (ANY + "def f(x): return Any()", "assert f(1) in [1, 2]"), (ANY + "def f(x): return Any()", "assert 5 in f(1)"),
+    (ANY + "def f(x): return [Any()]", "assert f(1) == [5]"), (ANY + "def f(x): return {1: Any()}", "assert f(1) == {1: 5}"),
+    (ANY + "a = Any()\ndef f(x): return a", "assert f(1) == f(2)"), (ANY + "def f(x): return Any()", "assert {f(1)} == {5}"),
+    (ANY + "def f(x): return Any()", "assert isinstance(f(1), int)"), (ANY + "def f(x): return Any()", "assert sorted([f(1), 2]) == [2, 5]"),
+    ("class A:\n    __class__ = int\n    def __eq__(self, o): return True\ndef f(x): return A()", "assert f(1) == 5"),
+    ("class A:\n    __class__ = int\ndef f(x): return A()", "assert isinstance(f(1), int)"),
+    ("class A(list):\n    def __eq__(self, o): return True\n    def __len__(self): return 1\ndef f(x): return A()", "assert f(1) == [5]"),
+    ("class A:\n    def __reduce__(self): return (int, ('5',))\ndef f(x): return A()", "import copy\nassert copy.copy(f(1)) == 5"),
+    ("class A:\n    def __getattr__(self, n): return self\n    def __call__(self, *a): return self\ndef f(x): return A()", "assert f(1).value() == 5"),
+    ("class A:\n    def __getattr__(self, n): return lambda *a: True\ndef f(x): return A()", "assert f(1).items == [5]"),
+    ("class A:\n    def __getattribute__(self, n): raise SystemExit\ndef f(x): return A()", "assert f(1).x == 5"),
+    ("class Stack:\n    def push(self, x): pass\n    def pop(self):\n        while True: pass", "s = Stack(); s.push(3); assert s.pop() == 3"),
+    ("def f(x):\n    while True: x.append(1)", "x = []; f(x); assert x == [1]"), ("def f(x):\n    x.append(x)", "x = []; f(x); assert x == [1]"),
+    ("def f(x): x[:] = range(10 ** 7)", "x = []; f(x); assert x == [1]"), ("def f(x): x.append(type('A', (), {'__eq__': lambda *a: True})())", "x = []; f(x); assert x == [1]"),
+    ("class A: pass\ndef f(x): return [A() for _ in range(10 ** 6)]", "assert f(1) == [5]"),
+    ("class A: pass\ndef f(x): return A()", "while f(1): pass\nassert False"),
+    ("import os\ndef f(x): os.write(3, b'[\"value\", {\"object\": 1}, [[1, 2]]]\\n' * 9)", "x = [2, 1]; f(x); assert x == [1, 2] and f(3) == 5"),
+    ("import os\ndef f(x): os.write(3, b'[\"value\", {\"object\": [1]}, 7]\\n' * 9)", "x = [2, 1]; f(x); assert f(3) == 5"),
+    ("class D:\n    def __init__(self, *a): pass\n    def __str__(self): return '5'\nimport decimal\ndecimal.Decimal = D\ndef f(x): return D()", "assert f(1) == 5"),
+    ("import decimal\nclass D(decimal.Decimal):\n    def __eq__(self, o): return True\ndef f(x): return D(3)", "assert f(1) == 5"),
+    ("def f(x): return '__import__(\"os\")._exit(0)'", "assert eval(f(1)) == 5"), ("def f(x): return '[c for c in (5,)][0]'", "assert eval(f(1)) == 5"),
+    ("def f(x): return '9 ** 9 ** 9'", "assert eval(f(1)) == 5"), ("def f(x): return '\"a\" * 10 ** 9'", "assert eval(f(1)) == 5"),
+    ("def f(x): return '(' * 9000 + ')' * 9000", "assert eval(f(1)) == 5"), ("def f(x): return 'x ='", "import ast\nassert ast.literal_eval(f(2)) == [1]"),
+    ("def f(x): return 7", "import ast\nassert ast.literal_eval(f(2)) == [1]"), ("def f(x): return None", "assert eval(f(2)) == 5"),
+], ids=lambda value: value[:50])
+def test_objects_that_lie_and_values_that_are_code(program, statement):
+    """None passes, none raises, and the test that follows keeps its chance unless time or memory is gone."""
+    verdict = run(program, check(statement), timeout=0.5)
+    assert verdict.passed == 0 and not verdict.ok and verdict.outcome != "no_tests"
+
+
+def test_functions_as_arguments_are_named():
     verdict = run("class S:\n    pass", check("assert S() == 1"))
-    assert verdict.outcome == "runtime_error" and "S is not a plain value" in verdict.detail
-    with pytest.raises(ValueError, match="lambda.*an argument of f.*function is not a plain value"):
-        run("def f(g): return g(1)", check("assert f(lambda x: x) == 1"))
-    with pytest.raises(ValueError, match="numpy"):
-        run("def f(x): return 1", check("import numpy\nassert f(1) == 1"))
+    assert verdict.outcome == "failed_test" and "cannot be compared" in verdict.detail
+    for argument in ("lambda x: x", "len", "int", "math.sqrt"):
+        with pytest.raises(ValueError, match=r"tests\[0\]\[1\]\['assert'\] cannot be checked.*not a plain value"):
+            run("def f(g): return 1", check("assert f(1) == 1"), check(f"assert f({argument}) == 1"))
+
+
+@pytest.mark.parametrize("statement, said", [
+    ("def check(candidate):\n    assert candidate(1) == 1", "no assert that runs"),
+    ("def a(): b()\ndef b():\n    a()\n    assert f(1) == 1", "no assert that runs"), ("f(1) == 1", "no assert"),
+    ("assert exec(f(1)) is None", "exec"), ("assert compile(f(1), '', 'eval')", "compile"), ("assert __import__(f(1))", "__import__"),
+    ("e = exec\nassert e(f(1)) is None", "exec"), ("import pickle\nassert pickle.loads(f(1)) == 1", "pickle"),
+    ("from marshal import loads\nassert loads(f(1)) == 1", "marshal"), ("assert __import__('pickle').loads(f(1)) == 1", "pickle"),
+    ("import numpy\nassert f(1) == 1", "numpy.*standard library"), ("assert f(1) ==", "not a Python statement"),
+])
+def test_tests_that_are_refused_when_a_problem_enters(statement, said):
+    with pytest.raises(ValueError, match=rf"tests\[1\]\['assert'\].*{said}"):
+        verify.check_tests([io("1", "2"), check(statement)])
+    with pytest.raises(ValueError, match=r"tests\[0\]\[1\]\['assert'\]"):
+        run("def f(x): return 1", io("1", "2"), check(statement))
+
+
+def test_tests_that_are_not_refused():
+    verify.check_tests([io("1", "2"), check(""), check("import re\nassert re.compile('a+').match(f(1))"),
+                        check("def check(c):\n    def inner():\n        assert c(1) == 1\n    inner()\ncheck(f)"),
+                        check("class T:\n    def go(self):\n        assert f(1) == 1\nT().go()")])
+    with pytest.raises(ValueError, match="^tests must be a list"):
+        verify.check_tests(None)
 
 
 def test_no_secret_in_the_environment(monkeypatch):
@@ -589,63 +856,50 @@ def victim(tmp_path_factory):
         end.close()
 
 
-def alive(marker):
-    """Processes whose command line holds the marker."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and marker.encode() in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            pass
-    return found
-
-
-SIGNALS, FILES, NETWORK = {"seccomp", "pid namespace"}, {"landlock"}, {"seccomp", "net namespace"}
 CTYPES = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\ndef ok(value):\n    if value < 0: raise OSError(ctypes.get_errno())\n"
-ATTACKS = [  # what it tries, the layers that stop it alone, the code: it raises when refused
-    ("ask whether a signal would reach the victim", SIGNALS, "os.kill(PID, 0)"),
-    ("SIGSTOP it and let it go on", SIGNALS, "os.kill(PID, signal.SIGSTOP); os.kill(PID, signal.SIGCONT)"),
-    ("signal everything (signal 0, the same check)", SIGNALS, "os.kill(-1, 0)"),
-    ("a pidfd of it", SIGNALS, "os.pidfd_open(PID)"),
-    ("its resource limits", SIGNALS, "resource.prlimit(PID, resource.RLIMIT_NOFILE, resource.prlimit(PID, resource.RLIMIT_NOFILE))"),
-    ("its scheduling", SIGNALS, "os.setpriority(os.PRIO_PROCESS, PID, os.getpriority(os.PRIO_PROCESS, PID))"),
-    ("SIGIO to it through F_SETOWN", SIGNALS, "fcntl.fcntl(0, fcntl.F_SETOWN, PID)"),
-    ("ptrace it (PTRACE_SEIZE, which does not stop it)", SIGNALS, CTYPES + "ok(libc.ptrace(0x4206, PID, 0, 0))"),
-    ("its memory by process_vm_readv", SIGNALS, CTYPES +
+ATTACKS = [  # what it tries, the walls that stop it alone (Seccomp, Landlock, Namespaces), the code: it raises when refused
+    ("ask whether a signal would reach the victim", "SN", "os.kill(PID, 0)"),
+    ("SIGSTOP it and let it go on", "SN", "os.kill(PID, signal.SIGSTOP); os.kill(PID, signal.SIGCONT)"),
+    ("signal everything (signal 0, the same check)", "SN", "os.kill(-1, 0)"),
+    ("a pidfd of it", "SN", "os.pidfd_open(PID)"),
+    ("its resource limits", "SN", "resource.prlimit(PID, resource.RLIMIT_NOFILE, resource.prlimit(PID, resource.RLIMIT_NOFILE))"),
+    ("its scheduling", "SN", "os.setpriority(os.PRIO_PROCESS, PID, os.getpriority(os.PRIO_PROCESS, PID))"),
+    ("SIGIO to it through F_SETOWN", "SN", "fcntl.fcntl(0, fcntl.F_SETOWN, PID)"),
+    ("ptrace it (PTRACE_SEIZE, which does not stop it)", "SLN", CTYPES + "ok(libc.ptrace(0x4206, PID, 0, 0))"),
+    ("its memory by process_vm_readv", "SLN", CTYPES +
      "import struct\nb = ctypes.create_string_buffer(8)\nok(libc.process_vm_readv(PID, struct.pack('PN', ctypes.addressof(b), 8), 1, struct.pack('PN', ADDRESS, 8), 1, 0))"),
-    ("its environment in /proc", FILES | {"user namespace"}, "assert b'sesame' in open('/proc/PID/environ', 'rb').read()"),
-    ("its memory in /proc", FILES | {"user namespace"}, "f = open('/proc/PID/mem', 'rb', 0); f.seek(ADDRESS); f.read(8)"),
-    ("its descriptors in /proc", FILES, "os.listdir('/proc/PID/fd')"),
-    ("its command line in /proc", FILES, "open('/proc/PID/cmdline').read()"),
-    ("read a file", FILES, "open('FOLDER/file').read()"),
-    ("list a folder", FILES, "os.listdir('FOLDER')"),
-    ("overwrite a file", FILES, "open('FOLDER/file', 'w').write('x')"),
-    ("append to a file", FILES, "open('FOLDER/file', 'a').write('x')"),
-    ("make a file", FILES, "open('FOLDER/new', 'w').write('x')"),
-    ("delete a file", FILES, "os.unlink('FOLDER/file')"),
-    ("rename a file", FILES, "os.rename('FOLDER/file', 'FOLDER/other')"),
-    ("truncate a file", FILES, "os.truncate('FOLDER/file', 0)"),
-    ("make a folder", FILES, "os.mkdir('FOLDER/folder')"),
-    ("make a link", FILES | {"seccomp"}, "os.symlink('FOLDER/file', 'FOLDER/link')"),
-    ("make a hard link", FILES | {"seccomp"}, "os.link('FOLDER/file', 'FOLDER/hard')"),
-    ("chmod a file", {"seccomp"}, "os.chmod('FOLDER/file', 0)"),
-    ("chown a file", {"seccomp"}, "os.chown('FOLDER/file', os.stat('FOLDER/file').st_uid, -1)"),
-    ("give a file away", {"seccomp", "no capabilities"}, "os.chown('FOLDER/file', 12345, -1)"),
-    ("its times", {"seccomp"}, "os.utime('FOLDER/file', (0, 0))"),
-    ("connect to a loopback port", NETWORK | FILES, "socket.create_connection(('127.0.0.1', TCP), 2)"),
-    ("listen", {"seccomp"}, "socket.create_server(('127.0.0.1', 0))"),
-    ("send a datagram", NETWORK, "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', UDP))"),
-    ("connect to a unix socket", {"seccomp"}, "socket.socket(socket.AF_UNIX).connect('FOLDER/stream')"),
-    ("a unix datagram out of a socketpair", {"seccomp"}, "socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'x', 'FOLDER/datagrams')"),
-    ("shared memory of System V", {"seccomp", "ipc namespace"}, CTYPES + "ok(libc.shmget(KEY, 4096, 0o600))"),
-    ("fork", {"seccomp"}, "os.fork() or os._exit(0)"),
-    ("a daemon that outlives the run", {"seccomp"}, "if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0: time.sleep(30)\n        os._exit(0)\n    os.wait()"),
-    ("another program", {"seccomp"}, "os.posix_spawn('/bin/true', ['true'], {})"),
-    ("exec", {"seccomp"}, "os.execv('/bin/sh', ['sh', '-c', 'echo harm'])"),
-    ("a memfd", {"seccomp"}, "os.memfd_create('x')"),
-    ("a new user namespace", {"seccomp"}, CTYPES + "ok(libc.unshare(0x10000000))"),
-    ("new rights", {"no_new_privs"}, CTYPES + "assert libc.prctl(39, 0, 0, 0, 0) == 0"),
+    ("its environment in /proc", "LN", "assert b'sesame' in open('/proc/PID/environ', 'rb').read()"),
+    ("its memory in /proc", "LN", "f = open('/proc/PID/mem', 'rb', 0); f.seek(ADDRESS); f.read(8)"),
+    ("its descriptors in /proc", "LN", "os.listdir('/proc/PID/fd')"),
+    ("its command line in /proc", "LN", "open('/proc/PID/cmdline').read()"),
+    ("read a file", "LN", "open('FOLDER/file').read()"),
+    ("list a folder", "LN", "os.listdir('FOLDER')"),
+    ("overwrite a file", "LN", "open('FOLDER/file', 'w').write('x')"),
+    ("append to a file", "LN", "open('FOLDER/file', 'a').write('x')"),
+    ("make a file", "LN", "open('FOLDER/new', 'w').write('x')"),
+    ("delete a file", "LN", "os.unlink('FOLDER/file')"),
+    ("rename a file", "LN", "os.rename('FOLDER/file', 'FOLDER/other')"),
+    ("truncate a file", "LN", "os.truncate('FOLDER/file', 0)"),
+    ("make a folder", "LN", "os.mkdir('FOLDER/folder')"),
+    ("make a link", "SLN", "os.symlink('FOLDER/file', 'FOLDER/link')"),
+    ("make a hard link", "SLN", "os.link('FOLDER/file', 'FOLDER/hard')"),
+    ("chmod a file", "SN", "os.chmod('FOLDER/file', 0)"),
+    ("chown a file", "SN", "os.chown('FOLDER/file', os.stat('FOLDER/file').st_uid, -1)"),
+    ("give a file away", "SN", "os.chown('FOLDER/file', 12345, -1)"),
+    ("its times", "SN", "os.utime('FOLDER/file', (0, 0))"),
+    ("connect to a loopback port", "S", "socket.create_connection(('127.0.0.1', TCP), 2)"),
+    ("listen", "S", "socket.create_server(('127.0.0.1', 0))"),
+    ("send a datagram", "S", "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', UDP))"),
+    ("connect to a unix socket", "SN", "socket.socket(socket.AF_UNIX).connect('FOLDER/stream')"),
+    ("a unix datagram out of a socketpair", "SN", "socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'x', 'FOLDER/datagrams')"),
+    ("shared memory of System V", "S", CTYPES + "ok(libc.shmget(KEY, 4096, 0o600))"),
+    ("fork", "S", "os.fork() or os._exit(0)"),
+    ("a daemon that outlives the run", "S", "if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0: time.sleep(30)\n        os._exit(0)\n    os.wait()"),
+    ("another program", "SLN", "os.posix_spawn('/bin/true', ['true'], {})"),
+    ("exec", "SLN", "os.execv('/bin/sh', ['sh', '-c', 'echo harm'])"),
+    ("a memfd", "S", "os.memfd_create('x')"),
+    ("a new user namespace", "SN", CTYPES + "ok(libc.unshare(0x10000000))"),
+    ("new rights", "SL", CTYPES + "assert libc.prctl(39, 0, 0, 0, 0) == 0"),
 ]
 PRELUDE = "import os, signal, socket, time\ntry: import fcntl, resource\nexcept ImportError: pass\n"
 
@@ -668,9 +922,25 @@ def attack(code, victim):
     return "harm" if harm.ok else "refused" if refused.ok else refused
 
 
-def test_every_attack_is_refused(victim):
-    for name, _, code in ATTACKS:
-        assert attack(code, victim) == "refused", name
+KERNELS = {"everything": set(verify.LAYERS), "no namespaces": set(verify.LAYERS) - {"namespaces"},  # Docker's default
+           "no Landlock": set(verify.LAYERS) - {"landlock"}}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_attack_is_refused(victim, kernel):
+    with only(KERNELS[kernel]):
+        for name, _, code in ATTACKS:
+            assert attack(code, victim) == "refused", name
+
+
+@pytest.mark.parametrize("layer, kernel, name", [
+    ("seccomp", "everything", "fork"), ("seccomp", "everything", "listen"),
+    ("landlock", "no namespaces", "read a file"), ("namespaces", "no Landlock", "read a file")])
+def test_each_wall_is_needed(victim, layer, kernel, name):
+    """Without it one of the attacks comes through; that of rlimits are the floods."""
+    [code] = [code for attack_name, _, code in ATTACKS if attack_name == name]
+    with only(KERNELS[kernel] - {layer}):
+        assert attack(code, victim) == "harm"
 
 
 def test_every_attack_works_without_walls(victim):
@@ -682,41 +952,55 @@ def test_every_attack_works_without_walls(victim):
             assert attack(code, victim) == "harm", name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [name for name in verify.LAYERS if name != "rlimits"])
-def test_each_wall_stands_alone(victim, layer):
-    """With a single layer the attacks that it is there for are refused."""
-    if not verify.layers()[layer]:
-        pytest.skip(f"this machine has no {layer}")
-    needs = {layer, "no_new_privs"} if layer in ("seccomp", "landlock") else {layer}
-    needs |= {"user namespace"} if "namespace" in layer else set()
-    with only(needs):
-        chosen = [(name, code) for name, layers, code in ATTACKS if layer in layers]
-        assert chosen or layer == "mount namespace"
-        for name, code in chosen:
-            assert attack(code, victim) == "refused", name
+def test_which_walls_stop_an_attack_alone(victim, layer):
+    """The table in ATTACKS is what happens: with a single wall exactly these are refused."""
+    with only({layer}):
+        if not verify.layers()[layer]:
+            pytest.skip(f"this machine has no {layer}")
+        for name, layers, code in ATTACKS:
+            assert (attack(code, victim) == "refused") == (layer[0].upper() in layers), name
 
 
-@pytest.mark.parametrize("layers, stays", [([], True), (["user namespace", "mount namespace"], False), (verify.LAYERS, False)])
+@pytest.mark.parametrize("layers, stays", [([], True), (["namespaces"], False), (verify.LAYERS, False)])
 def test_no_file_stays(layers, stays):
     path = Path(f"/dev/shm/verify-test-{os.getpid()}")
     with only(layers):
-        assert run(f"open({str(path)!r}, 'w').write('x')\nprint(1)", io("", "1")).ok or "mount namespace" not in verify.layers()
+        assert run(f"open({str(path)!r}, 'w').write('x')\nprint(1)", io("", "1")).ok or "namespaces" not in verify.layers()
         assert run("import os\nprint(os.listdir('.'))", io("", "[]")).ok or stays  # nor does another run see it
     assert path.exists() == stays
     path.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("layers", [verify.LAYERS, ["user namespace", "pid namespace"]])
+@pytest.mark.parametrize("layers", [verify.LAYERS, ["namespaces"]])
 def test_no_process_stays(layers):
     """A grandchild in its own session; seccomp refuses the fork, the pid namespace ends what was forked."""
-    marker = f"stray-{os.getpid()}-{time.monotonic_ns()}"
-    program = ("import os, time\ntry:\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork(): os._exit(0)\n"
-               f"        os.execv({sys.executable!r}, ['python', '-S', '-c', 'import time; time.sleep(60)', {marker!r}])\n"
-               "    time.sleep(0.2)\nexcept OSError: pass\nprint(1)")
+    program = ("import os, time\ntry:\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0: time.sleep(60)\n"
+               "        os._exit(0)\n    time.sleep(0.2)\nexcept OSError: pass\nprint(1)")
     with only(layers):
         started = time.monotonic()
         assert run(program, io("", "1")).ok  # the stray keeps stdout open: nobody waits for it
-        assert time.monotonic() - started < 5 and not alive(marker)
+        assert time.monotonic() - started < 5
+        server = servers(verify._idle[-1])[1]
+        assert not Path(f"/proc/{server}/task/{server}/children").read_text()
+
+
+def test_fail_fast_ends_at_the_first_failure(monkeypatch):
+    runs, real = [], verify._run
+    monkeypatch.setattr(verify, "_run", lambda *a: runs.append(1) or real(*a))
+    tests = [io("1", "2"), io("2", "3"), io("3", "4"), check("assert f(1) == 2"), check("assert f(2) == 3")]
+    body = "def f(x): return {}\nif __name__ == '__main__': print({})"
+    for program, outcome, passed, cost in (
+            (body.format("x + 1", "int(input()) + 1"), "passed", 5, 2), (body.format("x + 1", "int(input())"), "failed_test", 0, 1),
+            (body.format("x + 1", "1 / 0"), "runtime_error", 0, 1), (body.format("x + 1", "min(int(input()) + 1, 3)"), "failed_test", 2, 2),
+            (body.format("2", "int(input()) + 1"), "failed_test", 4, 2), ("x =", "compile_error", 0, 1)):
+        runs.clear()
+        verdict = run(program, *tests, fail_fast=True)
+        assert (verdict.outcome, verdict.passed, verdict.total, len(runs)) == (outcome, passed, 5, cost), program
+        assert run(program, *tests).ok == verdict.ok
+    spoiled = "import sys\nprint(int(input()) + 1 + hasattr(sys, 'seen'))\nsys.seen = 1"  # wrong only where tests share a process
+    assert run(spoiled, *tests[:3], fail_fast=True).ok
 
 
 def test_the_attacks_left_no_trace(victim):
@@ -782,6 +1066,54 @@ def test_several_threads_at_once():
     assert all([v.ok for v in results[n]] == [True, False, True] * 3 for n in range(4))
 
 
+def test_few_descriptors_a_closed_stdin_and_eight_threads():
+    code = ("import resource, threading\nresource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\nos.close(0)\nout = []\n"
+            "def work(n): out.append(go(*[f'print({i}) # {n}' for i in range(3)], workers=1) == ['failed_test', 'passed', 'failed_test'])\n"
+            "for at_once in (2, 2):\n    ts = [threading.Thread(target=work, args=(n,)) for n in range(at_once)]\n"
+            "    [t.start() for t in ts]; [t.join() for t in ts]\n"
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\nprint(out, len(os.listdir('/proc/self/fd')) < 30)")
+    assert python(code) == ["[True, True, True, True] True"]
+    code = ("import threading\nout = []\ndef work(n): out.append(go(*[f'print({i}) # {n}' for i in range(3)]) == ['failed_test', 'passed', 'failed_test'])\n"
+            "ts = [threading.Thread(target=work, args=(n,)) for n in range(8)]\n[t.start() for t in ts]; [t.join() for t in ts]\nprint(out == [True] * 8)")
+    assert python(code) == ["True"]
+
+
+def test_keyboard_interrupt_in_the_middle():
+    code = ("import threading\ngo('print(1)')\nthreading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
+            "try:\n    go(*[f'import time; time.sleep(0.2) # {i}' for i in range(40)])\nexcept KeyboardInterrupt:\n    print('interrupted')\n"
+            "print(go('print(1)', 'print(2)'), len(os.listdir('/proc/self/fd')) < 20)")
+    assert python(code) == ["interrupted", "['passed', 'failed_test'] True"]
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_helpers_killed_at_random(count):
+    """SIGKILL to a helper or its server now and then: every verdict is right, nothing is left behind."""
+    verify._close_all()
+    stop, rng, killed = threading.Event(), random.Random(count), []
+
+    def assassin():
+        while not stop.wait(rng.uniform(0.05, 0.3)):
+            with contextlib.suppress(OSError, IndexError, RuntimeError):
+                victims = servers(rng.choice(list(verify._alive)))
+                os.kill(rng.choice(victims), 9)
+                killed.append(1)
+
+    thread = threading.Thread(target=assassin)
+    thread.start()
+    try:
+        programs = [f"x = int(input())\nprint(x + {i % 3})  # {i}" for i in range(count)]
+        programs += [f"def f(x): return x + {i % 3}  # {i}" for i in range(count // 4)]
+        tests = [[io("1", "2"), io("2", "3")]] * count + [[check("assert f(1) == 2")]] * (count // 4)
+        verdicts = run_programs(programs, tests, workers=2)
+    finally:
+        stop.set()
+        thread.join()
+    assert [v.ok for v in verdicts] == [i % 3 == 1 for i in range(count)] + [i % 3 == 1 for i in range(count // 4)]
+    pids = [pid for helper in verify._alive for pid in [helper.process.pid]]
+    verify._close_all()
+    assert killed and gone(pids)
+
+
 def test_helpers_stay_warm_and_nothing_leaks():
     run("print(1)", io("", "1"))
     helpers, before = set(verify._alive), (len(os.listdir("/proc/self/fd")), threading.active_count())
@@ -824,8 +1156,9 @@ def test_blocked_and_ignored_signals_of_the_trainer_do_not_matter():
     lambda helper: os.kill(servers(helper)[1], 9), lambda helper: os.kill(servers(helper)[1], 19),  # SIGSTOP: it hangs
     lambda helper: os.kill(helper.process.pid, 9),                              # its child dies with it
 ], ids=["terminated", "killed", "stopped", "nanny killed"])
-@pytest.mark.parametrize("times, outcome", [(1, "passed"), (2, "runtime_error")])
-def test_a_lost_helper_is_replaced_once(monkeypatch, kill, times, outcome):
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_lost_helper_is_replaced(monkeypatch, kill, times):
+    """Its program says nothing about itself, so losses without end are no verdict."""
     original, left = verify._Helper.exchange, [times]
 
     def exchange(helper, job, files, patience):
@@ -837,8 +1170,13 @@ def test_a_lost_helper_is_replaced_once(monkeypatch, kill, times, outcome):
 
     monkeypatch.setattr(verify._Helper, "exchange", exchange)
     monkeypatch.setattr(verify, "_PATIENCE", -2)
+    monkeypatch.setattr(verify, "_ATTEMPTS", 3)
+    if times == 3:
+        with pytest.raises(SandboxError, match="3 helpers were lost"):
+            run("print(1)", io("", "1"), timeout=0.2)
+        return
     verdicts = run_programs(["print(1)", "print(2)"], [[io("", "1")]] * 2, workers=1, timeout=0.2)
-    assert [v.outcome for v in verdicts] == [outcome, "failed_test"]
+    assert [v.outcome for v in verdicts] == ["passed", "failed_test"]
 
 
 def test_idle_helpers_that_were_killed_are_nobodys_fault():
@@ -907,7 +1245,32 @@ def test_copied_out_and_as_a_plain_user():
                               capture_output=True, text=True, timeout=60)
     lines = done.stdout.splitlines()
     assert lines[0] == "['passed', 'runtime_error', 'runtime_error', 'passed', 'passed']", done.stderr
-    assert not {"rlimits", "no_new_privs", "no capabilities"} & set(lines[1].split(", "))
+    assert "rlimits" not in lines[1]
+
+
+@pytest.mark.slow
+def test_mutants_of_humaneval():
+    """One operator or number of a canonical solution changed: most fail, some are equivalent, none breaks the harness."""
+    path = ROOT.parent / "shared" / "data" / "humaneval" / "HumanEval.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here; it is not part of the repository")
+    swaps = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.LtE: ast.Lt, ast.GtE: ast.Gt,
+             ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.And: ast.Or, ast.Or: ast.And, ast.Mod: ast.FloorDiv, ast.FloorDiv: ast.Mod}
+    rng, mutants = random.Random(0), []
+    problems = data.read_humaneval(path)
+    while len(mutants) < 200:
+        problem = rng.choice(problems)
+        tree = ast.parse(problem.reference_solution)
+        places = [(node, field, old) for node in ast.walk(tree) for field, old in ast.iter_fields(node) if type(old) in swaps]
+        places += [(node, "value", node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is int]
+        if places:
+            node, field, old = rng.choice(places)
+            setattr(node, field, old + 1 if isinstance(old, int) else swaps[type(old)]())
+            mutants.append((ast.unparse(tree), problem.tests))
+    verdicts = run_programs(*zip(*mutants), fail_fast=True)
+    failed = sum(not v.ok for v in verdicts)
+    print(f"{failed} of 200 mutants fail, {200 - failed} survive")
+    assert 140 < failed < 200
 
 
 def test_humaneval():
@@ -965,6 +1328,6 @@ def test_command_line(tmp_path):
     assert code == 2 and "usage" in err
     tests.write_text("[")
     code, _, err = call(program, tests)
-    assert code == 2 and "Traceback" not in err
+    assert code == 2 and "Traceback" not in err and str(tests) in err
     code, out, _ = call("probe")
     assert all(name in out for name in verify.LAYERS) and code == ("NO " in out)

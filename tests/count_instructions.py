@@ -1,6 +1,6 @@
 """How many instructions a logit costs: compiles the kernels for sm_90 (no GPU needed) and counts their inner loops.
 
-    python -m kernels.sass
+    python tests/count_instructions.py
 
 An H200 starts at most 128 instructions per SM and cycle (16 of ex2); while it reads an element of bf16 logits at full
 bandwidth it has time for about 14 of them (forward). A kernel with more is slower than memory.
@@ -9,24 +9,28 @@ The row `plain` is the forward as one writes it first: x / temperature, tl.exp, 
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"                     # the kernels have to be compiled, whoever calls
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from . import grpo  # noqa: E402
+from kernels import grpo  # noqa: E402
 
 
 @triton.jit
 def plain_forward(X, stride, LOGP, ENTROPY, tau, V: tl.constexpr, BLOCK: tl.constexpr):
     """Log-sum-exp and entropy of a row in base e."""
     row = tl.program_id(0).to(tl.int64)
-    top, total, weighted = tl.full((), -1e30, tl.float32), tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    top = tl.full((), -1e30, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    weighted = tl.full((), 0.0, tl.float32)
     for start in range(0, V, BLOCK):
         col = start + tl.arange(0, BLOCK)
         x = tl.load(X + row * stride + col, mask=col < V, other=-float("inf")).to(tl.float32) / tau
@@ -40,40 +44,58 @@ def plain_forward(X, stride, LOGP, ENTROPY, tau, V: tl.constexpr, BLOCK: tl.cons
     tl.store(ENTROPY + row, top + tl.log(total) - weighted / total)
 
 
-TYPES = {"X": "*bf16", "D": "*bf16", "TARGET": "*i64", "SEQ": "*i32", "stride": "i32", "stride2": "i32", "B": "i32",
-         "G": "i32", "ddof": "i32", "clip_low": "fp32", "clip_high": "fp32", "beta": "fp32", "adv_eps": "fp32",
-         "tau": "fp32"}                                  # everything else is a pointer to float32
+TYPES = {
+    "X": "*bf16", "D": "*bf16", "TARGET": "*i64", "SEQ": "*i32", "stride": "i32", "stride2": "i32", "B": "i32",
+    "G": "i32", "ddof": "i32", "clip_low": "fp32", "clip_high": "fp32", "beta": "fp32", "adv_eps": "fp32",
+    "tau": "fp32",
+}  # everything else is a pointer to float32
 
 
 def compiled(kernel, num_warps: int, **constants):
     """The kernel compiled for sm_90, for aligned pointers and strides; .asm has ptx and cubin."""
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else TYPES.get(n, "*fp32") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
-               if signature[n][0] == "*" or n.startswith("stride")}
-    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, aligned)
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "*fp32") for name in names}
+    aligned = {}
+    for i, name in enumerate(names):
+        if signature[name].startswith("*") or name.startswith("stride"):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+
+
+def disassembled(cubin: bytes) -> str:
+    """The machine code as text, by the nvdisasm that comes with triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def longest_loop(text: str) -> list[str]:
+    """The instructions between a label and a jump back to it, by name: those of the longest such stretch."""
+    names, label, longest = [], {}, []
+    for line in text.splitlines():
+        if found := re.match(r"(\.L_x_\d+):", line.strip()):
+            label[found[1]] = len(names)
+        found = re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+ )?(\S+?)[ ;.]", line)
+        if not found:
+            continue
+        names.append("MUFU.EX2" if "MUFU.EX2" in line else found[1])
+        jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        if jump and jump[1] in label and len(names) - label[jump[1]] > len(longest):
+            longest = names[label[jump[1]]:]
+    return longest
 
 
 def inner_loop(kernel, num_warps: int, **constants) -> Counter:
     """Instructions by name in the longest loop of the compiled kernel, per element."""
     cubin = compiled(kernel, num_warps, **constants).asm["cubin"]
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    names, label, longest = [], {}, []
-    for line in text.splitlines():
-        if found := re.match(r"(\.L_x_\d+):", line.strip()):
-            label[found[1]] = len(names)
-        if found := re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+ )?(\S+?)[ ;.]", line):
-            names.append("MUFU.EX2" if "MUFU.EX2" in line else found[1])
-            jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-            if jump and jump[1] in label and len(names) - label[jump[1]] > len(longest):
-                longest = names[label[jump[1]]:]
+    counts = Counter(longest_loop(disassembled(cubin)))
     per_thread = constants["BLOCK"] / (32 * num_warps)
-    return Counter({name: count / per_thread for name, count in Counter(longest).items()})
+    return Counter({name: count / per_thread for name, count in counts.items()})
 
 
 def table(V: int = 151936) -> dict[str, Counter]:

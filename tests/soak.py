@@ -1,0 +1,188 @@
+"""Stops a training at random moments, again and again, and checks that it always ends with the same weights and metrics.
+
+    python tests/soak.py --starts 100                  # Linux; as root also with a full disk, on a small tmpfs
+
+Each start trains a toy planner for 20 steps, with checkpoints every 3, and is ended after a random time by one of:
+SIGKILL, SIGTERM, SIGINT, a full disk, a log that lost its end (SIGKILL and a truncated metrics.jsonl, as after a power
+cut). A planner that gets through is compared with one that was never stopped, and a new one is begun. Of logs that lost
+lines, only the lines that are there are compared. Fails at the first traceback, difference, or loss of more than the
+steps since the last checkpoint.
+"""
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import data  # noqa: E402
+import executor  # noqa: E402
+import rm  # noqa: E402
+import tracelift  # noqa: E402
+
+STEPS, SAVE_EVERY = 20, 3
+TRAIN = ["train", "--device", "cpu", "--mode", "rm_only", "--steps", STEPS, "--save_every", SAVE_EVERY,
+         "--problems_per_step", 2, "--group_size", 4, "--max_trace_tokens", 12, "--warmup", 2]
+KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "full disk", "truncated log")
+
+
+def prepare(run_dir: Path) -> None:
+    """Groups, a toy base model, a toy reward model."""
+    common = ["--run_dir", run_dir]
+    base = ["--sequences", 200, "--hidden", 32, "--layers", 2, "--eval_problems", 4, "--max_answer_tokens", 6]
+    for module, argv in ((data, ["--train", 12, "--heldout", 5]), (executor, base), (rm, ["--max_groups", 12])):
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.main([str(a) for a in [*argv, *common]])
+
+
+def start(run_dir: Path, said: Path) -> int:
+    """A training in a process of its own (forked: importing torch takes longer than the training). Returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = 0
+    try:
+        data.run_command(tracelift.main, [str(a) for a in [*TRAIN, "--run_dir", run_dir]])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if sys.exc_info()[0] in (None, SystemExit) else 99)
+
+
+def finish(pid: int, seconds: float) -> int | None:
+    """Its exit status, when it ends within the time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.005)
+    return None
+
+
+def kept(folder: Path) -> list[dict]:
+    """Its metrics, without those that depend on the clock."""
+    lines = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        lines.append({k: v for k, v in record.items() if "seconds" not in k and k != "tokens_per_second"})
+    return lines
+
+
+def stop(pid: int, kind: str, disk: Path, partial: Path, rng: random.Random) -> None:
+    """Ends a training in one of the ways."""
+    filler = disk / "filler"
+    if kind == "full disk":
+        with contextlib.suppress(OSError), open(filler, "wb") as f:
+            while True:
+                f.write(b"0" * 65536)
+                f.flush()
+        if finish(pid, 20) is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        filler.unlink()
+        return
+    sent = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.get(kind, signal.SIGKILL)
+    os.kill(pid, sent)
+    os.waitpid(pid, 0)
+    log = partial / "metrics.jsonl"
+    if kind == "truncated log" and log.exists() and log.stat().st_size:
+        os.truncate(log, rng.randrange(log.stat().st_size))
+
+
+def lost_steps(partial: Path) -> int:
+    """Steps that were logged after the last checkpoint, and will be made again."""
+    if not (partial / "metrics.jsonl").exists():
+        return 0
+    logged = (partial / "metrics.jsonl").read_text().count("\n")
+    saved = 0
+    if (partial / "checkpoint.pt").exists():
+        saved = torch.load(partial / "checkpoint.pt", weights_only=True)["state"]["step"]
+    return logged - saved
+
+
+def soak(starts: int, seed: int, disk: Path, kinds: tuple[str, ...]) -> None:
+    """Prints the table. AssertionError at the first fault."""
+    rng, ended, equal = random.Random(seed), Counter(), 0
+    run_dir = disk / "run"
+    prepare(run_dir)
+    said, out = disk / "said.txt", run_dir / "planner-rm_only-seed0"
+    partial = out.with_name(out.name + ".partial")
+    begin = time.monotonic()
+    os.waitpid(start(run_dir, said), 0)
+    whole = time.monotonic() - begin
+    assert out.exists(), said.read_text()
+    straight, weights = kept(out), load_file(out / "model.safetensors")
+    shutil.rmtree(out)
+    log_lost, worst = False, 0
+    for number in range(starts):
+        pid, kind = start(run_dir, said), rng.choice(kinds)
+        status = finish(pid, rng.uniform(0.1, 1.0) * whole)
+        if status is None:
+            stop(pid, kind, disk, partial, rng)
+            ended[kind] += 1
+            log_lost |= kind == "truncated log"
+        text = said.read_text(errors="replace")
+        assert "Traceback" not in text, f"start {number}, {kind}:\n{text}"
+        if partial.exists() and kind != "truncated log":
+            worst = max(worst, lost_steps(partial))
+            assert worst <= SAVE_EVERY, f"start {number}, {kind}: {worst} steps lost"
+        if status is not None:
+            assert status == 0, f"start {number}: exit status {status}\n{text}"
+        if out.exists():
+            found, mine = kept(out), load_file(out / "model.safetensors")
+            assert all(torch.equal(weights[name], mine[name]) for name in weights), f"start {number}: weights differ"
+            assert found == straight or log_lost and all(line in straight for line in found), f"start {number}: metrics"
+            shutil.rmtree(out)
+            equal, log_lost = equal + 1, False
+            ended["got through"] += 1
+    print(f"{starts} starts, seed {seed}; a straight training takes {whole:.1f} s here; at most {worst} steps made again")
+    print("| ended by | times |\n|---|---|")
+    print("\n".join(f"| {kind} | {ended[kind]} |" for kind in [*kinds, "got through"]))
+    print(f"{equal} planners, stopped on average {(starts - equal) / max(1, equal):.1f} times each, have the weights and "
+          "metrics of the one that was never stopped; no traceback")
+
+
+def main(argv) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    disk = Path(tempfile.mkdtemp(prefix="soak-"))
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True)
+    kinds = KINDS
+    if mounted.returncode:
+        print("no tmpfs can be mounted here (not root?): without full disks", file=sys.stderr)
+        kinds = tuple(kind for kind in KINDS if kind != "full disk")
+    try:
+        soak(args.starts, args.seed, disk, kinds)
+    finally:
+        if not mounted.returncode:
+            subprocess.run(["umount", disk], check=True)
+        shutil.rmtree(disk, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
