@@ -12,7 +12,6 @@ import random
 import shutil
 import warnings
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -679,15 +678,27 @@ def test_a_router_that_is_noisy_in_training_is_refused():
         executor.enable_checkpointing(tiny_of("phimoe", num_key_value_heads=4, router_jitter_noise=0.3, input_jitter_noise=0.3))
 
 
-def test_finetune_under_autocast(words):
+def test_finetune_under_autocast(words, monkeypatch):
     """The weights stay float32, the loss is nearly the same."""
     sequences, losses = [base_sequence(words, EXAMPLE)] * 2, []
-    for dtype in (None, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(executor, "work_dtype", lambda model, dtype=dtype: dtype)
         torch.manual_seed(0)
         model = executor.tiny_model(len(words), 16, 1)
-        losses.append(finetune(model, sequences, epochs=3, batch_size=1, learning_rate=1e-3, warmup=1, seed=0, pad_id=0, autocast=dtype))
+        losses.append(finetune(model, sequences, epochs=3, batch_size=1, learning_rate=1e-3, warmup=1, seed=0, pad_id=0))
         assert model.dtype == torch.float32
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("device, parameters, wanted", [("cuda", 10**9, torch.bfloat16), ("cuda", 10**6, torch.float32),
+                                                        ("cpu", 10**9, torch.float32)])
+def test_what_matrix_products_are_computed_in(device, parameters, wanted):
+    """The tiny world is float32 on CUDA, too: its tables agree with those of a CPU."""
+    class Model:
+        def parameters(self):
+            return [torch.empty(parameters, device="meta")]
+    Model.device = torch.device(device)
+    assert executor.work_dtype(Model()) == wanted
 
 
 def test_heldout_loss_is_a_mean_over_tokens(words):
@@ -1369,17 +1380,14 @@ def test_finetune_stops_early_and_keeps_the_best_weights(words, monkeypatch):
 # ---------------------------------------------------------------- the command
 
 def test_base_of_a_run(tmp_path):
-    """And the dtype of its models: the tiny world is float32 everywhere, so that tables agree."""
     base = tmp_path / "base" / "base.json"
     with pytest.raises(UserError, match="executor.py --run_dir"):
         executor.base_of(tmp_path)
     base.parent.mkdir()
     base.write_text('{"model": "."}')
     assert executor.base_of(tmp_path) == str(tmp_path / "base")
-    assert executor.run_dtype(tmp_path, "cuda") == executor.run_dtype(tmp_path, "cpu") == torch.float32
     base.write_text('{"model": "Qwen/x"}')
     assert executor.base_of(tmp_path) == "Qwen/x"
-    assert executor.run_dtype(tmp_path, "cuda") == torch.bfloat16 and executor.run_dtype(tmp_path, "cpu") == torch.float32
     base.write_text("{")
     with pytest.raises(UserError, match="base.json: damaged"):
         executor.base_of(tmp_path)
@@ -1407,17 +1415,6 @@ def test_the_command_trains_checks_and_is_skipped_when_done(tmp_path, capsys):
         executor.main([*arguments, "--hidden", "32"])
     with pytest.raises(UserError, match="leave out --model"):
         executor.main(["--run_dir", str(tmp_path / "run2"), "--model", "x"]) if shutil.copytree(run / "groups", tmp_path / "run2" / "groups") else None
-
-
-def test_section_one_stands_alone(tmp_path):
-    """Copied into another project it decodes, with torch and transformers only."""
-    source = Path(executor.__file__).read_text()
-    start, end = (source.index(line) for line in source.splitlines() if line.startswith("# ----") and line.endswith(("1. decoding", "2. the frozen executor")))
-    (tmp_path / "decode.py").write_text(source[start:end])
-    decode = bench_decoding.import_file(str(tmp_path / "decode.py"))
-    assert decode.generate(random_model("llama"), PROMPTS, max_new_tokens=5, temperature=0, eos_id=-1).tokens == greedy(
-        random_model("llama"), PROMPTS, max_new_tokens=5).tokens
-    assert "data" not in vars(decode) and "verify" not in vars(decode)
 
 
 def test_bench_prints_one_table(tiny, monkeypatch):
