@@ -1499,13 +1499,13 @@ def stage_folder(path, settings, inputs: dict[str, str] | None = None):
     partial = path.with_name(path.name + ".partial")
     _refuse_old_run(path.parent)
     if path.exists():
-        _compare(path, settings, inputs or {})
+        compare_made(path, settings, inputs or {})
         yield None
         return
     partial.mkdir(parents=True, exist_ok=True)
     with _only_writer(partial):
         if _has_content(partial):
-            _compare(partial, settings, inputs or {})
+            compare_made(partial, settings, inputs or {})
         record = {"settings": dataclasses.asdict(settings), "inputs": inputs or {}, "environment": environment()}
         write_atomic(partial / "settings.json", json.dumps(record, indent=1))
         try:
@@ -1549,7 +1549,7 @@ def _refuse_old_run(run_dir: Path) -> None:
                         "choose another --run_dir")
 
 
-def _compare(folder, settings, inputs):
+def compare_made(folder, settings, inputs: dict[str, str]) -> None:
     """UserError for the first setting that affects the result, or input, that is not what `folder` was made with."""
     old = read_settings(folder)
     for f in dataclasses.fields(settings):

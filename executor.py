@@ -515,6 +515,7 @@ def enable_checkpointing(model) -> None:
     if any(_distance(evaluation, x) > 1e-3 for x in training):     # the same kernels, in every dtype
         raise UserError(f"{name} models compute something else in training mode than in evaluation; train without "
                         "--checkpointing")
+    model.recomputes_activations = True
 
 
 def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: float, batch_size: int,
@@ -676,9 +677,9 @@ def decode_text(tokenizer, rows: list[list[int]]) -> list[str]:
 
 @torch.no_grad()
 def cache_tokens(model, gib: float) -> int:
-    """How many tokens of keys and values fit into `gib` GiB: measured on 64 tokens, since no formula knows all kinds of
+    """How many tokens of keys and values fit into `gib` GiB: measured on 64, since no formula knows all kinds of
     attention. States of a fixed size per row count as if no row were longer."""
-    count = 64
+    count = int(min(64, context_of(model)))
     _, cache, *_ = read_prompts(model, [_some_ids(model, count).tolist()], count)
     held = {}
     for layer in cache.layers:

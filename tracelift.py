@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Callable
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
@@ -389,7 +390,7 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
     reward = reward.to(device)
     health = {"loss": 0.0, "entropy": 0.0, "sampler_gap": 0.0, "kl": None if ref is None else 0.0,
               "clip_share": None if old is None else 0.0}
-    planner.train(planner.is_gradient_checkpointing)                      # it works in training mode only
+    planner.train(getattr(planner, "recomputes_activations", False))      # which works in training mode only
     for part in batch.parts(micro_batch):
         learns = len(part.target) > 0 and (beta > 0 or bool(advantage[part.rows].any()))
         own_old = None if old is None else old[part.tokens]
@@ -456,8 +457,8 @@ def check_train(s: TrainSettings) -> None:
 def training_run(s: TrainSettings):
     """A training, begun or continued; without steps where its planner is there already. Saved when the block ends."""
     check_train(s)
-    reopen(planner_folder(s), s.steps)
     inputs = {"groups/train.jsonl": data.fingerprint(Path(s.run_dir) / "groups" / "train.jsonl")}
+    reopen(planner_folder(s), s, inputs)
     with data.stage_folder(planner_folder(s), s, inputs) as work:
         run = TrainingRun(s, work)
         try:
@@ -468,19 +469,28 @@ def training_run(s: TrainSettings):
         except (FloatingPointError, OSError) as error:
             raise type(error)(f"{error}; {run.saved()}") from error
         if work is not None:
-            run.save_planner()
+            try:
+                run.save_planner()
+            except SafetensorError as error:                              # its word for a full disk
+                raise OSError(f"{work}: the planner cannot be saved ({error}); {run.saved()}") from None
 
 
-def reopen(out: Path, steps: int) -> None:
+def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> None:
     """Makes a finished training, whose last checkpoint is kept, an unfinished one where more steps are asked for."""
     if not out.exists():
         return
+    data.compare_made(out, s, inputs)
     done = data.read_settings(out)["steps"]
-    if steps < done:
-        raise UserError(f"--steps {steps}: {out} was trained for {done} already; give another --name")
-    if steps > done:
+    refuse_fewer_steps(s, done)
+    if s.steps > done:
         (out / "results.json").unlink(missing_ok=True)
         os.replace(out, out.with_name(out.name + ".partial"))
+
+
+def refuse_fewer_steps(s: TrainSettings, done: int) -> None:
+    """UserError: the planner of fewer steps is gone."""
+    if s.steps < done:
+        raise UserError(f"--steps {s.steps}: {planner_folder(s)} was trained for {done} already; give another --name")
 
 
 class TrainingRun:
@@ -506,7 +516,11 @@ class TrainingRun:
         self.rm = None
         if "rm" in REWARDS[s.mode].needs:
             self.rm = RubricRewardModel.from_pretrained(run_dir / "rm", self.device)
-        self.check_lengths()
+        readers = who_reads(self.planner, self.tokenizer, self.executor if "runs" in REWARDS[s.mode].needs else None, s)
+        if self.rm:
+            readers.append(Reader(self.rm.model, self.rm.tokenizer, data.encode_text, lambda p: data.rm_text(p, ""),
+                                  s.max_trace_tokens, "--max_trace_tokens"))
+        check_lengths(self.problems + self.heldout, readers)
         self.optimizer = executor.adamw(trained(self.planner).values(), s.learning_rate, betas=(0.9, 0.95),
                                         weight_decay=0.0)
         self.loss_settings = {"temperature": s.temperature, "clip_low": s.clip_low, "clip_high": s.clip_high,
@@ -543,24 +557,6 @@ class TrainingRun:
         if s.checkpointing:
             executor.without_dropout(self.planner)                        # it works in training mode only
             executor.enable_checkpointing(self.planner)
-
-    def check_lengths(self) -> None:
-        """UserError, before anything is trained, for a problem that a role could not read to its end."""
-        s, problems = self.s, self.problems + self.heldout
-        readers = [(self.planner, self.tokenizer, data.planner_prompt, s.max_trace_tokens, "--max_trace_tokens")]
-        if "runs" in REWARDS[s.mode].needs:
-            readers.append((self.executor.model, self.executor.tokenizer, lambda p: data.executor_prompt(p, ""),
-                            s.max_trace_tokens + s.max_answer_tokens, "--max_trace_tokens or --max_answer_tokens"))
-        if self.rm:
-            readers.append((self.rm.model, self.rm.tokenizer, lambda p: data.rm_text(p, ""), s.max_trace_tokens,
-                            "--max_trace_tokens"))
-        for model, tokenizer, text_of, more, flag in readers:
-            context = executor.context_of(model)
-            for problem in problems:
-                length = len(data.encode_prompt(tokenizer, text_of(problem))) + more
-                if context and length > context:
-                    raise UserError(f"{problem.problem_id}: its prompt and {more} more tokens are {length}, the context "
-                                    f"of the model that reads it is {context}; lower {flag} or leave the problem out")
 
     def base_model(self):
         """Inside it, the planner of a LoRA training is the base model again."""
@@ -677,6 +673,7 @@ class TrainingRun:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.executor.load_state(saved["executor"])
             self.state, logs = saved["state"], saved["logs"]
+            refuse_fewer_steps(self.s, self.state["step"])
         except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError, OSError) as error:
             raise UserError(f"{path}: cannot be read ({str(error).splitlines()[:1]}); delete it to begin again") from None
         for name, size in logs.items():
@@ -701,6 +698,38 @@ class TrainingRun:
         else:
             self.planner.save_pretrained(self.work)
         self.tokenizer.save_pretrained(self.work)
+
+
+@dataclass
+class Reader:
+    """A model that reads texts about problems, and how many tokens a trace and its own output may add."""
+    model: torch.nn.Module
+    tokenizer: object
+    encode: Callable[[object, str], list[int]]
+    text_of: Callable[[Problem], str]
+    more: int
+    flag: str
+
+
+def who_reads(planner, tokenizer, frozen: Executor | None, s: Settings, traces: int = 1) -> list[Reader]:
+    """Planner and executor; a trace may be `traces` times as long as a completion."""
+    more = traces * s.max_trace_tokens
+    readers = [Reader(planner, tokenizer, data.encode_prompt, data.planner_prompt, more, "--max_trace_tokens")]
+    if frozen:
+        readers.append(Reader(frozen.model, frozen.tokenizer, data.encode_prompt, lambda p: data.executor_prompt(p, ""),
+                              more + s.max_answer_tokens, "--max_trace_tokens or --max_answer_tokens"))
+    return readers
+
+
+def check_lengths(problems: list[Problem], readers: list[Reader]) -> None:
+    """UserError, before anything is sampled or trained, for a problem that a model could not read to its end."""
+    for reader in readers:
+        context = executor.context_of(reader.model)
+        for problem in problems:
+            length = len(reader.encode(reader.tokenizer, reader.text_of(problem))) + reader.more
+            if length > context:
+                raise UserError(f"{problem.problem_id}: its prompt and {reader.more} more tokens are {length}, the context "
+                                f"of the model that reads it is {context}; lower {reader.flag} or leave the problem out")
 
 
 def frozen_executor(model, tokenizer, s: Settings, exec_score: str = "binary") -> Executor:
@@ -910,6 +939,8 @@ def evaluate_planner(folder, base: str, splits: dict[str, list[Problem]], frozen
                      seed: int) -> dict:
     """Measures one planner on every split, greedy and at temperature 1."""
     planner, tokenizer = load_planner(folder, base, frozen.model.device)
+    for problems in splits.values():
+        check_lengths(problems, who_reads(planner, tokenizer, frozen, how))
     limit = executor.cache_tokens(planner, how.max_cache_gib)
     found = {}
     for split, problems in splits.items():
@@ -1285,6 +1316,8 @@ def learn_interventions(s: IntSettings, run_dir: Path, work: Path) -> None:
     planner, tokenizer = executor.load(base, device, torch.float32)
     executor.check_head(planner)
     frozen = frozen_executor(*executor.load(base, device), s)
+    readers = who_reads(planner, tokenizer, frozen, s, traces=2)          # a beginning, and what continues it
+    check_lengths(problems, [*readers, replace(readers[0], text_of=lambda p: data.intervention_prompt(p, ""))])
     if (work / "int.json").exists():                                      # a stopped stage: only fine-tuning is missing
         report = json.loads((work / "int.json").read_text())
         records = [json.loads(line) for line in (work / "interventions.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ on when it is called again.
 """
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import random
@@ -19,11 +20,11 @@ import sysconfig
 import time
 import traceback
 import warnings
-import xml.etree.ElementTree
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -119,14 +120,15 @@ def random_model(shape: Shape, device, dtype):
 
 def machine(size: Size) -> dict:
     """The card and the versions that a number depends on."""
-    found = data.environment() | {"triton": version_of("triton"), "driver": driver(), "cuda": torch.version.cuda,
-                                  "cudnn": None, "card": "no GPU: dry run on a CPU", "memory_gib": None}
+    found = data.environment()
     del found["gpu"]
-    if not size.dry:
-        card = torch.cuda.get_device_properties(0)
-        found |= {"card": card.name, "capability": f"{card.major}.{card.minor}", "processors": card.multi_processor_count,
-                  "memory_gib": round(card.total_memory / GIB, 1), "cudnn": torch.backends.cudnn.version()}
-    return found
+    found |= {"triton": version_of("triton"), "driver": driver(), "cuda": torch.version.cuda, "cudnn": None}
+    if size.dry:
+        return found | {"card": "no GPU: dry run on a CPU"}
+    card = torch.cuda.get_device_properties(0)
+    found["cudnn"] = torch.backends.cudnn.version()
+    found |= {"card": card.name, "capability": f"{card.major}.{card.minor}", "memory_gib": card.total_memory / GIB}
+    return found | {"processors": card.multi_processor_count}
 
 
 def version_of(package: str) -> str | None:
@@ -186,8 +188,9 @@ class Report:
         """Starts the record. True where it continues one that was cut short on the same machine."""
         old = self.entry
         goes_on = bool(old) and old["outcome"] != "complete" and old["machine"] == found
-        self.write(outcome="begun", machine=found, date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                   command=command, results=old["results"] if goes_on else {})
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        results = old["results"] if goes_on else {}
+        self.write(outcome="begun", machine=found, date=date, command=command, results=results)
         return goes_on
 
     def add(self, **numbers) -> None:
@@ -203,11 +206,16 @@ def versions(report: Report, size: Size, arguments: list[str]) -> None:
     device = device_of(size)
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    report.add(compiler=compiler and (ask([compiler, "--version"]) or "").partition("\n")[0],
+    told = ask([compiler, "--version"]) if compiler else None
+    limits = "--query-gpu=power.limit,clocks.max.sm,clocks.max.mem"
+    report.add(compiler=told and told.partition("\n")[0],
                python_header=str(header) if header.exists() else f"missing: {header}",
-               clocks=ask(["nvidia-smi", "--query-gpu=power.limit,clocks.max.sm,clocks.max.mem", "--format=csv,noheader"]))
+               limits=ask(["nvidia-smi", limits, "--format=csv,noheader"]))
     import kernels
-    kernels.check(device)
+    try:
+        kernels.check(device)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
     report.add(kernels=kernels.backend(device))
 
 
@@ -225,11 +233,9 @@ def gpu_tests(report: Report, size: Size, arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "tests/test_gpu.py", f"--junitxml={file}"],
                           cwd=ROOT)
     cases, counts = {}, {"passed": 0, "failed": 0, "skipped": 0}
-    for case in xml.etree.ElementTree.parse(file).getroot().iter("testcase"):
-        outcome = "passed"
-        for child in case:
-            if child.tag in ("failure", "error", "skipped"):
-                outcome = "skipped" if child.tag == "skipped" else "failed"
+    for case in ElementTree.parse(file).getroot().iter("testcase"):
+        tags = {child.tag for child in case}
+        outcome = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
         counts[outcome] += 1
         cases[case.get("name")] = {"outcome": outcome, "seconds": float(case.get("time"))}
     report.add(**counts, cases=cases)
@@ -265,10 +271,10 @@ def attention(report: Report, size: Size, arguments: list[str]) -> None:
                 work = make(model, shape, rows, length)
                 first.append(seconds_of(work))
                 again.append(seconds_of(work))
-            name = f"cuDNN {'on' if cudnn else 'off'}, {title}"
-            report.add(**{name: {"backend": backend_of(make(model, shape, rows, length)),
-                                 "first_ms": 1000 * statistics.median(first), "worst_first_ms": 1000 * max(first),
-                                 "again_ms": 1000 * statistics.median(again)}})
+            found = {"backend": backend_of(make(model, shape, rows, length))}
+            found |= {"first_ms": 1000 * statistics.median(first), "worst_first_ms": 1000 * max(first)}
+            found |= {"again_ms": 1000 * statistics.median(again)}
+            report.add(**{f"cuDNN {'on' if cudnn else 'off'}, {title}": found})
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -397,13 +403,13 @@ def decoding_table(results: dict, found: dict) -> str:
         note = f"{r['graphs']} graphs, {r['breaks']} breaks" if "graphs" in r else ""
         rate = 1000 * rows / r["ms_per_token"] if r["ms_per_token"] > 0 else float("nan")
         lines.append(row([name, f"{r['ms_per_token']:.2f}", f"{rate:,.0f}", f"{r['first_call_s']:.1f}",
-                          gib(r["peak_gib"]), note]))
+                          cell(r["peak_gib"], ".2f"), note]))
     return "\n".join(lines)
 
 
-def gib(value: float | None) -> str:
-    """A cell of memory."""
-    return "" if value is None else f"{value:.2f}"
+def cell(value, form: str) -> str:
+    """A number in a table; empty where it was not measured."""
+    return "" if value is None else format(value, form)
 
 
 # ------------------------------------------------------------------------------------------------ 6. kernels
@@ -420,6 +426,10 @@ def kernel_bench(report: Report, size: Size, arguments: list[str]) -> None:
     report.add(**json.loads(file.read_text()))
 
 
+KERNEL_COLUMNS = {"forward": ".2f", "forward_share": ".0%", "backward": ".2f", "backward_share": ".0%",
+                  "total": ".2f", "peak": ".2f"}
+
+
 def kernel_bench_table(results: dict, found: dict) -> str:
     lines = []
     for V, one in results.get("tables", {}).items():
@@ -427,11 +437,10 @@ def kernel_bench_table(results: dict, found: dict) -> str:
         lines += [row(["", "forward ms", "of the copy", "backward ms", "of the copy", "total ms", "peak GB"])]
         lines += ["|---" * 7 + "|"]
         for r in one["results"]:
-            cells = []
-            for key, form in (("forward", ".2f"), ("forward_share", ".0%"), ("backward", ".2f"),
-                              ("backward_share", ".0%"), ("total", ".2f"), ("peak", ".2f")):
-                cells.append(format(r[key], form) if key in r else "")
-            lines.append(row([r["name"], *cells] if "failed" not in r else [r["name"], r["failed"], *cells[1:]]))
+            cells = [cell(r.get(key), form) for key, form in KERNEL_COLUMNS.items()]
+            if "failed" in r:
+                cells[0] = r["failed"]
+            lines.append(row([r["name"], *cells]))
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -449,9 +458,9 @@ def tiny_world(task: str):
         if not report.results and folder.exists():
             shutil.rmtree(folder)
         here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"    # run.sh calls python3
-        environment = os.environ | {"SKIP_INSTALL": "1", "TASKS": task, "RUN": str(run), "SEEDS": "0", "PRESET": "tiny",
-                                    "MODES": "exec_only" if size.dry else "exec_only tracelift", "INT": "0",
-                                    "PATH": here}
+        modes = "exec_only" if size.dry else "exec_only tracelift"
+        environment = os.environ | {"SKIP_INSTALL": "1", "TASKS": task, "RUN": str(run), "SEEDS": "0", "MODES": modes}
+        environment |= {"PRESET": "tiny", "INT": "0", "PATH": here}
         command = ["./run.sh", "smoke"] if size.dry else ["./run.sh"]
         child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         stage, begin, lines = "", 0.0, []
@@ -523,6 +532,7 @@ def measured_run(tracelift, keep: bool):
 
 
 PHASES = ("rollout", "reward", "update")
+SHOWN_SIZES = ("problems", "group_size", "trace_tokens", "answer_tokens", "micro_batch")
 
 
 def train_measured(flags: list[str], keep: bool) -> list[dict]:
@@ -555,8 +565,8 @@ def training_step(report: Report, size: Size, arguments: list[str]) -> None:
         variants = {"all weights": [], "all weights, without checkpointing": ["--checkpointing", "0"],
                     "LoRA": ["--lora_rank", "16"],
                     "LoRA, without checkpointing": ["--lora_rank", "16", "--checkpointing", "0"]}
-        report.add(model=arguments[0] if arguments else "random", problems=size.problems, group_size=size.group_size,
-                   trace_tokens=size.trace_tokens, answer_tokens=size.answer_tokens, micro_batch=size.micro_batch)
+        sizes = {key: getattr(size, key) for key in SHOWN_SIZES}
+        report.add(model=arguments[0] if arguments else "random", **sizes)
         with coin_as_verifier():
             for i, (title, flags) in enumerate(variants.items()):
                 release()
@@ -574,9 +584,10 @@ def make_run(run_dir: Path, size: Size, device, model_folder: str | None) -> Non
     """A run folder with real text problems, a base model and a random reward model on it."""
     from rm import RubricRewardModel
     texts = [word_problem(i) for i in range(size.problems * size.steps)]
-    groups = [{"problem_id": f"p{i}", "source": "made", "task_type": "math", "problem": text,
-               "reference_solution": answer, "positive_pool": [], "negative_bank": []}
-              for i, (text, _, answer) in enumerate(texts)]
+    groups = []
+    for i, (text, _, answer) in enumerate(texts):
+        groups.append({"problem_id": f"p{i}", "source": "made", "task_type": "math", "problem": text,
+                       "reference_solution": answer, "positive_pool": [], "negative_bank": []})
     data.write_groups(run_dir / "groups" / "train.jsonl", groups)
     base = Path(model_folder).resolve() if model_folder else run_dir / "base"
     if not model_folder:
@@ -591,27 +602,33 @@ def make_run(run_dir: Path, size: Size, device, model_folder: str | None) -> Non
 
 def save_random_base(folder: Path, shape: Shape, problems, device) -> None:
     """A random model with a tokenizer for the problems. A Llama of the same widths: for Qwen2 transformers insists on
-    Qwen2's own tokenizer, whose file is not here."""
+    Qwen2's own tokenizer, whose file is not here. Every id is a word, so that sampled traces are read in full."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    texts = [data.planner_prompt(p) + data.executor_prompt(p, "1 2") + data.rm_text(p, "3 4") for p in problems]
-    tokenizer = executor.tiny_tokenizer([*texts, executor.SENTENCE, data.OPEN, data.CLOSE, "5 6 7 8 9 0 = + ?"])
-    known = shape.config().to_dict()
-    config = LlamaConfig(**{key: known[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers",
-                                                        "num_attention_heads", "num_key_value_heads",
-                                                        "intermediate_size", "tie_word_embeddings",
-                                                        "max_position_embeddings")},
-                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    texts = [executor.SENTENCE, data.OPEN, data.CLOSE, "1 2 3 4 5 6 7 8 9 0 = + ?"]
+    for problem in problems:
+        texts += [data.planner_prompt(problem), data.executor_prompt(problem, ""), data.rm_text(problem, "")]
+    missing = shape.vocab - len(executor.tiny_tokenizer(texts))
+    filler = itertools.islice(itertools.product("bcdfghjklmnpqrstvwxz", repeat=4), missing)
+    tokenizer = executor.tiny_tokenizer([*texts, *(" " + "".join(letters) for letters in filler)])
+    known, config = shape.config().to_dict(), {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "intermediate_size", "tie_word_embeddings", "max_position_embeddings"):
+        config[key] = known[key]
     torch.manual_seed(0)
     with torch.device(device):
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        model = LlamaForCausalLM(LlamaConfig(**config, pad_token_id=tokenizer.pad_token_id))
+    model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def word_problem(i: int) -> tuple[str, str, str]:
     """(text, solution with GSM8K's annotations, answer) of a school problem, in the length that GSM8K has."""
     numbers = random.Random(i)
-    shelves, books, sold, bought = (numbers.randint(3, 19) for _ in range(4))
-    all_books, left, end = shelves * books, shelves * books - sold, shelves * books - sold + bought
+    shelves, books, bought = (numbers.randint(3, 19) for _ in range(3))
+    sold = numbers.randint(2, 8)
+    all_books = shelves * books
+    left = all_books - sold
+    end = left + bought
     text = (f"A book shop in the old town has {shelves} shelves, and on each of them stand {books} books. On Monday "
             f"morning the owner sells {sold} of the books to a teacher, who wants them for a class. In the afternoon "
             f"a truck arrives and brings {bought} more books, which the owner puts on the shelves at once. How many "
@@ -640,11 +657,11 @@ def coin_as_verifier():
 
 def step_flags(size: Size, run_dir: Path, name: str, device) -> list[str]:
     """Flags of a training as run.sh's recipe for GSM8K has them."""
-    settings = {"run_dir": run_dir, "device": device.type, "name": name, "steps": size.steps, "warmup": 1,
-                "problems_per_step": size.problems, "group_size": size.group_size, "learning_rate": 1e-6,
-                "micro_batch": size.micro_batch, "checkpointing": 1, "max_trace_tokens": size.trace_tokens,
-                "max_answer_tokens": size.answer_tokens}
-    return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    settings = {"run_dir": run_dir, "device": device.type, "name": name, "steps": size.steps, "warmup": 1}
+    settings |= {"problems_per_step": size.problems, "group_size": size.group_size, "micro_batch": size.micro_batch}
+    settings |= {"max_trace_tokens": size.trace_tokens, "max_answer_tokens": size.answer_tokens}
+    settings |= {"learning_rate": 1e-6, "checkpointing": 1}
+    return [f"--{key}={value}" for key, value in settings.items()]
 
 
 def summary_of(steps: list[dict]) -> dict:
@@ -663,9 +680,8 @@ def training_step_table(results: dict, found: dict) -> str:
     head = ["", *(f"{phase}, s" for phase in PHASES), "step, s", *(f"{phase}, peak GiB" for phase in PHASES)]
     lines = []
     if "problems" in results:
-        lines = [f"{results['model']} model, {results['problems']} problems x {results['group_size']} traces of "
-                 f"{results['trace_tokens']} tokens, answers of {results['answer_tokens']}, micro-batches of "
-                 f"{results['micro_batch']}; verdicts by a coin", ""]
+        sizes = ", ".join(f"{key.replace('_', ' ')} {results[key]}" for key in SHOWN_SIZES)
+        lines = [f"{results['model']} model, reward model of the same size, {sizes}; verdicts by a coin", ""]
     lines += [row(head), "|---" * len(head) + "|"]
     for title, r in results.items():
         if not isinstance(r, dict):
@@ -675,7 +691,7 @@ def training_step_table(results: dict, found: dict) -> str:
             continue
         seconds = [r[phase]["seconds"] for phase in PHASES]
         lines.append(row([title, *(f"{s:.1f}" for s in seconds), f"{sum(seconds):.1f}",
-                          *(gib(r[phase]["peak_gib"]) for phase in PHASES)]))
+                          *(cell(r[phase]["peak_gib"], ".2f") for phase in PHASES)]))
     return "\n".join(lines)
 
 
@@ -689,26 +705,26 @@ def training(report: Report, size: Size, arguments: list[str]) -> None:
     run_dir = WORK / f"{'dry-' if size.dry else ''}train-{folder.name}"
     if size.dry:
         shutil.rmtree(run_dir, ignore_errors=True)
-    command(["data.py", "--source", os.environ.get("SOURCE", "gsm8k"), "--data", data_file, "--heldout_data",
-             heldout_file, "--train", 4 if size.dry else 400, "--heldout", 2 if size.dry else 80, "--negatives", 1,
-             "--run_dir", run_dir])
-    seconds = command(["executor.py", "--model", folder, "--eval_problems", 2 if size.dry else 80,
+    train, heldout = (4, 2) if size.dry else (400, 80)
+    source = os.environ.get("SOURCE", "gsm8k")
+    device = device_of(size)
+    command(["data.py", "--source", source, "--data", data_file, "--heldout_data", heldout_file, "--train", train,
+             "--heldout", heldout, "--negatives", 1, "--run_dir", run_dir])
+    seconds = command(["executor.py", "--model", folder, "--eval_problems", heldout, "--device", device.type,
                        "--max_answer_tokens", size.answer_tokens, "--run_dir", run_dir])
     base = json.loads((run_dir / "base" / "base.json").read_text())
-    report.add(model=folder.name, executor_check={"seconds": seconds, **base})
-    device = device_of(size)
+    known = report.results.get("executor_check", {"seconds": 0.0})                # complete before: takes a moment
+    report.add(model=folder.name, flags=" ".join(flags),
+               executor_check=base | {"seconds": max(seconds, known["seconds"])})
     usual = step_flags(size, run_dir, "", device) + ["--mode", "exec_only", "--save_every", "5"]
     if not size.dry:
         usual += ["--steps", "10", "--warmup", "5"]
-    report.add(flags=" ".join(flags))
     if asked_mode(usual + flags) not in ("exec_only", "uplift_only"):
         command(["rm.py", "--epochs", 1, "--groups_per_batch", 2, "--learning_rate", 2e-5, "--max_heldout", 40,
-                 "--run_dir", run_dir])
+                 "--device", device.type, "--run_dir", run_dir])
     with coin_as_verifier() if size.dry else nullcontext():                     # a toy is never right: no gradient
         steps = train_measured(usual + flags, keep=True)
-    kept = ("step", "reward", "success", "groups_without_spread", "entropy", "sampler_gap", "grad_norm", "trace_tokens",
-            "truncated", "tokens_per_second", *(f"{what}_{p}" for p in PHASES for what in ("seconds", "peak_gib")))
-    report.add(steps=[{key: step.get(key) for key in kept} for step in steps])
+    report.add(steps=[{key: step.get(key) for key in STEP_COLUMNS} for step in steps])
 
 
 def training_inputs(size: Size, arguments: list[str]) -> tuple[Path, Path, Path, list[str]]:
@@ -717,9 +733,11 @@ def training_inputs(size: Size, arguments: list[str]) -> tuple[Path, Path, Path,
     if size.dry and not arguments:
         files = [WORK / "dry-data" / f"{split}.jsonl" for split in ("train", "heldout")]
         for at, file in enumerate(files):
-            rows = [word_problem(100 * at + i) for i in range(8)]
-            lines = [json.dumps({"question": text, "answer": solution}) for text, solution, _ in rows]
-            data.write_atomic(file, "\n".join(lines) + "\n")
+            lines = []
+            for i in range(8):
+                text, solution, _ = word_problem(100 * at + i)
+                lines.append(json.dumps({"question": text, "answer": solution}) + "\n")
+            data.write_atomic(file, "".join(lines))
         folder = WORK / "dry-model"
         shutil.rmtree(folder, ignore_errors=True)
         save_random_base(folder, size.shape, data.read_gsm8k(files[0]) + data.read_gsm8k(files[1]), "cpu")
@@ -744,21 +762,24 @@ def command(words: list) -> float:
     return time.perf_counter() - begin
 
 
+STEP_COLUMNS = {"step": "d", "success": ".2f", "reward": ".2f", "groups_without_spread": ".2f", "entropy": ".2f",
+                "sampler_gap": ".4f", "grad_norm": ".2f", "trace_tokens": ".0f", "truncated": ".2f",
+                "seconds_rollout": ".1f", "seconds_reward": ".1f", "seconds_update": ".1f", "peak_gib_rollout": ".1f",
+                "peak_gib_reward": ".1f", "peak_gib_update": ".1f"}
+
+
 def training_table(results: dict, found: dict) -> str:
-    columns = {"step": "d", "success": ".2f", "groups_without_spread": ".2f", "entropy": ".2f", "sampler_gap": ".4f",
-               "grad_norm": ".2f", "trace_tokens": ".0f", "truncated": ".2f", "seconds_rollout": ".1f",
-               "seconds_reward": ".1f", "seconds_update": ".1f", "peak_gib_rollout": ".1f", "peak_gib_reward": ".1f",
-               "peak_gib_update": ".1f"}
+    """A row a step."""
     lines = []
     if "executor_check" in results:
         check = results["executor_check"]
         given = "unknown" if check["reference_trace"] is None else f"{check['reference_trace']:.2f}"
-        lines = [f"{results['model']}: executor success {check['no_trace']:.2f} without a trace, "
-                 f"{given} with the reference trace, on {check['problems']} problems in {check['seconds']:.0f} s. Flags "
-                 f"beside the usual: {results.get('flags') or 'none'}", ""]
-    lines += [row(name.replace("_", " ") for name in columns), "|---" * len(columns) + "|"]
+        lines = [f"{results['model']}: executor success {check['no_trace']:.2f} without a trace, {given} with the "
+                 f"reference trace, on {check['problems']} problems in {check['seconds']:.0f} s. More flags: "
+                 f"{results['flags'] or 'none'}", ""]
+    lines += [row(name.replace("_", " ") for name in STEP_COLUMNS), "|---" * len(STEP_COLUMNS) + "|"]
     for step in results.get("steps", []):
-        lines.append(row("" if step[key] is None else format(step[key], form) for key, form in columns.items()))
+        lines.append(row(cell(step[key], form) for key, form in STEP_COLUMNS.items()))
     return "\n".join(lines)
 
 
@@ -780,10 +801,10 @@ def tables(path: Path, only: list[str] = ()) -> str:
             continue
         entry = everything[part]
         found = entry["machine"]
-        lines += [f"**{part}** ({entry['outcome']}; {found['card']}, driver {found['driver']}, torch {found['torch']}, "
-                  f"triton {found['triton']}, transformers {found['transformers']}, commit {found['commit'][:7]}, "
-                  f"{entry['date']}, `{entry['command']}`)", ""]
-        lines += [table_of(entry["results"], found), ""]
+        versions = ", ".join(f"{name} {found[name]}" for name in ("driver", "torch", "triton", "transformers"))
+        took = f", {entry['seconds']:.0f} s" if entry["outcome"] == "complete" else ""
+        lines += [f"**{part}**: {entry['outcome']}{took}. {found['card']}, {versions}, commit {found['commit'][:7]}, "
+                  f"{entry['date']}, `{entry['command']}`", "", table_of(entry["results"], found), ""]
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ cd "$(dirname "$0")/.."
 
 python=.venv/bin/python
 if [ "${SKIP_INSTALL:-0}" = 1 ]; then python=python3; fi
-command -v "$python" >/dev/null || { echo "gpu.sh: there is no .venv; ./run.sh makes it, or set SKIP_INSTALL=1" >&2; exit 2; }
+command -v "$python" >/dev/null ||
+  { echo "gpu.sh: there is no .venv; ./run.sh makes it, or set SKIP_INSTALL=1" >&2; exit 2; }
 export HF_HUB_OFFLINE=1
 exec "$python" tests/gpu.py "$@"

@@ -22,7 +22,7 @@ FLOAT32, BFLOAT16 = 4, 2                                  # bytes of a number
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of the Qwen2 architecture: keys, values and queries have a bias, nothing else has; two norms a layer."""
+    """A decoder of the Qwen2 architecture: queries, keys and values have a bias, nothing else; two norms a layer."""
     vocab: int
     hidden: int
     layers: int
@@ -49,12 +49,9 @@ QWEN = {"0.5B": Shape(151936, 896, 24, 14, 2, 4864, True),
 
 def linear_layers(s: Shape) -> list[tuple[int, int, bool]]:
     """(inputs, outputs, whether it has a bias) of the linear layers of one block."""
-    key_width = s.hidden // s.heads * s.kv_heads
-    attention = [(s.hidden, s.hidden, True), (s.hidden, key_width, True), (s.hidden, key_width, True),
-                 (s.hidden, s.hidden, False)]
-    feed_forward = [(s.hidden, s.intermediate, False), (s.hidden, s.intermediate, False),
-                    (s.intermediate, s.hidden, False)]
-    return attention + feed_forward
+    query, key = (s.hidden, s.hidden, True), (s.hidden, s.hidden // s.heads * s.kv_heads, True)
+    output, up, down = (s.hidden, s.hidden, False), (s.hidden, s.intermediate, False), (s.intermediate, s.hidden, False)
+    return [query, key, key, output, up, up, down]        # values are as wide as keys, the gate as what it opens
 
 
 def linear_numbers(s: Shape) -> int:
@@ -116,18 +113,18 @@ def memory(s: Shape, rank: int = 16, fused: bool = True) -> dict[str, dict[str, 
 
 def table(rank: int = 16) -> str:
     """The README's table, as Markdown. GiB, all of it computed."""
-    head = ["Qwen2.5", "all weights: planner with gradient and AdamW in float32, its copies under autocast, bfloat16 "
-            f"executor", f"`--lora_rank {rank}`: bfloat16 backbone, adapter with gradient and AdamW",
-            "reward model, float32: loaded / while it is trained", "keys and values of 65,536 tokens",
+    head = ["Qwen2.5", "all weights: planner, gradient and AdamW in float32, copies by autocast, bfloat16 executor",
+            f"`--lora_rank {rank}`: bfloat16 backbone, adapter with gradient and AdamW",
+            "reward model: loaded / while it is trained", "keys and values of 65,536 tokens",
             "tokens in 1 GiB of keys and values"]
     lines = [row(head), "|---" * len(head) + "|"]
     for name, shape in QWEN.items():
         parts = memory(shape, rank)
-        gib = {title: sum(own.values()) / GIB for title, own in parts.items()}
-        token = parts["keys and values of a token"]["bfloat16"]
-        lines.append(row([name, f"{gib['all weights']:.1f}", f"{gib['LoRA']:.1f}",
-                          f"{gib['reward model loaded']:.1f} / {gib['reward model trained']:.1f}",
-                          f"{65536 * token / GIB:.2f}", f"{GIB // token:,}"]))
+        gib = {title: f"{sum(own.values()) / GIB:.1f}" for title, own in parts.items()}
+        token = cache_bytes(shape, 1)
+        judge = f"{gib['reward model loaded']} / {gib['reward model trained']}"
+        cache = [f"{65536 * token / GIB:.2f}", f"{GIB // token:,}"]
+        lines.append(row([name, gib["all weights"], gib["LoRA"], judge, *cache]))
     return "\n".join(lines) + "\n"
 
 

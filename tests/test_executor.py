@@ -904,6 +904,7 @@ def test_cache_tokens_are_measured(model):
     assert executor.cache_tokens(model, 1.0) == 2**30 // token
     assert executor.cache_tokens(copy.deepcopy(model).bfloat16(), 1.0) == 2 * 2**30 // token
     assert executor.cache_tokens(model, 1e-12) == 1
+    assert executor.cache_tokens(random_model("llama", context=20), 1.0) == 2**30 // token
     for kind in ("mistral", "falcon_h1", "deepseek_v3"):           # windows, recurrent states, latent keys: something
         assert 10**4 < executor.cache_tokens(tiny_of(kind), 1.0) < 10**8
 

@@ -188,7 +188,8 @@ for dtype in torch.float32, torch.bfloat16:              # planner under autocas
     assert executor.work_dtype(model) == torch.bfloat16
     draws = executor.draws([f"row {r}" for r in range(2 * len(prompts))], 30)
     with executor.autocast(model):
-        out = executor.generate(model, prompts, num_samples=2, max_new_tokens=30, temperature=1.0, eos_id=1, draws=draws)
+        out = executor.generate(model, prompts, num_samples=2, max_new_tokens=30, temperature=1.0, eos_id=1,
+                                draws=draws)
     rows = [prompt + tokens for prompt, tokens in zip([p for p in prompts for _ in "12"], out.tokens)]
     starts = [len(prompt) - 1 for prompt in prompts for _ in "12"]
     ids = executor.pad(rows, 0, device)
