@@ -1023,6 +1023,7 @@ def test_a_layer_that_returns_several_things_is_refused_by_name():
         executor.Lora(tiny_of("llama4_text", intermediate_size_mlp=48, interleave_moe_layer_step=1), 3, 6.0)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")               # of peft's calls
 def test_peft_and_we_read_each_other(model, tmp_path):
     """The adapter means the same to peft (which nothing else here needs), in both directions."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
