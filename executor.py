@@ -679,9 +679,9 @@ def decode_text(tokenizer, rows: list[list[int]]) -> list[str]:
 
 @torch.no_grad()
 def cache_tokens(model, gib: float) -> int:
-    """How many tokens of keys and values fit into `gib` GiB: measured on 64 tokens, since no formula knows all kinds of
+    """How many tokens of keys and values fit into `gib` GiB: measured on 64, since no formula knows all kinds of
     attention. States of a fixed size per row count as if no row were longer."""
-    count = 64
+    count = int(min(64, context_of(model)))
     _, cache, *_ = read_prompts(model, [_some_ids(model, count).tolist()], count)
     held = {}
     for layer in cache.layers:
@@ -702,11 +702,6 @@ def _some_ids(model, count: int) -> torch.Tensor:
 def _distance(wanted: torch.Tensor, found: torch.Tensor) -> float:
     """Largest difference between two sets of logits, in units of the largest logit."""
     return float((wanted - found).abs().max() / wanted.abs().max())
-
-
-def _slack(model) -> float:
-    """How far rounding may move logits, as `_distance` measures it."""
-    return 1e-3 if model.dtype == torch.float32 else 0.03
 
 
 @contextmanager
@@ -781,10 +776,11 @@ def check_head(model) -> bool:
     (Gemma 2, Granite, Cohere): then `token_logits` takes them from the model's own forward pass."""
     ids = _some_ids(model, 16)[None]
     full = model(input_ids=ids, use_cache=False).logits[0].float()
+    rounding = 1e-3 if model.dtype == torch.float32 else 0.03
     model.plain_head = True
     try:
         ours = token_logits(model, ids, torch.arange(16, device=ids.device)).float()
-        model.plain_head = ours.shape == full.shape and _distance(full, ours) <= _slack(model)
+        model.plain_head = ours.shape == full.shape and _distance(full, ours) <= rounding
     except (RuntimeError, AttributeError, TypeError):              # a layer between hidden states and head
         model.plain_head = False
     return model.plain_head
