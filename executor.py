@@ -101,7 +101,8 @@ def read_prompts(model, prompts: list[list[int]], slots: int):
     mask = torch.zeros(len(prompts), slots, dtype=torch.long, device=device)
     mask[:, :P] = position >= 0                                                   # 0: padding, nobody looks at it
     cache = empty_cache(model, slots)
-    # Some columns of all rows at a time bound the memory; convolutions and recurrences would start anew with each.
+    # Some columns of all rows at a time, which bounds the memory; all P at once for models with convolutions or
+    # recurrences, which would forget the columns before.
     steady = all(type(layer) in (SlotLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
     columns = max(1, PASS // len(prompts)) if steady else P
     for start in range(0, P, columns):
@@ -173,7 +174,8 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
 
     draws (R, >= max_new_tokens) in [0, 1) are the rows' own random numbers, one per token: what a row becomes depends
     neither on the batch nor on its place in it. Without them they are drawn from `generator` beforehand; at temperature
-    0 there is no need of either. Any id of `eos_id` ends a row. A batch has at most `max_cache_tokens` rows x slots.
+    0 there is no need of either. Any id of `eos_id` ends a row. A batch has at most `max_cache_tokens` rows x slots,
+    or one prompt.
     ValueError for arguments that make no sense, ContextError for a prompt whose completion would not fit the context,
     FloatingPointError for logits that are not finite."""
     samples = [num_samples] * len(prompts) if isinstance(num_samples, int) else list(num_samples)
@@ -188,7 +190,7 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
     device = model.get_input_embeddings().weight.device
     result = Completions([[] for _ in range(R)], [[] for _ in range(R)])
 
-    # `load` sets decode_alone on a model whose padded rows are not the rows alone.
+    # Set by `load` on a model whose logits padding would change: then a batch has prompts of one length.
     alone = getattr(model, "decode_alone", False)
     for batch in batches(prompts, samples, max_new_tokens, max_cache_tokens, alone):
         # 1. Read every prompt once, whatever the number of its samples.
@@ -515,6 +517,7 @@ def enable_checkpointing(model) -> None:
     if any(_distance(evaluation, x) > 1e-3 for x in training):     # the same kernels, in every dtype
         raise UserError(f"{name} models compute something else in training mode than in evaluation; train without "
                         "--checkpointing")
+    model.recomputes_activations = True
 
 
 def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: float, batch_size: int,

@@ -14,7 +14,7 @@ It is trained on TraceLift-Groups, each group with its good trace above its flaw
 
 Shapes: B traces (rows), T tokens, H hidden, D = 5 dimensions, L = 5 labels.
 Folders and state-dict names are those of the public checkpoints. Their code keeps the label values in non-persistent
-buffers, which transformers 5 leaves uninitialised on loading; here constants are made in forward.
+buffers, which transformers 5 leaves uninitialised on loading; here constants are made where they are used.
 """
 
 import itertools
@@ -327,6 +327,9 @@ def main(argv) -> None:
     """The command: trains the reward model of a run."""
     s = data.parse_settings(RMSettings, argv, "rm.py")
     out = Path(s.run_dir) / "rm"
+    if (out / "config.json").exists() and not (out / "settings.json").exists():
+        print(f"{out}: a reward model that was put there, not trained here; it is used as it is")
+        return
     inputs = {"groups/train.jsonl": data.fingerprint(Path(s.run_dir) / "groups" / "train.jsonl")}
     with data.stage_folder(out, s, inputs) as work:
         if work is not None:

@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Callable
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
@@ -78,7 +79,7 @@ def product(r: Reward, w_e: float, w_r: float) -> float:
 def product_for_code(r: Reward, w_e: float, w_r: float) -> float:
     """The public code's variant for programs: clamp(e2e + 0.2 * rm * coeff, 0, 1). coeff: 1 with more successes with
     the trace than without, -1 with fewer; on a tie the share of runs that succeeded, but 0.5 for one of three (theirs
-    too). With e2e = 1 the clamp removes a positive bonus: among passing traces the reward model has no say."""
+    too). With e2e = 1 the clamp removes a positive bonus: a passing trace gains nothing by being good."""
     if r.with_trace > r.without_trace:
         coeff = 1.0
     elif r.with_trace < r.without_trace:
@@ -101,14 +102,14 @@ def quality_alone(r: Reward, w_e: float, w_r: float) -> float:
 
 
 def success_and_uplift(r: Reward, w_e: float, w_r: float) -> float:
-    """The product without its quality."""
+    """The product without its quality; success itself is in it all the same."""
     return w_e * r.e2e + w_r * r.uplift
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A reward function and what has to be measured for it. A new mode is one function and one line below, which is
-    all that the flags, the training and run.sh know of modes."""
+    """A reward function and what has to be measured for it. A new mode is one function and one line of REWARDS,
+    which is all that flags, training and run.sh know of modes."""
     total: Callable[[Reward, float, float], float]
     needs: tuple[str, ...]        # of "runs" (executor runs with the trace), "uplift" (K more, and K without), "rm"
     weighted: bool = False        # w_e and w_r have an effect
@@ -170,7 +171,7 @@ class TrainSettings(Settings):
     warmup: int = knob(5, "steps of linear warm-up", low=0)
     grad_clip: float = knob(1.0, "largest gradient norm", above=0)
     # memory
-    micro_batch: int = knob(96, "sequences per forward and backward; the gradient does not depend on it", low=1,
+    micro_batch: int = knob(96, "sequences per forward and backward; the gradient is the same up to rounding", low=1,
                             affects_result=False)
     checkpointing: int = knob(0, "1: recompute activations in the backward pass", choices=(0, 1), affects_result=False)
     lora_rank: int = knob(0, "0: train all weights of a copy of the base; else an adapter of this rank on the one base "
@@ -204,7 +205,7 @@ class Batch:
 
         ids      p0 p1 p2 t0 t1 E  .        p prompt, t sampled, E end of sequence, . padding
         scored    -  -  x  x  x -  -        the logits at x predict ...
-        target   p1 p2 t0 t1 E  .  -        ... this token
+        target   -  -  t0 t1 E  -  -        ... this token; kept where scored, M of them
 
     What is scored follows from the lengths sampled, never from ids: the padding may be a real token, E for one. It
     stands behind all that is scored, where causal attention does not look. E is in the loss, so that stopping is
@@ -257,10 +258,11 @@ def rollout(planner, tokenizer, problems: list[Problem], group_size: int, temper
     target = ids.flatten()[at + 1]
     sequence = at // ids.shape[1]
     device = planner.device
-    return Batch([problem for problem in problems for _ in range(group_size)],
-                 [data.extract_reasoning(text) for text in texts], [data.CLOSE in text for text in texts], truncated,
-                 completions, ids.to(device), scored, at.to(device), target.to(device), sequence.to(device),
-                 torch.tensor(sampled, device=device))
+    return Batch(problems=[problem for problem in problems for _ in range(group_size)],
+                 traces=[data.extract_reasoning(text) for text in texts],
+                 closed=[data.CLOSE in text.rpartition("</think>")[2] for text in texts], truncated=truncated,
+                 completions=completions, ids=ids.to(device), scored=scored, at=at.to(device),
+                 target=target.to(device), sequence=sequence.to(device), sampled=torch.tensor(sampled, device=device))
 
 
 def complete(planner, tokenizer, prompts: list[list[int]], num_samples: int, temperature: float, max_tokens: int,
@@ -282,13 +284,13 @@ def measure_rewards(problems: list[Problem], traces: list[str], frozen: Executor
     """Rewards of B traces (problems[i] belongs to traces[i]) and the executor runs behind them: run 0 is e2e, the other
     K are the uplift's.
 
-    A step costs N * G prompts with a trace, of 1 + K outputs each, and one prompt without for each of its problems that
+    A step of a mode with uplift costs N * G prompts with a trace, of 1 + K outputs each, and one prompt without for each of its problems that
     has none yet, of K outputs: the executor is frozen, so once is enough for the whole training. N = 10, G = 4, K = 2:
     50 prompts and 140 outputs at first, 40 and 120 when the problems come again.
 
     What could not be measured is no reward: a sandbox that cannot start (SandboxError), a reward model that is not
-    finite, an executor that fails end the training, with its last checkpoint. A program that kills its helper is tried
-    on a new one, and has then failed."""
+    finite, an executor that fails end the training, with its last checkpoint. No program can end its helper process; one
+    that is lost all the same is replaced, and when several are lost in a row, that is SandboxError too."""
     needs = REWARDS[mode].needs
     scores: list = [None] * len(traces)
     without: list = [None] * len(traces)
@@ -334,10 +336,11 @@ def train(s: TrainSettings) -> Path:
             run.phase("reward")
             with run.base_model():                                        # LoRA: the adapter is off
                 rewards, runs = measure_rewards(batch.problems, batch.traces, run.executor, run.rm, s.mode, s.repeats,
-                                                s.w_e, s.w_r, when=str(step))          # the executor has its own seed
+                                                s.w_e, s.w_r, when=str(step))
             reward = torch.tensor([r.total for r in rewards])                                  # (B,)
 
-            # 3. Advantage: better or worse than the other traces of the same problem? All equal: exactly 0.
+            # 3. Advantage: better or worse than the other traces of the same problem? All equal: exactly 0. (The loss
+            #    takes rewards, and works the same out for each token; here it tells what has no gradient at all.)
             advantage = kernels.group_advantage(reward, s.group_size, scale=s.scale == "std")  # (B,)
 
             # 4. Update: raise the log-probs of sampled tokens where A > 0, lower them where A < 0.
@@ -345,8 +348,10 @@ def train(s: TrainSettings) -> Path:
             old, ref = run.old_and_reference_logp(batch)                  # None: on-policy (rho is 1); no KL
             updates = []
             for _ in range(s.inner_epochs):
-                health = accumulate_gradient(run.planner, batch, reward, advantage, old, ref, s.group_size,
-                                             s.micro_batch, s.weights, s.max_trace_tokens, **run.loss_settings)
+                health = accumulate_gradient(
+                    run.planner, batch, reward, advantage, old, ref, s.group_size, s.micro_batch, s.weights,
+                    s.max_trace_tokens, temperature=s.temperature, clip_low=s.clip_low, clip_high=s.clip_high,
+                    beta=s.beta, scale=s.scale == "std")
                 health["grad_norm"] = run.update_weights(step)
                 updates.append(health)
 
@@ -357,7 +362,7 @@ def train(s: TrainSettings) -> Path:
 
 def problems_of_step(problems: list[Problem], step: int, problems_per_step: int, seed: int) -> list[Problem]:
     """The N problems of a step: epochs of a seeded shuffle, a function of the step alone, so that a resumed run and
-    runs of other modes see the same problems."""
+    runs of other modes see the same problems. Where an epoch ends, one may come twice."""
     chosen = []
     for i in range(step * problems_per_step, (step + 1) * problems_per_step):
         epoch, place = divmod(i, len(problems))
@@ -377,19 +382,18 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
     (M,) or None.
 
     Log-probs are scored at the temperature of sampling. sampler_gap, the mean absolute difference between them and
-    those of the sampler, is where a mismatch of the two would show.
+    those of the sampler, is where a mismatch of the two would show (from the second update of a rollout on it holds the
+    planner's own way, too).
 
     The loss takes all B rewards, not advantages: each token works out its own group from them, so a micro-batch may cut
     through a group. The advantages here only tell which micro-batches have no gradient, and so no backward pass: those
     where all are 0, without KL. Where no group has spread, .grad stays None, and the optimizer, with its momentum, leaves
     the planner as it is."""
-    M = max(1, len(batch.target))
     device = batch.ids.device
-    weight = kernels.token_weights(batch.scored, weights, max_len)[batch.scored].to(device)    # (M,), of the whole step
+    weight = kernels.token_weights(batch.scored, weights, max_len)[batch.scored].to(device)    # (M,): of the whole step
     reward = reward.to(device)
-    health = {"loss": 0.0, "entropy": 0.0, "sampler_gap": 0.0, "kl": None if ref is None else 0.0,
-              "clip_share": None if old is None else 0.0}
-    planner.train(planner.is_gradient_checkpointing)                      # it works in training mode only
+    health = Health(tokens=len(batch.target), clip_low=clip_low, clip_high=clip_high)
+    planner.train(getattr(planner, "recomputes_activations", False))      # which works in training mode only
     for part in batch.parts(micro_batch):
         learns = len(part.target) > 0 and (beta > 0 or bool(advantage[part.rows].any()))
         own_old = None if old is None else old[part.tokens]
@@ -400,18 +404,25 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
                 temperature=temperature, clip_low=clip_low, clip_high=clip_high, beta=beta, scale=scale)
         if learns:
             loss.backward()
-        health["loss"] += loss.item()
-        health["entropy"] += entropy.sum().item() / M
-        health["sampler_gap"] += (logp - batch.sampled[part.tokens]).abs().sum().item() / M
-        rho = torch.ones_like(logp) if old is None else (logp - own_old).exp()
-        if ref is not None:
-            gap = own_ref - logp
-            health["kl"] += (rho * (torch.expm1(gap) - gap)).sum().item() / M
-        if old is not None:
-            cut = (rho < 1 - clip_low) & (A < 0) | (rho > 1 + clip_high) & (A > 0)
-            health["clip_share"] += cut.sum().item() / M
+        health.add(loss, logp, entropy, A, batch.sampled[part.tokens], own_old, own_ref)
     planner.eval()
-    return health
+    return health.means()
+
+
+def loss_of_part(planner, part: Part, reward, weight, group_size: int, old, ref, **settings):
+    """kernels.grpo_loss of the planner's logits (m, V) at the m tokens of a micro-batch. Where the fused kernel runs and
+    the head is a plain matrix, the logits are never held whole."""
+    rows = (part.target, reward, part.sequence, weight, group_size, old, ref)
+    head = planner.get_output_embeddings()
+    plain = getattr(planner, "plain_head", True) and type(head) is torch.nn.Linear and head.bias is None
+    if kernels.backend(part.ids.device) == "triton" and plain:
+        work = executor.work_dtype(planner)                               # the head's product as autocast would do it
+        with executor.autocast(planner):
+            hidden = executor.token_hidden(planner, part.ids, part.at)                         # (m, H)
+        return kernels.linear_grpo_loss(hidden.to(work), head.weight.to(work), *rows, **settings)
+    with executor.autocast(planner):
+        logits = executor.token_logits(planner, part.ids, part.at)
+    return kernels.grpo_loss(logits, *rows, inplace=True, **settings)
 
 
 # =====================================================================================================================
@@ -456,8 +467,8 @@ def check_train(s: TrainSettings) -> None:
 def training_run(s: TrainSettings):
     """A training, begun or continued; without steps where its planner is there already. Saved when the block ends."""
     check_train(s)
-    reopen(planner_folder(s), s.steps)
     inputs = {"groups/train.jsonl": data.fingerprint(Path(s.run_dir) / "groups" / "train.jsonl")}
+    reopen(planner_folder(s), s, inputs)
     with data.stage_folder(planner_folder(s), s, inputs) as work:
         run = TrainingRun(s, work)
         try:
@@ -468,19 +479,31 @@ def training_run(s: TrainSettings):
         except (FloatingPointError, OSError) as error:
             raise type(error)(f"{error}; {run.saved()}") from error
         if work is not None:
-            run.save_planner()
+            try:
+                run.save_planner()
+            except SafetensorError as error:                              # its word for a full disk
+                raise OSError(f"{work}: the planner cannot be saved ({error}); {run.saved()}") from None
 
 
-def reopen(out: Path, steps: int) -> None:
+def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> None:
     """Makes a finished training, whose last checkpoint is kept, an unfinished one where more steps are asked for."""
     if not out.exists():
         return
+    data.compare_made(out, s, inputs)
     done = data.read_settings(out)["steps"]
-    if steps < done:
-        raise UserError(f"--steps {steps}: {out} was trained for {done} already; give another --name")
-    if steps > done:
+    refuse_fewer_steps(s, done)
+    if s.steps > done:
+        if not (out / "checkpoint.pt").exists():
+            raise UserError(f"--steps {s.steps}: {out}/checkpoint.pt is gone, so its training cannot go on; give another "
+                            "--name")
         (out / "results.json").unlink(missing_ok=True)
         os.replace(out, out.with_name(out.name + ".partial"))
+
+
+def refuse_fewer_steps(s: TrainSettings, done: int) -> None:
+    """UserError: the planner of fewer steps is gone."""
+    if s.steps < done:
+        raise UserError(f"--steps {s.steps}: {planner_folder(s)} was trained for {done} already; give another --name")
 
 
 class TrainingRun:
@@ -506,11 +529,13 @@ class TrainingRun:
         self.rm = None
         if "rm" in REWARDS[s.mode].needs:
             self.rm = RubricRewardModel.from_pretrained(run_dir / "rm", self.device)
-        self.check_lengths()
+        readers = who_reads(self.planner, self.tokenizer, self.executor if "runs" in REWARDS[s.mode].needs else None, s)
+        if self.rm:
+            readers.append(Reader(self.rm.model, self.rm.tokenizer, data.encode_text, lambda p: data.rm_text(p, ""),
+                                  s.max_trace_tokens, "--max_trace_tokens"))
+        check_lengths(self.problems + self.heldout, readers)
         self.optimizer = executor.adamw(trained(self.planner).values(), s.learning_rate, betas=(0.9, 0.95),
                                         weight_decay=0.0)
-        self.loss_settings = {"temperature": s.temperature, "clip_low": s.clip_low, "clip_high": s.clip_high,
-                              "beta": s.beta, "scale": s.scale == "std"}
         self.state = {"step": 0, "seconds": 0.0, "planner_tokens": 0}
         if (work / "checkpoint.pt").exists():
             self.load_checkpoint()
@@ -543,24 +568,6 @@ class TrainingRun:
         if s.checkpointing:
             executor.without_dropout(self.planner)                        # it works in training mode only
             executor.enable_checkpointing(self.planner)
-
-    def check_lengths(self) -> None:
-        """UserError, before anything is trained, for a problem that a role could not read to its end."""
-        s, problems = self.s, self.problems + self.heldout
-        readers = [(self.planner, self.tokenizer, data.planner_prompt, s.max_trace_tokens, "--max_trace_tokens")]
-        if "runs" in REWARDS[s.mode].needs:
-            readers.append((self.executor.model, self.executor.tokenizer, lambda p: data.executor_prompt(p, ""),
-                            s.max_trace_tokens + s.max_answer_tokens, "--max_trace_tokens or --max_answer_tokens"))
-        if self.rm:
-            readers.append((self.rm.model, self.rm.tokenizer, lambda p: data.rm_text(p, ""), s.max_trace_tokens,
-                            "--max_trace_tokens"))
-        for model, tokenizer, text_of, more, flag in readers:
-            context = executor.context_of(model)
-            for problem in problems:
-                length = len(data.encode_prompt(tokenizer, text_of(problem))) + more
-                if context and length > context:
-                    raise UserError(f"{problem.problem_id}: its prompt and {more} more tokens are {length}, the context "
-                                    f"of the model that reads it is {context}; lower {flag} or leave the problem out")
 
     def base_model(self):
         """Inside it, the planner of a LoRA training is the base model again."""
@@ -677,6 +684,7 @@ class TrainingRun:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.executor.load_state(saved["executor"])
             self.state, logs = saved["state"], saved["logs"]
+            refuse_fewer_steps(self.s, self.state["step"])
         except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError, OSError) as error:
             raise UserError(f"{path}: cannot be read ({str(error).splitlines()[:1]}); delete it to begin again") from None
         for name, size in logs.items():
@@ -703,6 +711,38 @@ class TrainingRun:
         self.tokenizer.save_pretrained(self.work)
 
 
+@dataclass
+class Reader:
+    """A model that reads texts about problems, and how many tokens a trace and its own output may add."""
+    model: torch.nn.Module
+    tokenizer: object
+    encode: Callable[[object, str], list[int]]
+    text_of: Callable[[Problem], str]
+    more: int
+    flag: str
+
+
+def who_reads(planner, tokenizer, frozen: Executor | None, s: Settings, traces: int = 1) -> list[Reader]:
+    """Planner and executor; a trace may be `traces` times as long as a completion."""
+    more = traces * s.max_trace_tokens
+    readers = [Reader(planner, tokenizer, data.encode_prompt, data.planner_prompt, more, "--max_trace_tokens")]
+    if frozen:
+        readers.append(Reader(frozen.model, frozen.tokenizer, data.encode_prompt, lambda p: data.executor_prompt(p, ""),
+                              more + s.max_answer_tokens, "--max_trace_tokens or --max_answer_tokens"))
+    return readers
+
+
+def check_lengths(problems: list[Problem], readers: list[Reader]) -> None:
+    """UserError, before anything is sampled or trained, for a problem that a model could not read to its end."""
+    for reader in readers:
+        context = executor.context_of(reader.model)
+        for problem in problems:
+            length = len(reader.encode(reader.tokenizer, reader.text_of(problem))) + reader.more
+            if length > context:
+                raise UserError(f"{problem.problem_id}: its prompt and {reader.more} more tokens are {length}, the context "
+                                f"of the model that reads it is {context}; lower {reader.flag} or leave the problem out")
+
+
 def frozen_executor(model, tokenizer, s: Settings, exec_score: str = "binary") -> Executor:
     """The executor as the settings want it."""
     return Executor(model, tokenizer, max_new_tokens=s.max_answer_tokens, temperature=s.executor_temperature,
@@ -724,6 +764,33 @@ def sample_names(problems: list[Problem], num_samples: int, when: str) -> list[s
     return names
 
 
+class Health:
+    """What `accumulate_gradient` returns, added up over micro-batches."""
+
+    def __init__(self, tokens: int, clip_low: float, clip_high: float):
+        self.tokens, self.clip_low, self.clip_high = max(1, tokens), clip_low, clip_high
+        self.loss, self.sums = 0.0, {"entropy": 0.0, "sampler_gap": 0.0, "kl": None, "clip_share": None}
+
+    def add(self, loss, logp, entropy, A, sampled, old, ref) -> None:
+        """All but the loss are rows (m,) of a micro-batch; old and ref may be None."""
+        rho = torch.ones_like(logp) if old is None else (logp - old).exp()
+        self.loss += loss.item()
+        self._add("entropy", entropy)
+        self._add("sampler_gap", (logp - sampled).abs())
+        if ref is not None:
+            gap = ref - logp
+            self._add("kl", rho * (torch.expm1(gap) - gap))               # rho: the tokens came from the older policy
+        if old is not None:
+            self._add("clip_share", (rho < 1 - self.clip_low) & (A < 0) | (rho > 1 + self.clip_high) & (A > 0))
+
+    def _add(self, name: str, values: torch.Tensor) -> None:
+        self.sums[name] = (self.sums[name] or 0.0) + values.sum().item() / self.tokens
+
+    def means(self) -> dict:
+        """{metric: mean over the tokens, None where not measured}; of the loss the sum, whose weights are the mean."""
+        return {"loss": self.loss, **self.sums}
+
+
 @torch.no_grad()
 def completion_logp(model, batch: Batch, temperature: float, micro_batch: int) -> torch.Tensor:
     """Log-probs (M,) of the scored tokens under a model, at the sampling temperature."""
@@ -733,22 +800,6 @@ def completion_logp(model, batch: Batch, temperature: float, micro_batch: int) -
             logits = executor.token_logits(model, part.ids, part.at)                           # (m, V)
         found.append(kernels.token_logp(logits, part.target, temperature)[0])
     return torch.cat(found)
-
-
-def loss_of_part(planner, part: Part, reward, weight, group_size: int, old, ref, **settings):
-    """kernels.grpo_loss of the planner's logits (m, V) at the m tokens of a micro-batch. Where the fused kernel runs and
-    the head is a plain matrix, the logits are never held whole."""
-    rows = (part.target, reward, part.sequence, weight, group_size, old, ref)
-    head = planner.get_output_embeddings()
-    plain = getattr(planner, "plain_head", True) and type(head) is torch.nn.Linear and head.bias is None
-    if kernels.backend(part.ids.device) == "triton" and plain:
-        work = executor.work_dtype(planner)                               # the head's product as autocast would do it
-        with executor.autocast(planner):
-            hidden = executor.token_hidden(planner, part.ids, part.at)                         # (m, H)
-        return kernels.linear_grpo_loss(hidden.to(work), head.weight.to(work), *rows, **settings)
-    with executor.autocast(planner):
-        logits = executor.token_logits(planner, part.ids, part.at)
-    return kernels.grpo_loss(logits, *rows, inplace=True, **settings)
 
 
 def mean(values) -> float | None:
@@ -810,7 +861,8 @@ def append_jsonl(path: Path, records: list[dict]) -> None:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Settings of `python tracelift.py evaluate`. Lengths and temperatures are those that a planner was trained with."""
+    """Settings of `python tracelift.py evaluate`. Lengths, and the executor's temperature, are those that a planner was
+    trained with."""
     run_dir: str = knob("runs/tiny-math", "run folder", affects_result=False)
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one", affects_result=False)
     seed: int = knob(0, "of the sampling", low=0)
@@ -866,6 +918,8 @@ def evaluate(s: EvalSettings) -> dict[str, dict]:
         known = read_results(folder, asked)
         if known is None:
             frozen = frozen_executor(model, tokenizer, replace(how, seed=s.seed))
+            for problems in splits.values():
+                check_lengths(problems, who_reads(model, tokenizer, frozen, how))
             rows = {}
             if folder.name == "base":
                 rows["no trace"] = {f"{name} T=0": success_of(frozen, problems, None, name)
@@ -910,6 +964,8 @@ def evaluate_planner(folder, base: str, splits: dict[str, list[Problem]], frozen
                      seed: int) -> dict:
     """Measures one planner on every split, greedy and at temperature 1."""
     planner, tokenizer = load_planner(folder, base, frozen.model.device)
+    for problems in splits.values():
+        check_lengths(problems, who_reads(planner, tokenizer, frozen, how))
     limit = executor.cache_tokens(planner, how.max_cache_gib)
     found = {}
     for split, problems in splits.items():
@@ -1004,7 +1060,7 @@ def inspect(s: InspectSettings) -> str:
 
     lines = [f"problem      {problem.problem}", f"reference    {problem.reference_reasoning}"]
     lines += [f"no trace     {show(run)}" for run in frozen.run([problem], None, usual.repeats)[0]]
-    lines[-1] += "    [Executor.baseline]"
+    lines[-1] += "    [Executor.run, verify]"
     for i, (trace, r) in enumerate(zip(batch.traces, rewards)):
         labels = ", ".join(f"{name} {label:.1f}" for name, label in zip(rm.dimension_names, dimensions[i]))
         lines += ["", f"trace {i}      {trace}"]
@@ -1285,6 +1341,8 @@ def learn_interventions(s: IntSettings, run_dir: Path, work: Path) -> None:
     planner, tokenizer = executor.load(base, device, torch.float32)
     executor.check_head(planner)
     frozen = frozen_executor(*executor.load(base, device), s)
+    readers = who_reads(planner, tokenizer, frozen, s, traces=2)          # a beginning, and what continues it
+    check_lengths(problems, [*readers, replace(readers[0], text_of=lambda p: data.intervention_prompt(p, ""))])
     if (work / "int.json").exists():                                      # a stopped stage: only fine-tuning is missing
         report = json.loads((work / "int.json").read_text())
         records = [json.loads(line) for line in (work / "interventions.jsonl").read_text().splitlines()]

@@ -1,37 +1,44 @@
 """Did it come out right?  The verifier of TraceLift: final answers of word problems, and programs against tests.
 
     extract_answer, math_equal     the last marked answer of a text, compared as an exact value
-    extract_code                   the last fenced block of a completion
+    code_blocks, extract_code      the fenced blocks of a completion that may be its program; the likeliest one
+    check_tests                    refuses tests that cannot be judged, when a problem enters
     run_programs, exec_score       programs run in throw-away processes -> Verdict -> reward
     layers                         which walls of the sandbox this machine gives
 
-    python verify.py PROGRAM.py TESTS.json | probe | bench        standard library only; programs need Linux
+    python verify.py PROGRAM.py TESTS.json | probe        standard library only; programs need Linux on x86_64
 
-In RL the verifier is the reward, and what it wrongly accepts is what the planner learns.  So nothing that a program
-says about itself is believed, only values count:
+In RL the verifier is the reward, and what it wrongly accepts is what the planner learns.  Who trusts whom:
 
-    trainer --- descriptors: program, stdin, stdout ---> helper --- fork ---> program        stdin tests: see below
-       `------- descriptors: program, asserts, report -> helper --- fork ---> program <-values-> judge    all asserts
+    trainer     starts helpers, decides         <- believes numbers and bytes: exit status, CPU time, stdout, the judge
+      |  ^       compares stdout with outputs
+      |  |  descriptors of nameless files: blocks, stdin, outputs, asserts, report
+      v  |
+    helper      clean, warm interpreter, forks  <- believed by the trainer; never reads those files
+      |   `------------.
+      v                v
+    program <-JSON-> judge                      <- the judge believes of the program only plain values
+    behind walls     behind the same walls, holds the asserts and no code of the program
 
-The helper is a clean, warm interpreter (no torch, a bare environment) that stays alive between calls; the trainer, with
-its gigabytes, threads and CUDA, never forks.  The helper passes descriptors on and never reads them, so neither it nor
-a program forked from it ever held an expected value: there is nothing to steal.  After a stdin test the trainer
-compares stdout.  Several of them are played in one process first; unless all pass there, each gets a process of its
-own, and only that counts.  Asserts run in the judge, a second sandboxed process that holds no code of the program: it
-sends each call's arguments over and gets plain values back, as JSON, so an __eq__ that always agrees, an int subclass,
-a patched builtin do not arrive there.  A pass needs right values and a normal end; there is no marker to forge.
+The trainer, with its gigabytes, threads and CUDA, never forks.  Neither a helper nor a program forked from it ever
+holds an expected value: there is nothing to steal, and no marker to forge; a pass needs right values and a normal end.
+Several stdin tests are played in one process first, each with an output file of its own (_run_stdin says what that
+decides).  The judge calls the program's functions, objects and methods by name; arguments and results cross as JSON.
+Plain values arrive as such (None, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, deque,
+Decimal, Fraction, datetime; subclasses as their base, iterators as iterators), lists, dicts, sets and deques that a call
+changed come back changed, and an object stays where it is: the judge has its number, can call it and read or set its
+attributes, and refuses to compare it, so that an __eq__ that always agrees is never asked.
 
 Threat model: programs written by a language model under reward pressure.  Stopped, by the LAYERS below: reading or
 changing the user's files, environment and processes, signals, network, new processes, what outlives a run, floods of
 output, memory, CPU and wall time.  A kernel without a layer runs with fewer, and says so on stderr.  NOT stopped: bugs
 of the kernel, timing channels, reading the files of Python and of /usr/lib; a program may say that it failed when it
-did not, and see the inputs of all its stdin tests.  Honest programs that need processes, sockets or more than 16 MB of
-files are refused these, too.
+did not, and see the inputs of all its stdin tests.  Honest programs that need processes, sockets, more than 16 MB of
+files or anything beyond the standard library are refused these, too.
 
-Not checkable by asserts, because only plain values cross (None, bool, int, float, complex, str, bytes, list, tuple,
-dict, set, frozenset; their subclasses and iterators as such): comparisons of the program's own objects, and changes
-that it makes to its arguments, fail for every program; functions as arguments raise ValueError.  Helpers that a test
-takes from the program (HumanEval/32 calls its `poly`) are what the program makes them.
+Not checkable by asserts: whether two objects of the program are equal or of a class of it, and its own exception
+classes; functions as arguments raise ValueError.  Helpers that a test takes from the program (HumanEval/32 calls its
+`poly`) are what the program makes them.
 """
 from __future__ import annotations
 
@@ -94,19 +101,21 @@ _NUMBER = re.compile(rf"(?<![\^_0-9.])(?<!\^-)(?:(?<![\w)\]}}])([-+])(\s*))?(?:(
 
 # Words beside a number are its unit if they are ordinary words of three letters or more, or among the short ones below.
 # Those of _NOT_UNITS, Greek letters and products of letters make another number of it, and then it is none.
-_NOT_UNITS = set("""hundred thousand million billion trillion quadrillion lakh crore bn mn tn bil mil mio grand myriad
+_NOT_UNITS = set("""hundred thousand million billion trillion quadrillion lakh crore bn mn tn bil mil mio myriad
     dozen gross half halve third quarter fourth fifth sixth seventh eighth ninth tenth eleventh twelfth twentieth
-    hundredth thousandth millionth billionth squared cubed factorial times power root reciprocal inverse divided
-    multiplied plus minus over or not pi sqrt sin cos tan log ln exp mod choose infinity infinite negative below zero
-    basis maybe perhaps possibly probably but otherwise except either neither nor without approximately approx roughly
-    wrong incorrect undefined double triple twice thrice about around nearly almost under than least most between isn
-    alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron rho sigma tau upsilon phi chi psi
-    omega""".split())
+    thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth thirtieth fortieth fiftieth sixtieth
+    hundredth thousandth millionth billionth squared cubed factorial power root reciprocal inverse divided multiplied
+    plus minus or not pi sqrt sin cos tan log ln exp mod choose infinity infinite negative below zero basis maybe
+    perhaps possibly probably but otherwise except either neither nor without approximately approx roughly wrong
+    incorrect undefined double triple twice thrice least most isn doesn wasn cannot never alpha beta gamma delta epsilon zeta eta theta iota
+    kappa lambda mu nu xi omicron rho sigma tau upsilon phi chi psi omega""".split())
+_HEDGES = set("about around nearly almost over under than between within".split())  # before a number
 _LETTER_UNITS = set("m s g h L l".split())                  # alone, after a space; another letter may be a variable
 _JOINED_UNITS = set("mm cm km mg kg ml mL in ft lb lbs oz hr hrs min mins sec mph kmh am pm".split())  # 5cm
-_SHORT_WORDS = _JOINED_UNITS | set("""kph rpm pcs yd yds mi sq cu gb mb kb tb ms ns kw kj kn mw hz rs usd eur gbp inr cny
-    jpy pt pts qt gal yr yrs tbsp tsp bc ad ce is he we it of in on at by as an so if us to no be do go per the and she
-    her his they there this that""".split())
+_SMALL_WORDS = set("""ce is he we it of in on at by as an so if us to no be do go per the and she her his they there this
+    that""".split())
+_SHORT_WORDS = _JOINED_UNITS | _SMALL_WORDS | set("""kph rpm pcs yd yds mi sq cu gb mb kb tb ms ns kw kj kn mw hz rs usd
+    eur gbp inr cny jpy kgs kms mls cds dvds tvs pt pts qt gal yr yrs tbsp tsp bc ad""".split())
 _PRODUCT = re.compile(r"[a-d]+|[h-n]+|[p-t]+|[u-z]+|[^aeiouy]+")  # abc, xyz: three letters, yet no word
 _CJK_NUMBER = re.compile(r"[十百千万萬亿億兆半打负負천만억](?![克米])")
 _WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*(?:\^-?[1-3])?[!?]?")
@@ -176,6 +185,8 @@ _TYPOGRAPHY = _rules(r"""
     ¾ => ␣3/4␣
     ⅕ => ␣1/5␣
     ⅛ => ␣1/8␣
+    \b([ap])\.\s?m\b => \1m
+    (?:^|\s)~\s?(?=\$?[0-9]) => ␣≈
     ㎝ => cm
     ㎞ => km
     ㎏ => kg
@@ -204,6 +215,8 @@ _TYPOGRAPHY = _rules(r"""
     \\neq?(?![a-z])|!= => ≠
     \\lt(?![a-z]) => <
     \\gt(?![a-z]) => >
+    \\(?:emptyset|varnothing)(?![a-z]) => ∅
+    \\angle(?![a-z]) => ∠
     \\(?:times|cdot)(?![a-z]) => *
     \\cup(?![a-z]) => ∪
     \\cap(?![a-z]) => ∩
@@ -266,9 +279,9 @@ def _last_number(line: str) -> str | None:
         return line[numbers[0].start():end]
     chunk = start - len(re.split(r"[\s=]|(?<![\w√\]])\(", line[:start])[-1])
     clause = re.split(r"[.;!?)](?:\s|$)|,\s|[。，；！？]", line[end:], maxsplit=1)[0]
-    phrase = line[chunk:end] + clause
-    before = " ".join(line[:chunk].split()[-3:])
-    if _NOT_UNITS & _words(before):
+    phrase = line[chunk:end] + re.match(r"\S*(?:\s+\S+){0,2}", clause).group()
+    before = " ".join(line[:chunk].split()[-2:])
+    if (_NOT_UNITS | _HEDGES) & _words(before):
         return f"{before} {phrase}"
     return numbers[-1].group().strip() if _phrase(phrase) else phrase
 
@@ -329,7 +342,7 @@ def _marked(text: str) -> tuple[str | None, bool]:
         line, _, below = text[match.end():match.end() + MAX_ANSWER + 1].partition("\n")
         line = _LABEL.sub("", _END.split(_DASH.sub(r"\1 ", line), maxsplit=1)[0]).strip(" \t\r*`_")
         formula = re.fullmatch(r"([^0-9$]*)\$([^$]+)\$([^0-9$]*)", line)
-        if formula and not _NOT_UNITS & _words(formula[1]):
+        if formula and not (_NOT_UNITS | _HEDGES) & _words(formula[1]):
             return formula[2] + formula[3], cut
         if re.search(r"[0-9½⅓¼√π∞=]|\\(?!text|math|mbox)[A-Za-z]", line) or _OPTION.fullmatch(line.strip(" $\\()*.")):
             return line, cut
@@ -419,7 +432,7 @@ def _equation(text: str, depth: int) -> _Answer | None:
     if not others or re.search("[<>≤≥≠≈]", text):
         return None
     name = _as_text(first)
-    named = re.fullmatch(r"[^\W\d_][\w' ]*(?:\([^()=]*\))?(?:\+[^\W\d_]\w*)*|\([^\W\d](?:,[^\W\d])*\)|", name)
+    named = re.fullmatch(r"∠?[^\W\d_][\w' ]*(?:\([^()=]*\))?(?:\+[^\W\d_]\w*)*|\([^\W\d](?:,[^\W\d])*\)|", name)
     arithmetic = re.fullmatch(r"(?:[0-9\s.,+*/()%÷-]|x(?= ?[0-9]))*", re.sub(r"[A-Za-z]{3,}", "", name))
     last = _value(others[-1], depth + 1) if named or arithmetic else None
     return last and last._replace(name=name if named else "")
@@ -461,14 +474,17 @@ def _phrase(text: str) -> _Answer | None:
     # x3, f(3; "x 3"; "Total - 3", where the dash is no minus sign
     if re.search(r"[\w^/()\[]$|\^", lead) or before and (number[2] or before[-1] not in "aI" and len(before[-1]) == 1):
         return None
-    if not _are_units([word for word in before if len(word) > 1]):
+    if _HEDGES & _words(lead) or not _are_units([word for word in before if len(word) > 1]):
         return None
     joined = re.match(r"[A-Za-z]+", after)  # 2x is no number
     if joined and joined.group() not in _JOINED_UNITS or re.match(r"[(\[^_'\"]|\.\S", after):
         return None
     unit, _, remark = after.partition(",")
-    units, others = (re.findall(r"[^\s,.:;()\"/]+", part) for part in (unit, remark))
-    if not _are_units([word for word in units + others if word != "-"]):
+    units, others = (re.findall(r"[^\s,.:;()\"/]*[^\s,.:;()\"/-][^\s,.:;()\"/]*", part) for part in (unit, remark))
+    found = units + others
+    if not _are_units([word for word in found if word != "a" or len(found) == 1]):
+        return None
+    if not before and after.strip() in _SMALL_WORDS - _JOINED_UNITS:  # 2 as: a product, no unit
         return None
     words = {word.casefold() for word in before + others} - {"usd", "us", "eur", "gbp", "inr", "cny", "jpy", "rs"}
     return _Answer(value, words=frozenset(words))
@@ -1249,8 +1265,9 @@ def _check_asserts(source: str, job: dict) -> None:
 
     def ask(what: str, target, *rest):
         nonlocal said
-        requests.write(json.dumps(_encode([what, target, *rest])).encode() + b"\n")
+        request = json.dumps(_encode([what, target, *rest])).encode() + b"\n"
         try:
+            requests.write(request)
             requests.flush()
             line = replies.readline(_MAX_VALUE)
         except OSError:
@@ -1291,17 +1308,18 @@ def _check_asserts(source: str, job: dict) -> None:
 
 
 def _evaluate(text: str, *_):
-    """eval for what a program returned: literals, containers and arithmetic of bounded size."""
-    tree = ast.parse(text[:10_000].strip(), mode="eval")
-    numbers = (ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop)
-    powers = 0
-    for node in ast.walk(tree):
-        inside = numbers if isinstance(node, (ast.BinOp, ast.UnaryOp)) else (*numbers, ast.List, ast.Tuple, ast.Set, ast.Dict)
-        powers += isinstance(node, (ast.Pow, ast.LShift))
-        for child in ast.iter_child_nodes(node):
-            large = isinstance(getattr(child, "value", 0), (str, bytes)) or powers and getattr(child, "value", 0) > 1000
-            if not isinstance(child, (*inside, ast.expr_context)) or inside is numbers and large or powers > 1:
-                raise ValueError(f"{text[:80]!r} is more than a value")
+    """eval for what a program returned: literals, containers and arithmetic of bounded size, else ValueError."""
+    tree = ast.parse(text.strip(), mode="eval")
+    nodes = list(ast.walk(tree))
+    arithmetic = (ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop)
+    containers = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.expr_context)
+    operations = [node for node in nodes if isinstance(node, arithmetic)]
+    operands = [operand for node in operations for operand in ast.iter_child_nodes(node)]
+    powers = [node for node in operations if isinstance(getattr(node, "op", None), (ast.Pow, ast.LShift))]
+    bounded = all(isinstance(node, arithmetic) or type(getattr(node, "value", "")) in (int, float) for node in operands)
+    bounded = bounded and len(powers) < 2 and all(abs(getattr(node.right, "value", 1001)) <= 1000 for node in powers)
+    if not bounded or not all(isinstance(node, arithmetic + containers) for node in nodes):
+        raise ValueError(f"{text[:80]!r} is more than a value")
     return eval(compile(tree, "<value>", "eval"), {"__builtins__": {}})
 
 
@@ -1373,14 +1391,9 @@ def _encode(value, kept: dict | None = None):
     for kind in (tuple, set, frozenset, collections.deque):
         if isinstance(value, kind):
             return {kind.__name__: [_encode(item, kept) for item in value]}
-    for kind in (decimal.Decimal, Fraction):
+    for kind in _EXACT:
         if isinstance(value, kind):
-            return {kind.__name__: str(value)}
-    for kind in (datetime.datetime, datetime.date, datetime.time):
-        if isinstance(value, kind):
-            return {kind.__name__: value.isoformat()}
-    if isinstance(value, datetime.timedelta):
-        return {"timedelta": [value.days, value.seconds, value.microseconds]}
+            return {kind.__name__: [_encode(part, kept) for part in kind.__reduce__(value)[1]]}
     if type(value) is _Object:
         return {"object": value._number}
     lazy = hasattr(type(value), "__iter__") and not isinstance(value, type)
@@ -1394,11 +1407,11 @@ def _encode(value, kept: dict | None = None):
     raise error(f"a {type(value).__name__} as an argument is not a plain value")
 
 
-_MAKE = {"int": lambda text: int(text, 16), "complex": lambda parts: complex(*parts), "bytes": bytes.fromhex,
-         "timedelta": lambda parts: datetime.timedelta(*parts), "datetime": datetime.datetime.fromisoformat,
-         "date": datetime.date.fromisoformat, "time": datetime.time.fromisoformat, "Decimal": decimal.Decimal,
-         "Fraction": Fraction, "dict": dict, "tuple": tuple, "set": set, "frozenset": frozenset,
-         "deque": collections.deque, "iter": iter}
+# Kinds that are made again from the arguments that they give to pickle.
+_EXACT = (decimal.Decimal, Fraction, datetime.datetime, datetime.date, datetime.time, datetime.timedelta)
+_MAKE = {kind.__name__: kind for kind in (dict, tuple, set, frozenset, collections.deque)}
+_MAKE |= {kind.__name__: lambda parts, kind=kind: kind(*parts) for kind in (complex, *_EXACT)}
+_MAKE |= {"int": lambda text: int(text, 16), "bytes": bytes.fromhex, "iter": iter}
 
 
 def _decode(line: bytes, find):

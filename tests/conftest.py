@@ -15,9 +15,9 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    """Long tests run with `-m slow` only. A call of ours that a library is about to drop is a failure."""
+    """Long tests run with `-m slow` only. A call that a library is about to drop fails the test that makes it."""
     config.addinivalue_line("markers", "slow: minutes, not seconds; run with -m slow")
-    config.addinivalue_line("filterwarnings", "error::FutureWarning:(data|executor|rm|tracelift|verify|kernels).*")
+    config.addinivalue_line("filterwarnings", "error::FutureWarning")
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
 

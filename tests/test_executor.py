@@ -659,13 +659,14 @@ def test_a_router_that_is_noisy_in_training_is_refused():
         executor.enable_checkpointing(tiny_of("phimoe", num_key_value_heads=4, router_jitter_noise=0.3, input_jitter_noise=0.3))
 
 
-def test_finetune_under_autocast(words):
+def test_finetune_under_autocast(words, monkeypatch):
     """The weights stay float32, the loss is nearly the same."""
     sequences, losses = [base_sequence(words, EXAMPLE)] * 2, []
-    for dtype in (None, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(executor, "work_dtype", lambda model: dtype)
         torch.manual_seed(0)
         model = executor.tiny_model(len(words), 16, 1)
-        losses.append(finetune(model, sequences, epochs=3, batch_size=1, learning_rate=1e-3, warmup=1, seed=0, pad_id=0, autocast=dtype))
+        losses.append(finetune(model, sequences, epochs=3, batch_size=1, learning_rate=1e-3, warmup=1, seed=0, pad_id=0))
         assert model.dtype == torch.float32
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
 

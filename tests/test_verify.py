@@ -175,7 +175,7 @@ def test_spellings_and_units_that_mean_the_same(prediction, reference):
     ('2x=10', '10'), ('x^2=9', '9'), ('1/2x', '1/2'), ('5!', '5'), ('5 squared', '5'), ('-5', '5'), ('3k', '3'),
     ('3M', '3'), ('3 K', '3'), ('half of 12', '12'), ('12 and a half', '12'), ('x\\frac{-1}{2}', 'x-1/2'),
     ('2^{\\frac12}', '2^1/2'), ('x^21', 'x^2 1'), ('2i', '2'), ('3+4i', '3'), ('1:2', '12'), ('3rd', '3'),
-    ('1st', '1'), ('12e', '12'), ('0x10', '16'), ('5 feet 3 inches', '5'), ('5 times', '5'), ('1 in 5', '5'),
+    ('1st', '1'), ('12e', '12'), ('0x10', '16'), ('5 feet 3 inches', '5'), ('1 in 5', '5'),
     ('1 out of 5', '5'), ('π', '3.14'), ('∞', '-∞'), ('-∞', '\\infty'), ('{1,2}', '1,2'), ('(1,2,3)', '(1,2)'),
     ('{{1,2}}', '\\{1,2\\}'), ('5 percent', '0.05'), ('3 + 4', '7'), ('ab -1', '-1'), ('n = 5k', '5'), ('5n', '5'),
     ('√(16)', '4'), ('x=5 or 6', '5'), ('5 ± 2', '5'), ('5 pm', '5 am'), ('twice 5', '5'), ('minus 5', '5'),
@@ -247,7 +247,7 @@ PIECES = r"""\boxed{ \fbox{ } { \frac \dfrac \sqrt [ ] ( ) ^ _ 12 3.5 1,234 - ##
     - {,} € \, dozen 999999999999""".split() + [" ", "\n", "answer is ", "Answer: ", "Step 2:", "\ud800", "\0"]
 
 
-@pytest.mark.parametrize("count", [1500, pytest.param(60_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [500, pytest.param(60_000, marks=pytest.mark.slow)])
 def test_fuzzed_texts(count):
     rng = random.Random(count)
     for _ in range(count):
@@ -682,8 +682,8 @@ NODE = "class Node:\n    def __init__(self, val, next=None): self.val, self.next
     ("class R:\n    def rotate(self, m: List[List[int]]) -> None: m[:] = [list(r) for r in zip(*m[::-1])]", "m = [[1, 2], [3, 4]]; R().rotate(m); assert m == [[3, 1], [4, 2]]"),
     ("from decimal import Decimal\ndef f(x): return Decimal(x) / 4", "assert f(10) == 2.5 and f(1) == __import__('decimal').Decimal('0.25')"),
     ("from fractions import Fraction\ndef f(x): return Fraction(x, 6)", "from fractions import Fraction\nassert f(3) == Fraction(1, 2) and f(6) == 1"),
-    ("import datetime as d\ndef f(x): return [d.date(2020, 1, x), d.datetime(2020, 1, 2, 3, tzinfo=d.timezone.utc), d.timedelta(days=x), d.time(4)]",
-     "import datetime as d\nassert f(2) == [d.date(2020, 1, 2), d.datetime(2020, 1, 2, 3, tzinfo=d.timezone.utc), d.timedelta(2), d.time(4)]"),
+    ("import datetime as d\ndef f(x): return [d.date(2020, 1, x), d.datetime(2020, 1, 2, 3, 4, 5, 6), d.timedelta(days=x), d.time(4)]",
+     "import datetime as d\nassert f(2) == [d.date(2020, 1, 2), d.datetime(2020, 1, 2, 3, 4, 5, 6), d.timedelta(2), d.time(4)]"),
     ("from collections import deque, namedtuple\nP = namedtuple('P', 'x y')\ndef f(x): return [deque(x), P(1, 2)]",
      "from collections import deque\nassert f([1]) == [deque([1]), (1, 2)]"),
     ("import datetime\ndef f(d): return d.year", "import datetime\nassert f(datetime.date(2021, 5, 6)) == 2021"),
@@ -721,7 +721,7 @@ ANY = "class Any:\n    def __eq__(self, o): return True\n    __ne__ = __lt__ = _
     ("class D:\n    def __init__(self, *a): pass\n    def __str__(self): return '5'\nimport decimal\ndecimal.Decimal = D\ndef f(x): return D()", "assert f(1) == 5"),
     ("import decimal\nclass D(decimal.Decimal):\n    def __eq__(self, o): return True\ndef f(x): return D(3)", "assert f(1) == 5"),
     ("def f(x): return '__import__(\"os\")._exit(0)'", "assert eval(f(1)) == 5"), ("def f(x): return '[c for c in (5,)][0]'", "assert eval(f(1)) == 5"),
-    ("def f(x): return '9 ** 9 ** 9'", "assert eval(f(1)) == 5"), ("def f(x): return '\"a\" * 10 ** 9'", "assert eval(f(1)) == 5"),
+    ("def f(x): return '9 ** 9 ** 9'", "assert eval(f(1)) == 5"), ("def f(x): return '9 ** 99999999'", "assert eval(f(1)) == 5"), ("def f(x): return '\"a\" * 10 ** 9'", "assert eval(f(1)) == 5"),
     ("def f(x): return '(' * 9000 + ')' * 9000", "assert eval(f(1)) == 5"), ("def f(x): return 'x ='", "import ast\nassert ast.literal_eval(f(2)) == [1]"),
     ("def f(x): return 7", "import ast\nassert ast.literal_eval(f(2)) == [1]"), ("def f(x): return None", "assert eval(f(2)) == 5"),
 ], ids=lambda value: value[:50])
@@ -1085,7 +1085,7 @@ def test_keyboard_interrupt_in_the_middle():
     assert python(code) == ["interrupted", "['passed', 'failed_test'] True"]
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.slow)])
 def test_helpers_killed_at_random(count):
     """SIGKILL to a helper or its server now and then: every verdict is right, nothing is left behind."""
     verify._close_all()
