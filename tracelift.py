@@ -492,6 +492,8 @@ def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> None:
     data.compare_made(out, s, inputs)
     done = data.read_settings(out)["steps"]
     refuse_fewer_steps(s, done)
+    if s.steps > done and not (out / "checkpoint.pt").exists():
+        raise UserError(f"{out}: checkpoint.pt is gone, so more steps would begin again; give another --name")
     if s.steps > done:
         if not (out / "checkpoint.pt").exists():
             raise UserError(f"--steps {s.steps}: {out}/checkpoint.pt is gone, so its training cannot go on; give another "
