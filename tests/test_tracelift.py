@@ -782,6 +782,7 @@ def test_a_checkpoint_holds_no_generator(straight):
     assert set(saved) == {"planner", "optimizer", "executor", "state", "logs"}
     assert set(saved["state"]) == {"step", "seconds", "planner_tokens"} and saved["state"]["step"] == 5
     assert set(saved["executor"]) == {"baseline", "spent"} and saved["executor"]["baseline"]
+    assert [group["weight_decay"] for group in saved["optimizer"]["param_groups"]] == [0], "a policy is not shrunk"
     tensors = [x for x in values_in(saved) if torch.is_tensor(x)]
     assert tensors and all(x.is_floating_point() for x in tensors), "the state of a generator is bytes"
 
@@ -1249,7 +1250,8 @@ def test_programs_without_reference_traces(prepared, tmp_path):
     out = train(settings(run_dir, mode="exec_only", steps=1, lora_rank=2))
     assert lines(out)[0]["program_runs"] == 8 and lines(out)[0]["faithful"] is None
     command(tracelift, "evaluate", "--run_dir", run_dir, "--device", "cpu", "--problems", 2)
-    assert {"no trace", "base planner", "exec_only"} <= set(rows_of((run_dir / "results.md").read_text()))
+    rows = set(rows_of((run_dir / "results.md").read_text()))
+    assert {"no trace", "base planner", "exec_only"} <= rows and "reference trace" not in rows
     assert json.loads((out / "results.json").read_text())["rows"][out.name]["heldout T=0"]["success"] == 0
     with pytest.raises(UserError, match="mbpp-train-0.*good and a flawed trace"):
         rm_module.main(["--run_dir", str(run_dir), "--device", "cpu"])
