@@ -1432,8 +1432,6 @@ def check_settings(settings) -> None:
             raise UserError(f"--{f.name} {value!r}: must be above {rule['above']}")
         if isinstance(value, float) and value > 1e12:                  # so that no number of steps exceeds 64 bits
             raise UserError(f"--{f.name} {value!r}: must be at most 1e12")
-        if f.name == "run_dir" and not value.strip():
-            raise UserError("--run_dir '': must name a folder; is a variable empty in your shell?")
 
 
 def parse_settings(cls, argv: list[str], prog: str):
@@ -1446,6 +1444,8 @@ def parse_settings(cls, argv: list[str], prog: str):
         parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar=kind.__name__.upper(), help=reason)
     settings = cls(**vars(parser.parse_args(argv)))
     check_settings(settings)
+    if not settings.run_dir.strip():
+        raise UserError("--run_dir '': must name a folder; is a variable of your shell empty?")
     return settings
 
 

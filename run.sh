@@ -106,7 +106,9 @@ pipeline() {
     set -- "$@" --run_dir "$folder"
     echo "$(date +%T)  python $*" >&3
     echo "$(date +%T)  python $*"
-    "$python" "$@" || { echo "$(date +%T)  failed: python $*" >&3; exit 2; }
+    local status=0
+    "$python" "$@" || status=$?
+    if [ "$status" != 0 ]; then echo "$(date +%T)  failed: python $*" >&3; exit "$status"; fi
   }
 
   case $preset in tiny | smoke) data="$data --task_type $1" ;; esac

@@ -487,12 +487,11 @@ def training_run(s: TrainSettings):
 
 def inputs_of(s: TrainSettings) -> dict[str, str]:
     """Fingerprints of what a training reads: made anew with other settings, it would be another training."""
-    names = ["groups/train.jsonl", "base/base.json"]
+    run_dir, names = Path(s.run_dir), ["base/base.json"]
     if "rm" in REWARDS[s.mode].needs:
-        names.append("rm/config.json")
-        if (Path(s.run_dir) / "rm" / "metrics.json").exists():            # not beside one that was put there
-            names.append("rm/metrics.json")
-    return {name: data.fingerprint(Path(s.run_dir) / name) for name in names}
+        names += ["rm/config.json", "rm/metrics.json"]
+    inputs = {name: data.fingerprint(run_dir / name) for name in names if (run_dir / name).exists()}
+    return {"groups/train.jsonl": data.fingerprint(run_dir / "groups" / "train.jsonl"), **inputs}
 
 
 def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> None:
