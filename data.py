@@ -1512,7 +1512,7 @@ def write_atomic(path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = text.encode("utf-8")  # may raise, so before there is a file
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+    with naming(path), tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
         try:
             f.write(content)
             f.flush()
@@ -1522,6 +1522,17 @@ def write_atomic(path, text: str) -> None:
         except BaseException:
             os.unlink(f.name)
             raise
+
+
+@contextmanager
+def naming(path):
+    """Errors of the system inside name this file; that of a full disk, for one, names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager

@@ -467,9 +467,18 @@ def training_run(s: TrainSettings):
     """A training, begun or continued; without steps where its planner is there already. Saved when the block ends."""
     check_train(s)
     inputs = inputs_of(s)
-    reopen(planner_folder(s), s, inputs)
-    with data.stage_folder(planner_folder(s), s, inputs) as work:
-        run = TrainingRun(s, work)
+    out = planner_folder(s)
+    finished = reopen(out, s, inputs)
+    with data.stage_folder(out, s, inputs) as work:
+        try:
+            run = TrainingRun(s, work)
+        except BaseException:
+            if finished:                                                  # it cannot go on: it stays what it was
+                data.write_atomic(work / "settings.json", finished)
+                os.replace(work, out)
+            raise
+        if finished:
+            (work / "results.json").unlink(missing_ok=True)
         try:
             yield run
             if work is not None:
@@ -479,7 +488,7 @@ def training_run(s: TrainSettings):
         except FloatingPointError as error:
             # What can no longer be computed is the planner: all else is as it was when it was loaded and tried.
             diverged = "logits" in str(error) and run.state["step"] > 0
-            why = f"step {run.state['step']}: the planner's logits are not finite; {executor.DIVERGED}"
+            why = f"after step {run.state['step'] - 1}: the planner's logits are not finite, or all 0; {executor.DIVERGED}"
             raise FloatingPointError(f"{why if diverged else error}; {run.saved()}") from None
         except OSError as error:
             raise OSError(f"{error}; {run.saved()}") from error
@@ -494,10 +503,11 @@ def inputs_of(s: TrainSettings) -> dict[str, str]:
     return {"groups/train.jsonl": data.fingerprint(run_dir / "groups" / "train.jsonl"), **inputs}
 
 
-def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> None:
-    """Makes a finished training, whose last checkpoint is kept, an unfinished one where more steps are asked for."""
+def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> str:
+    """Makes a finished training, whose last checkpoint is kept, an unfinished one where more steps are asked for.
+    Returns the settings.json that it had, "" where it stays as it is."""
     if not out.exists():
-        return
+        return ""
     data.compare_made(out, s, inputs)
     done = data.read_settings(out).get("steps")
     if type(done) is not int:
@@ -507,8 +517,10 @@ def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> None:
         if not (out / "checkpoint.pt").exists():
             raise UserError(f"--steps {s.steps}: {out}/checkpoint.pt is gone, so its training cannot go on; give another "
                             "--name")
-        (out / "results.json").unlink(missing_ok=True)
+        had = (out / "settings.json").read_text(encoding="utf-8")
         os.replace(out, out.with_name(out.name + ".partial"))
+        return had
+    return ""
 
 
 def refuse_fewer_steps(s: TrainSettings, done: int) -> None:
@@ -673,7 +685,7 @@ class TrainingRun:
                  "logs": logs}
         temporary = self.work / "checkpoint.tmp"
         try:
-            with open(temporary, "wb") as f:
+            with data.naming(temporary), open(temporary, "wb") as f:
                 torch.save(saved, f)
                 f.flush()
                 os.fsync(f.fileno())
@@ -717,7 +729,7 @@ class TrainingRun:
 
     def save_planner(self) -> None:
         """Model and tokenizer as a Hugging Face folder; of a LoRA training merged, and its adapter."""
-        executor.require_finite(self.planner, f"step {self.state['step']}")
+        executor.check_alive(self.planner, f"step {self.state['step'] - 1}")
         with executor.saving(self.work):
             if self.lora:
                 self.lora.save(self.work, self.base)
@@ -867,7 +879,7 @@ def drop_half_line(path: Path) -> None:
 
 def append_jsonl(path: Path, records: list[dict]) -> None:
     """Appends records; a reader of a running training sees whole lines."""
-    with open(path, "a", encoding="utf-8") as f:
+    with data.naming(path), open(path, "a", encoding="utf-8") as f:
         f.write("".join(json.dumps(r) + "\n" for r in records))
 
 
@@ -1426,6 +1438,8 @@ def read_interventions(work: Path) -> tuple[dict, list[dict]]:
         records = data.read_records(work / "interventions.jsonl", wanted) if report["failed_traces"] else []
     except UserError as error:
         raise UserError(f"{error}; {mend}") from None
+    if len(records) != report["failed_traces"]:
+        raise UserError(f"{work}/interventions.jsonl: {len(records)} of {report['failed_traces']} lines are there; {mend}")
     return report, [record for _, record in records]
 
 
