@@ -1450,9 +1450,9 @@ def parse_settings(cls, argv: list[str], prog: str):
 
 
 def run_command(main, argv=None) -> None:
-    """Runs `main(argv)`. A mistake of the user, a full disk, numbers that are not finite, too little memory or a sandbox
-    that cannot start become one line on stderr and exit code 2; SIGTERM and Ctrl-C end it like an error, so that nothing
-    is left half done, with exit code 130."""
+    """Runs `main(argv)`. A mistake of the user, a full disk, numbers that are not finite, too little memory or a
+    sandbox that cannot start become one line on stderr and exit code 2; SIGTERM and Ctrl-C end it like an error, so that
+    nothing is left half done, with exit code 130."""
     _stop_on_signals()
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -1476,8 +1476,8 @@ def run_command(main, argv=None) -> None:
 
 
 def _stop_on_signals() -> None:
-    """SIGTERM and Ctrl-C raise KeyboardInterrupt, once: a second one would end what the first began to put in order. A
-    Ctrl-C that the shell wants ignored (a job in the background) stays ignored."""
+    """SIGTERM and Ctrl-C raise KeyboardInterrupt, once: a second one would end what the first began to put in order.
+    A Ctrl-C that the shell wants ignored (a job in the background) stays ignored."""
     def stop(*_):
         for number in caught:
             signal.signal(number, signal.SIG_IGN)
@@ -1661,6 +1661,12 @@ def fingerprint(path) -> str:
         content = file.read_bytes()
         total.update(f"{file.name} {len(content)}\n".encode() + content)
     return total.hexdigest()
+
+
+def fingerprints(run_dir, *names: str) -> dict[str, str]:
+    """The `inputs` of a stage: {name: `fingerprint`} of these files of a run. One that is missing is left out: whoever
+    reads it says so better."""
+    return {name: fingerprint(Path(run_dir) / name) for name in names if (Path(run_dir) / name).is_file()}
 
 
 def environment() -> dict:

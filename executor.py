@@ -832,7 +832,7 @@ def set_template_arguments(tokenizer, arguments: dict) -> None:
     """Puts arguments into the chat template itself, so that every prompt has them, and planners are saved with them."""
     for name, value in arguments.items():
         assignment = "{%- set " + f"{name} = {json.dumps(value)}" + " %}"
-        if assignment not in tokenizer.chat_template:
+        if isinstance(tokenizer.chat_template, str) and assignment not in tokenizer.chat_template:
             tokenizer.chat_template = assignment + tokenizer.chat_template
 
 
@@ -1060,9 +1060,11 @@ def template_arguments(s: BaseSettings) -> dict:
         return {}
     flag = f"--chat_template_kwargs {s.chat_template_kwargs}"
     try:
-        arguments = dict(json.loads(s.chat_template_kwargs))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{flag}: no JSON object ({error}); give it as '{{\"enable_thinking\": false}}'") from None
+        arguments = json.loads(s.chat_template_kwargs)
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise UserError(f"{flag}: no JSON object; give it as '{{\"enable_thinking\": false}}'")
     template = load_tokenizer(s.model).chat_template if s.model else None
     for name, value in arguments.items():
         if type(value) not in (bool, int, float, str) or not name.isidentifier():
@@ -1105,8 +1107,7 @@ def main(argv) -> None:
     """The command: the base model of a run, trained or checked, and what its executor can do."""
     s = data.parse_settings(BaseSettings, argv, "executor.py")
     base = Path(s.run_dir) / "base"
-    inputs = {"groups/heldout.jsonl": data.fingerprint(Path(s.run_dir) / "groups" / "heldout.jsonl")}
-    with data.stage_folder(base, s, inputs) as folder:
+    with data.stage_folder(base, s, data.fingerprints(s.run_dir, "groups/heldout.jsonl")) as folder:
         if folder is not None:
             make_base(s, folder)
     record = data.read_json(base / "base.json", f"delete {base} and give the same command again", "model", "problems",

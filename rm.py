@@ -346,7 +346,7 @@ def main(argv) -> None:
     if (out / "config.json").exists() and not (out / "settings.json").exists():
         print(f"{out}: a reward model that was put there, not trained here; it is used as it is")
         return
-    inputs = {"groups/train.jsonl": data.fingerprint(Path(s.run_dir) / "groups" / "train.jsonl")}
+    inputs = data.fingerprints(s.run_dir, "groups/train.jsonl", "groups/heldout.jsonl", "base/base.json")
     with data.stage_folder(out, s, inputs) as work:
         if work is not None:
             train_reward_model(s, work)

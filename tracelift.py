@@ -488,19 +488,22 @@ def training_run(s: TrainSettings):
         except FloatingPointError as error:
             # What can no longer be computed is the planner: all else is as it was when it was loaded and tried.
             diverged = "logits" in str(error) and run.state["step"] > 0
-            why = f"after step {run.state['step'] - 1}: the planner's logits are not finite, or all 0; {executor.DIVERGED}"
-            raise FloatingPointError(f"{why if diverged else error}; {run.saved()}") from None
+            if diverged:
+                error = f"after step {run.state['step'] - 1}: the planner's logits are not finite; {executor.DIVERGED}"
+            raise FloatingPointError(f"{error}; {run.saved()}") from None
         except OSError as error:
             raise OSError(f"{error}; {run.saved()}") from error
 
 
 def inputs_of(s: TrainSettings) -> dict[str, str]:
     """Fingerprints of what a training reads: made anew with other settings, it would be another training."""
-    run_dir, names = Path(s.run_dir), ["base/base.json"]
+    names = ["groups/train.jsonl", "base/base.json"]
     if "rm" in REWARDS[s.mode].needs:
-        names += ["rm/config.json", "rm/metrics.json"]
-    inputs = {name: data.fingerprint(run_dir / name) for name in names if (run_dir / name).exists()}
-    return {"groups/train.jsonl": data.fingerprint(run_dir / "groups" / "train.jsonl"), **inputs}
+        names += ["rm/config.json", "rm/metrics.json"]                    # none beside one that was put there
+    inputs = data.fingerprints(s.run_dir, *names)
+    if s.init and (Path(s.init) / "settings.json").is_file():
+        inputs["--init"] = data.fingerprint(Path(s.init) / "settings.json")
+    return inputs
 
 
 def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> str:
@@ -515,8 +518,8 @@ def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> str:
     refuse_fewer_steps(s, done)
     if s.steps > done:
         if not (out / "checkpoint.pt").exists():
-            raise UserError(f"--steps {s.steps}: {out}/checkpoint.pt is gone, so its training cannot go on; give another "
-                            "--name")
+            raise UserError(f"--steps {s.steps}: {out}/checkpoint.pt is gone, so its training cannot go on; give "
+                            "another --name")
         had = (out / "settings.json").read_text(encoding="utf-8")
         os.replace(out, out.with_name(out.name + ".partial"))
         return had
@@ -950,8 +953,7 @@ def evaluate(s: EvalSettings) -> dict[str, dict]:
         data.read_settings(folder)                                        # without them nobody knows how it was trained
     sampling = sampling_settings(planners[0] if planners else run_dir)
     model, tokenizer = executor.load_for(run_dir, base, device)
-    read = {f"groups/{split}.jsonl": data.fingerprint(run_dir / "groups" / f"{split}.jsonl") for split in splits}
-    read["base/base.json"] = data.fingerprint(run_dir / "base" / "base.json")
+    read = data.fingerprints(run_dir, *(f"groups/{split}.jsonl" for split in splits), "base/base.json")
     results = {}
     for folder in tqdm([run_dir / "base", *sorted(run_dir.glob("int")), *planners], desc="evaluate"):
         how = sampling if folder.name == "base" else sampling_settings(folder)
@@ -970,7 +972,8 @@ def evaluate(s: EvalSettings) -> dict[str, dict]:
                         f"{name} T=0": success_of(frozen, problems, [p.reference_reasoning for p in problems], name)
                         for name, problems in splits.items()}
             name = {"base": "base planner", "int": "InT"}.get(folder.name, folder.name)
-            rows[name] = evaluate_planner(base if folder.name == "base" else folder, run_dir, splits, frozen, how, s.seed)
+            own = base if folder.name == "base" else folder
+            rows[name] = evaluate_planner(own, run_dir, splits, frozen, how, s.seed)
             if folder in planners:
                 rows[name]["cost"] = training_cost(folder / "metrics.jsonl")
             known = {"settings": asked, "rows": rows}
@@ -1386,7 +1389,7 @@ def intervene(s: IntSettings) -> Path:
     interventions.jsonl, int.json."""
     data.check_settings(s)
     run_dir = Path(s.run_dir)
-    inputs = {"groups/train.jsonl": data.fingerprint(run_dir / "groups" / "train.jsonl")}
+    inputs = data.fingerprints(run_dir, "groups/train.jsonl", "base/base.json")
     with data.stage_folder(run_dir / "int", s, inputs) as work:
         if work is not None:
             learn_interventions(s, run_dir, work)

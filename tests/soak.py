@@ -4,11 +4,10 @@
 
 Each start trains a toy planner for 20 steps, with checkpoints every 3, and is ended after a random time by one of:
 SIGKILL, SIGTERM, SIGINT, a full disk, a log that lost its end (SIGKILL and a truncated metrics.jsonl, as after a power
-cut). A start that gets through before it is
-stopped does not count as one of --starts. Its planner is compared with one that was never stopped, and a new one is begun. Of logs that lost
-lines, only the lines that are there are compared. Fails at the first traceback, difference, wrong exit status, ending
-without its one line, or loss of more than the steps since the last checkpoint. What a start says goes to a file outside
-of the small disk, which is full at times.
+cut). One that gets through before that does not count as one of --starts; its planner is compared with one that was
+never stopped, and a new one is begun. Of logs that lost lines, only the lines that are there are compared. Fails at the
+first traceback, difference, wrong exit status, ending without its one line, or loss of more than the steps since the
+last checkpoint. What a start says goes to a file outside of the small disk, which is full at times.
 """
 import argparse
 import contextlib
@@ -22,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
 import executor  # noqa: E402
@@ -60,6 +61,7 @@ def start(run_dir: Path, said: Path) -> int:
         return pid
     code = 99                                                             # whatever is no SystemExit
     signal.signal(signal.SIGINT, signal.SIG_DFL)                          # until the command says what it does
+    tqdm.set_lock(threading.RLock())                 # else all starts share one, which a killed start may never give back
     try:
         out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
@@ -105,8 +107,11 @@ def stop(pid: int, kind: str, disk: Path, partial: Path, rng: random.Random) -> 
             while True:
                 f.write(b"0" * 4096)
         status = finish(pid, 120)
-        assert status is not None, "a full disk ends a training, or it ends without one"
         filler.unlink()
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        assert status is not None, "a full disk ends a training, or it ends without one; this one hangs"
         return status
     sent = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.get(kind, signal.SIGKILL)
     os.kill(pid, sent)

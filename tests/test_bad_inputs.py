@@ -1,5 +1,5 @@
-"""Bad inputs, one after the other: flags, files, folders, full disks, signals. Each ends a command with exit code 2 (130
-for signals) and one line that names what is wrong and how to mend it; no traceback, and nothing half written."""
+"""Bad inputs, one after the other: flags, files, folders, full disks, signals. Each ends a command with exit code 2
+(130 for signals) and one line that names what is wrong and how to mend it; no traceback, and nothing half written."""
 import contextlib
 import dataclasses
 import fcntl
@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -28,8 +29,8 @@ SMALL = {
     "data": "--train 6 --heldout 4 --negatives 2",
     "executor": "--device cpu --sequences 48 --hidden 16 --layers 1 --eval_problems 2 --max_answer_tokens 5",
     "rm": "--device cpu --epochs 1 --groups_per_batch 3",
-    "train": "--device cpu --mode rm_only --steps 2 --warmup 1 --problems_per_step 2 --group_size 3 --max_trace_tokens 6 "
-             "--max_answer_tokens 5 --save_every 1",
+    "train": "--device cpu --mode rm_only --steps 2 --warmup 1 --problems_per_step 2 --group_size 3 --max_trace_tokens "
+             "6 --max_answer_tokens 5 --save_every 1",
     "int": "--device cpu --problems 2 --group_size 2 --proposals 2 --repeats 1 --epochs 1 --max_trace_tokens 6 "
            "--max_answer_tokens 5",
     "evaluate": "--device cpu --problems 2",
@@ -88,8 +89,8 @@ def ends(capsys, command: str, argv: list[str], code: int = 2) -> str:
     said = [line.strip() for line in capsys.readouterr().err.replace("\r", "\n").splitlines()]
     assert end.value.code == code, said
     assert not any("Traceback" in line for line in said), said
-    wanted = [line for line in said if line.startswith("stopped" if code == 130 else "error: ") or ".py: error: " in line
-              or ": error: argument" in line or ": error: unrecognized" in line]
+    beginning = re.compile("stopped" if code == 130 else r"error: |[\w. ]+: error: ")              # argparse's own too
+    wanted = [line for line in said if beginning.match(line)]
     assert len(wanted) == 1, said
     return wanted[0]
 
@@ -118,7 +119,8 @@ def check(capsys, command, argv, words, folder: Path, code: int = 2) -> None:
     ("data", "--source groups", ["--data FILE", "--heldout_data FILE"]),
     ("data", "--tests x.jsonl", ["--tests", "--source groups"]),
     ("data", "--source groups --negatives 3 --data a --heldout_data b", ["--negatives", "no effect", "leave it out"]),
-    ("data", "--source groups --data hf://owner --negatives 4 --heldout_data b", ["hf://owner", "hf://datasets/OWNER/NAME"]),
+    ("data", "--source groups --data hf://owner --negatives 4 --heldout_data b",
+     ["hf://owner", "hf://datasets/OWNER/NAME"]),
     ("data", ["--run_dir", ""], ["--run_dir", "name a folder"]),
     ("data", "--negatives 40", ["--negatives", "lower it"]),
     ("executor", "--hidden 20", ["--hidden 20", "multiple of 8"]),
@@ -185,14 +187,19 @@ def flawed(change) -> bytes:
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, ["no such file"]), (b"", ["empty"]), (b"PAR1\x15\x04", ["parquet", "to_json"]), (b"[" * 80000, ["mine.jsonl:1", "nested"]),
+    (None, ["no such file"]), (b"", ["empty"]), (b"PAR1\x15\x04", ["parquet", "to_json"]), (b"[" * 80000,
+                                                                                            ["mine.jsonl:1", "nested"]),
     (b'{"problem_id": %s}' % (b"7" * 5000), ["mine.jsonl:1", "cannot be read"]),
-    (b'{"problem_id": "\\udc80"}', ["mine.jsonl:1", "surrogate"]), (json.dumps(group()).encode() + b'\n{"problem', ["mine.jsonl:2", "not JSON"]),
-    (b'"text"', ["mine.jsonl:1", "must be a JSON object"]), (b'{"problem_id": 4}', ["mine.jsonl:1", "'problem_id' must be a str"]),
+    (b'{"problem_id": "\\udc80"}', ["mine.jsonl:1", "surrogate"]), (json.dumps(group()).encode() + b'\n{"problem',
+                                                                    ["mine.jsonl:2", "not JSON"]),
+    (b'"text"', ["mine.jsonl:1", "must be a JSON object"]), (b'{"problem_id": 4}',
+                                                             ["mine.jsonl:1", "'problem_id' must be a str"]),
     (b"\xe9t\xe9", ["mine.jsonl", "UTF-8"]), (gzip.compress(b'{"a": 1}' * 99)[:30], ["mine.jsonl", "cannot be read"]),
-    (json.dumps(group()).encode() + b"\n" + json.dumps(group(problem="another")).encode(), ["mine.jsonl:2", "problem_id", "unique"]),
+    (json.dumps(group()).encode() + b"\n" + json.dumps(group(problem="another")).encode(),
+     ["mine.jsonl:2", "problem_id", "unique"]),
     (flawed(lambda g: g["positive_pool"][0]["rubric"].update(total=1.5)), ["mine.jsonl:1", "'total'", "0..1"]),
-    (flawed(lambda g: g["negative_bank"][1]["rubric"].update(step_coherence=9)), ["mine.jsonl:1", "step_coherence", "0..4"]),
+    (flawed(lambda g: g["negative_bank"][1]["rubric"].update(step_coherence=9)),
+     ["mine.jsonl:1", "step_coherence", "0..4"]),
     (flawed(lambda g: g.update(negative_bank=3)), ["mine.jsonl:1", "'negative_bank' must be a list"]),
     (flawed(lambda g: g.update(tests=[{"in": 1}])), ["mine.jsonl:1", "'tests'"]),
     (b'{"task_id": "T/1", "canonical_solution": "return 1"}', ["mine.jsonl:1", "prompt"])],
@@ -202,13 +209,15 @@ def test_files_of_groups(tmp_path, capsys, content, words):
     if content is not None:
         path.write_bytes(content)
     (tmp_path / "other.jsonl").write_text(json.dumps(group(problem_id="m9", problem="Something else ?")))
-    argv = ["--source", "groups", "--data", str(path), "--heldout_data", str(tmp_path / "other.jsonl"), "--run_dir", str(tmp_path / "run")]
+    argv = ["--source", "groups", "--data", str(path), "--heldout_data", str(tmp_path / "other.jsonl"), "--run_dir",
+            str(tmp_path / "run")]
     check(capsys, "data", argv, words, tmp_path)
 
 
 def test_a_training_problem_that_is_held_out(tmp_path, capsys):
     (tmp_path / "mine.jsonl").write_text(json.dumps(group()))
-    argv = ["--source", "groups", "--data", str(tmp_path / "mine.jsonl"), "--heldout_data", str(tmp_path / "mine.jsonl")]
+    argv = ["--source", "groups", "--data", str(tmp_path / "mine.jsonl"), "--heldout_data",
+            str(tmp_path / "mine.jsonl")]
     check(capsys, "data", [*argv, "--run_dir", str(tmp_path / "run")], ["held out", "--data"], tmp_path)
 
 
@@ -265,30 +274,28 @@ def both(*damages):
     return damage
 
 
-def afresh(*paths):
-    """A stage that is to be made again from damaged things."""
-    return gone(*paths)
-
-
 HALF = {name: lambda run_dir, name=name: half(run_dir / name) for name in (
-    "groups/train.jsonl", "groups/heldout.jsonl", "base/base.json", "base/settings.json", "base/model.safetensors", "base/config.json",
-    "base/tokenizer.json", "base/tokenizer_config.json", "rm/config.json", "rm/model.safetensors", "rm/tokenizer.json", "rm/settings.json", "rm/metrics.json",
-    "int/int.json", f"{PLANNER}/settings.json", f"{PLANNER}/checkpoint.pt", f"{PLANNER}/results.json", f"{PLANNER}/metrics.jsonl",
-    f"{PLANNER}/model.safetensors")}
+    "groups/train.jsonl", "groups/heldout.jsonl", "base/base.json", "base/settings.json", "base/model.safetensors",
+    "base/config.json", "base/tokenizer.json", "base/tokenizer_config.json", "rm/config.json", "rm/model.safetensors",
+    "rm/tokenizer.json", "rm/settings.json", "rm/metrics.json", "int/int.json", f"{PLANNER}/settings.json",
+    f"{PLANNER}/checkpoint.pt", f"{PLANNER}/results.json", f"{PLANNER}/metrics.jsonl", f"{PLANNER}/model.safetensors")}
 NEW = "--name new"
 FILES = [
     ("executor", gone("base", "groups/heldout.jsonl"), "", ["groups/heldout.jsonl", "no such file"]),
-    ("executor", both(gone("base"), HALF["groups/heldout.jsonl"]), "", ["groups/heldout.jsonl:", "mend or delete this line"]),
+    ("executor", both(gone("base"), HALF["groups/heldout.jsonl"]), "",
+     ["groups/heldout.jsonl:", "mend or delete this line"]),
     ("executor", HALF["base/base.json"], "", ["base/base.json", "damaged", "delete"]),
     ("executor", HALF["base/settings.json"], "", ["base/settings.json", "damaged", "delete"]),
     ("executor", text("base/settings.json", '{"settings": []}'), "", ["base/settings.json", "damaged", "--run_dir"]),
     ("executor", longer("heldout", "problem"), "", ["groups/heldout.jsonl has changed", "delete"]),
-    ("executor", both(gone("base"), longer("heldout", "problem")), "", ["tiny-", "--max_answer_tokens", "512", "leave the problem out"]),
+    ("executor", both(gone("base"), longer("heldout", "problem")), "",
+     ["tiny-", "--max_answer_tokens", "512", "leave the problem out"]),
     ("rm", gone("rm", "base"), "", ["no base model yet", "executor.py --run_dir"]),
     ("rm", gone("rm", "base/base.json"), "", ["base/base.json", "missing", "executor.py --run_dir"]),
     ("rm", both(gone("rm"), HALF["base/base.json"]), "", ["base/base.json", "damaged", "executor.py --run_dir"]),
     ("rm", both(gone("rm"), text("base/base.json", "[1]")), "", ["base/base.json", "damaged", "executor.py --run_dir"]),
-    ("rm", both(gone("rm"), text("base/base.json", b"\xff\xfe")), "", ["base/base.json", "damaged", "executor.py --run_dir"]),
+    ("rm", both(gone("rm"), text("base/base.json", b"\xff\xfe")), "",
+     ["base/base.json", "damaged", "executor.py --run_dir"]),
     ("rm", both(gone("rm"), HALF["base/model.safetensors"]), "", ["run/base", "no causal LM can be loaded"]),
     ("rm", both(gone("rm"), HALF["base/tokenizer.json"]), "", ["run/base", "tokenizer"]),
     ("rm", both(gone("rm"), HALF["base/tokenizer_config.json"]), "", ["run/base", "tokenizer"]),
@@ -303,38 +310,52 @@ FILES = [
     ("train", gone("rm"), NEW, ["run/rm", "rm.py"]),
     ("train", HALF["rm/config.json"], NEW, ["rm/config.json", "damaged", "rm.py"]),
     ("train", record("rm/config.json", rm_dimension_names=5), NEW, ["rm/config.json", "rm_dimension_names must be"]),
-    ("train", record("rm/config.json", rm_dimension_weights=["a"] * 5), NEW, ["rm/config.json", "rm_dimension_weights must be"]),
+    ("train", record("rm/config.json", rm_dimension_weights=["a"] * 5), NEW,
+     ["rm/config.json", "rm_dimension_weights must be"]),
     ("train", HALF["rm/model.safetensors"], NEW, ["run/rm", "weights do not fit", "rm.py"]),
     ("train", HALF["rm/tokenizer.json"], NEW, ["run/rm", "tokenizer"]),
     ("train", HALF[f"{PLANNER}/settings.json"], "", [f"{PLANNER}/settings.json", "damaged", "delete"]),
     ("train", HALF[f"{PLANNER}/settings.json"], "--steps 3", [f"{PLANNER}/settings.json", "damaged", "delete"]),
-    ("train", record(f"{PLANNER}/settings.json", settings__steps="two"), "", [f"{PLANNER}/settings.json", "damaged", "delete"]),
+    ("train", record(f"{PLANNER}/settings.json", settings__steps="two"), "",
+     [f"{PLANNER}/settings.json", "damaged", "delete"]),
     ("train", HALF[f"{PLANNER}/checkpoint.pt"], "--steps 3", ["checkpoint.pt", "cannot be read", "delete it"]),
-    ("train", text(f"{PLANNER}/checkpoint.pt", b"\0" * 300), "--steps 3", ["checkpoint.pt", "cannot be read", "delete it"]),
-    ("train", lambda r: torch.save([1, 2], r / PLANNER / "checkpoint.pt"), "--steps 3", ["checkpoint.pt", "cannot be read", "delete it"]),
+    ("train", text(f"{PLANNER}/checkpoint.pt", b"\0" * 300), "--steps 3",
+     ["checkpoint.pt", "cannot be read", "delete it"]),
+    ("train", lambda r: torch.save([1, 2], r / PLANNER / "checkpoint.pt"), "--steps 3",
+     ["checkpoint.pt", "cannot be read", "delete it"]),
     ("train", gone(f"{PLANNER}/checkpoint.pt"), "--steps 3", ["--steps 3", "checkpoint.pt is gone", "--name"]),
     ("train", record("base/base.json", no_trace=0.77), "--steps 3", ["base/base.json has changed", "delete"]),
     ("train", record("rm/metrics.json", total_mae=0.77), "", ["rm/metrics.json has changed", "delete"]),
     ("train", longer("train", "problem"), NEW, ["tiny-", "--max_trace_tokens", "512", "leave the problem out"]),
-    ("train", longer("heldout", "problem"), NEW + " --eval_every 1", ["tiny-", "--max_trace_tokens", "leave the problem out"]),
+    ("train", longer("heldout", "problem"), NEW + " --eval_every 1",
+     ["tiny-", "--max_trace_tokens", "leave the problem out"]),
     ("int", HALF["int/int.json"], "", ["int/int.json", "damaged", "delete"]),
-    ("int", both(gone("int"), longer("train", "problem")), "", ["tiny-", "--max_trace_tokens", "leave the problem out"]),
+    ("int", both(gone("int"), longer("train", "problem")), "",
+     ["tiny-", "--max_trace_tokens", "leave the problem out"]),
     ("int", both(gone("int"), text("base/base.json", "{}")), "", ["base/base.json", "damaged", "model"]),
     ("evaluate", HALF[f"{PLANNER}/results.json"], "", [f"{PLANNER}/results.json", "damaged", "delete it"]),
-    ("evaluate", record(f"{PLANNER}/results.json", rows={"x": 3}), "", [f"{PLANNER}/results.json", "damaged", "delete it"]),
-    ("evaluate", both(gone(f"{PLANNER}/results.json"), HALF[f"{PLANNER}/metrics.jsonl"]), "", ["metrics.jsonl", "last line", "delete that line"]),
-    ("evaluate", both(gone(f"{PLANNER}/results.json"), text(f"{PLANNER}/metrics.jsonl", '{"step": 1}\n')), "", ["metrics.jsonl", "last line", "delete that line"]),
-    ("evaluate", gone(f"{PLANNER}/results.json", f"{PLANNER}/metrics.jsonl"), "", ["metrics.jsonl", "missing", "delete"]),
+    ("evaluate", record(f"{PLANNER}/results.json", rows={"x": 3}), "",
+     [f"{PLANNER}/results.json", "damaged", "delete it"]),
+    ("evaluate", both(gone(f"{PLANNER}/results.json"), HALF[f"{PLANNER}/metrics.jsonl"]), "",
+     ["metrics.jsonl", "last line", "delete that line"]),
+    ("evaluate", both(gone(f"{PLANNER}/results.json"), text(f"{PLANNER}/metrics.jsonl", '{"step": 1}\n')), "",
+     ["metrics.jsonl", "last line", "delete that line"]),
+    ("evaluate", gone(f"{PLANNER}/results.json", f"{PLANNER}/metrics.jsonl"), "",
+     ["metrics.jsonl", "missing", "delete"]),
     ("evaluate", gone(f"{PLANNER}/settings.json"), "", [f"{PLANNER}/settings.json", "missing"]),
-    ("evaluate", record(f"{PLANNER}/settings.json", settings__max_trace_tokens="8"), "", [f"{PLANNER}/settings.json", "damaged", "delete"]),
+    ("evaluate", record(f"{PLANNER}/settings.json", settings__max_trace_tokens="8"), "",
+     [f"{PLANNER}/settings.json", "damaged", "delete"]),
     ("evaluate", gone("groups/heldout.jsonl"), "", ["groups/heldout.jsonl", "no such file"]),
-    ("evaluate", both(gone("base/results.json"), longer("longer", "problem")), "", ["tiny-", "--max_trace_tokens", "leave the problem out"]),
-    ("evaluate", both(gone(f"{PLANNER}/results.json"), HALF[f"{PLANNER}/model.safetensors"]), "", [PLANNER, "no causal LM can be loaded"]),
+    ("evaluate", both(gone("base/results.json"), longer("longer", "problem")), "",
+     ["tiny-", "--max_trace_tokens", "leave the problem out"]),
+    ("evaluate", both(gone(f"{PLANNER}/results.json"), HALF[f"{PLANNER}/model.safetensors"]), "",
+     [PLANNER, "no causal LM can be loaded"]),
     ("inspect", gone("rm"), "", ["run/rm", "rm.py"]),
     ("inspect", HALF["base/config.json"], "", ["run/base"]),
     ("inspect", longer("heldout", "problem"), "--seed 1", ["tiny-", "--max_trace_tokens", "leave the problem out"]),
     ("inspect", HALF[f"{PLANNER}/settings.json"], f"--planner {PLANNER}", [f"{PLANNER}/settings.json", "damaged"]),
-    ("inspect", record(f"{PLANNER}/settings.json", settings__temperature=[1]), f"--planner {PLANNER}", [f"{PLANNER}/settings.json", "damaged"])]
+    ("inspect", record(f"{PLANNER}/settings.json", settings__temperature=[1]), f"--planner {PLANNER}",
+     [f"{PLANNER}/settings.json", "damaged"])]
 
 
 @pytest.mark.parametrize("command, damage, more, words", FILES, ids=[f"{c}-{i}" for i, (c, *_) in enumerate(FILES)])
@@ -370,7 +391,8 @@ def test_a_folder_that_another_process_is_making(run_dir, capsys):
     other.mkdir()
     lock = os.open(other, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    check(capsys, "train", arguments("train", run_dir, NEW), ["planner-new-seed0.partial", "another process", "stop it first"], run_dir)
+    check(capsys, "train", arguments("train", run_dir, NEW),
+          ["planner-new-seed0.partial", "another process", "stop it first"], run_dir)
     assert other.is_dir()
     os.close(lock)
     call("train", arguments("train", run_dir, NEW))
@@ -404,7 +426,8 @@ def test_a_training_that_diverges(run_dir, capsys, monkeypatch, command, when):
     elif command != "train":
         shutil.rmtree(run_dir / {"executor": "base", "rm": "rm"}[command])
     if when == "at once":
-        of, name = {"rm": (rm, "rm_loss"), "train": (tracelift.kernels, "grpo_loss")}.get(command, (executor, "sequence_loss"))
+        of, name = {"rm": (rm, "rm_loss"), "train": (tracelift.kernels, "grpo_loss")}.get(command, (executor,
+                                                                                                    "sequence_loss"))
         real = getattr(of, name)
 
         def broken(*args, **options):
@@ -413,7 +436,8 @@ def test_a_training_that_diverges(run_dir, capsys, monkeypatch, command, when):
                 return found[0] * float("nan") + 0 * found[1].sum(), *found[1:]
             return found * float("nan")
         monkeypatch.setattr(of, name, broken)
-        monkeypatch.setattr(tracelift.kernels, "group_advantage", lambda reward, *args, **options: torch.ones_like(reward))
+        monkeypatch.setattr(tracelift.kernels, "group_advantage", lambda reward, *args,
+                            **options: torch.ones_like(reward))
     else:
         real_step = torch.optim.AdamW.step
 
@@ -423,11 +447,13 @@ def test_a_training_that_diverges(run_dir, capsys, monkeypatch, command, when):
                 for p in self.param_groups[0]["params"]:
                     p.fill_(when)
         monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    more = {"int": "--learning_rate 1e11", "train": NEW + " --steps 1", "executor": "--sequences 16 --batch_size 16"}.get(command, "--epochs 0.4")
+    more = {"int": "--learning_rate 1e11", "train": NEW + " --steps 1",
+            "executor": "--sequences 16 --batch_size 16"}.get(command, "--epochs 0.4")
     line = ends(capsys, command, arguments(command, run_dir, more))
     assert "step" in line and "--learning_rate" in line and "weights are damaged" not in line, line
     made = run_dir / {"executor": "base", "rm": "rm", "int": "int", "train": "planner-new-seed0"}[command]
-    assert not made.exists() and not (made.with_name(made.name + ".partial") / "model.safetensors").exists() or command == "int"
+    assert not made.exists()
+    assert command == "int" or not (made.with_name(made.name + ".partial") / "model.safetensors").exists()
 
 
 def test_interventions_that_are_damaged(run_dir, capsys):
@@ -457,7 +483,9 @@ def room_for(size: int):
 
 
 @pytest.mark.parametrize("size", [100, 3000])
-@pytest.mark.parametrize("command, folder", [("data", "groups"), ("executor", "base"), ("rm", "rm"), ("train", "planner-new-seed0"), ("int", "int")])
+@pytest.mark.parametrize("command, folder",
+                         [("data", "groups"), ("executor", "base"), ("rm", "rm"), ("train", "planner-new-seed0"),
+                          ("int", "int")])
 def test_a_full_disk(run_dir, capsys, command, folder, size):
     """At the first file, or at the model: one line; with room again the same command gets through."""
     if (run_dir / folder).exists():
@@ -484,8 +512,9 @@ def test_a_full_disk_while_results_are_written(run_dir, capsys, size):
 
 # ---------------------------------------------------------------- signals
 
-WHERE = {"data": (data, "build_groups"), "executor": (executor, "sequence_loss"), "rm": (rm, "rm_loss"), "train": (tracelift, "measure_rewards"),
-         "int": (tracelift, "failed_traces"), "evaluate": (tracelift, "evaluate_planner"), "inspect": (tracelift, "measure_rewards")}
+WHERE = {"data": (data, "build_groups"), "executor": (executor, "sequence_loss"), "rm": (rm, "rm_loss"),
+         "train": (tracelift, "measure_rewards"), "int": (tracelift, "failed_traces"),
+         "evaluate": (tracelift, "evaluate_planner"), "inspect": (tracelift, "measure_rewards")}
 
 
 @pytest.mark.parametrize("command", WHERE)
@@ -530,11 +559,13 @@ def test_a_ctrl_c_that_the_shell_wants_ignored(monkeypatch, capsys):
 # ---------------------------------------------------------------- what else a machine may say
 
 @pytest.mark.parametrize("error, words", [
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory: you tried"),
      ["can't allocate", "--micro_batch"]), (MemoryError(), ["out of memory", "--max_cache_gib"]),
     (torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate"), ["CUDA out of memory", "--micro_batch"]),
-    (verify.SandboxError("no\nsandbox"), ["no sandbox"]), (OSError(28, "No space left on device", "x.pt"), ["x.pt", "make room"]),
-    (PermissionError(13, "Permission denied", "runs"), ["runs", "--run_dir"]), (FloatingPointError("step 3: no number"), ["step 3"])])
+    (verify.SandboxError("no\nsandbox"), ["no sandbox"]), (OSError(28, "No space left on device", "x.pt"),
+                                                           ["x.pt", "make room"]),
+    (PermissionError(13, "Permission denied", "runs"),
+     ["runs", "--run_dir"]), (FloatingPointError("step 3: no number"), ["step 3"])])
 def test_errors_of_the_machine(capsys, monkeypatch, error, words):
     def fail(argv):
         raise error
@@ -552,7 +583,8 @@ def test_an_error_of_ours_stays_a_traceback():
 # ---------------------------------------------------------------- template arguments
 
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>{% if thinking is defined and not thinking %}<done>{% endif %}{% endif %}")
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+            "{% if thinking is defined and not thinking %}<done>{% endif %}")
 
 
 def test_template_arguments_reach_every_prompt_of_a_run(run_dir, tmp_path, monkeypatch):
@@ -563,7 +595,8 @@ def test_template_arguments_reach_every_prompt_of_a_run(run_dir, tmp_path, monke
     for name in ("base", "int", "rm", PLANNER):
         shutil.rmtree(run_dir / name)
     monkeypatch.setattr(data, "needs_base_model", lambda problem: False)
-    argv = ["--run_dir", str(run_dir), "--device", "cpu", "--model", str(chat), "--eval_problems", "2", "--max_answer_tokens", "5"]
+    argv = ["--run_dir", str(run_dir), "--device", "cpu", "--model", str(chat), "--eval_problems", "2",
+            "--max_answer_tokens", "5"]
     executor.main([*argv, "--chat_template_kwargs", '{"thinking": false}'])
     real, seen = data.encode_prompt, []
 
@@ -581,5 +614,6 @@ def test_template_arguments_reach_every_prompt_of_a_run(run_dir, tmp_path, monke
     turn = saved.apply_chat_template([{"role": "user", "content": "Mia"}], tokenize=False, add_generation_prompt=True)
     assert turn == "<|user|>Mia<|assistant|><done>"
     with pytest.raises(data.UserError, match="has no mood"):
-        executor.main([*argv, "--run_dir", str(Path(shutil.copytree(run_dir / "groups", tmp_path / "more" / "groups")).parent),
+        executor.main([*argv, "--run_dir",
+                       str(Path(shutil.copytree(run_dir / "groups", tmp_path / "more" / "groups")).parent),
                        "--chat_template_kwargs", '{"mood": 1}'])
