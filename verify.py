@@ -540,8 +540,8 @@ _CODE = re.compile(r"""(?!(?:title|file|filename|name|linenums|lines|hl_lines|hi
 # Plainly an output, a session or a shell's: by the line before the block, or by its own first line.
 _TITLE = re.compile(r"""[\W_]*(?:(?:expected|sample|example|the|program|console|your)\s+)*(?:output|result|input|terminal
     |prints?|shell)s?(?:\ is|\ will\ be|\ looks\ like)?[\W_]*$""", re.IGNORECASE | re.VERBOSE)
-_OUTPUT = re.compile(r"""\s*(?:>>>|\$\s|Traceback|pip3?\ |python3?\ |bash\ |cd\ |\|
-    |(?:[-+]?[0-9.]+|True|False|None|'[^'=\n]*'|"[^"=\n]*"|[\[({][^=\n]*[\])}])\s*(?:$|\n)
+_OUTPUT = re.compile(r"""\s*(?:\#[^\n]*\n\s*)*(?:>>>|\$\s|Traceback|pip3?\ |python3?\ |bash\ |cd\ |\|
+    |(?:[-+]?[0-9.]+(?:[\ ,]+[-+]?[0-9.]+)*|True|False|None|'[^'=\n]*'|"[^"=\n]*"|[\[({][^=\n]*[\])}])\s*(?:$|\n)
     |(?!(?:import|from|def|class|return|global|nonlocal|del|assert|raise|async|with|while|if|for|print|yield|lambda)\b)
      [A-Za-z]+:?(?:\ +[\w:,.!]+)+\s*(?:$|\n))""", re.VERBOSE)
 _DEFINES = re.compile(r"^(?:async\s+def|def|class)\s+(\w+)", re.MULTILINE)
@@ -560,7 +560,7 @@ def code_blocks(text: str) -> list[str]:
     if text.lstrip().startswith("<think"):
         text = _said(text) if "</think" in text else ""
     text = re.sub(r"(?m)^([^`\n]*[^`\s]|[ \t]*```[^`\n]+)[ \t]*(```)[ \t]*$", r"\1\n\2", text)
-    blocks, fence, body, outside = [], None, [], [""]
+    blocks, fence, body, outside, tagged = [], None, [], [""], False
     for line in (text + "\n\0").split("\n"):  # \0: the end, which closes a block
         match = _FENCE.match(line)
         if fence is None:
@@ -574,7 +574,9 @@ def code_blocks(text: str) -> list[str]:
             code = "\n".join([first] * bool(_CODE.match(first)) + body)
             untagged = not info or not python and _CODE.match(info)
             title = next((above for above in reversed(outside) if above.strip()), "")
-            likely = python or untagged and not _OUTPUT.match(code) and not _TITLE.match(title)
+            tagged = tagged or bool(python)
+            bare = tagged and not re.search(r"[=(:]|\bimport\b", code)  # a word after a block tagged as Python
+            likely = python or untagged and not bare and not _OUTPUT.match(code) and not _TITLE.match(title)
             if line != "\0" or code.strip():
                 blocks.append((bool(likely), code))
             fence = None
