@@ -488,6 +488,8 @@ def _phrase(text: str) -> _Answer | None:
     unit, _, remark = after.partition(",")
     units, others = (re.findall(r"[^\s,.:;()\"/]*[^\s,.:;()\"/-][^\s,.:;()\"/]*", part) for part in (unit, remark))
     found = units + others
+    if number[2] and found:  # "- 24 apples" may be a bullet
+        return None
     if not _are_units([word for word in found if word != "a" or len(found) == 1]):
         return None
     if not before and after.strip() in _SMALL_WORDS - _JOINED_UNITS:  # 2 as: a product, no unit

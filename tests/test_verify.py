@@ -187,6 +187,7 @@ def test_spellings_and_units_that_mean_the_same(prediction, reference):
     ('5 south', '5 north'), ('P(A)=0.5', 'P(B)=0.5'), ('x_1=3', 'x_2=3'), ('f(2)=7', 'f(3)=7'),
     ('\\overline{12}', '12'), ('0.\\overline{3}', '0.3'), ('0.333...', '0.333'), ('12...', '12'), ('0.3̅', '0.3'),
     ('5 billionths', '5'), ('5‰', '5'), ('5 basis points', '5'), ('10 3', '10'), ('10/3/2', '10/3'),
+    ("- 24 apples", "-24"), ("- 24 apples", "24"),
 ])
 def test_what_makes_another_number_of_it(prediction, reference):
     assert not math_equal(prediction, reference) and not math_equal(reference, prediction)
