@@ -1148,8 +1148,9 @@ def test_metrics_of_a_step(straight):
         assert 0 <= line["sampler_gap"] < 1e-5, "float32: the sampler is the scorer"
     assert [line["learning_rate"] for line in found] == pytest.approx([2.5e-3] + [5e-3] * 4)
     assert all(a["planner_tokens"] < b["planner_tokens"] for a, b in zip(found, found[1:]))
-    group = lines(straight(), "samples.jsonl")[:4]
-    assert [len(r["outputs"]) for r in group] == [3] * 4 and {r["step"] for r in group} == {0}
+    groups = lines(straight(), "samples.jsonl")
+    assert [len(r["outputs"]) for r in groups] == [3] * 12, "1 + K runs of each trace"
+    assert [r["step"] for r in groups] == [0] * 4 + [2] * 4 + [4] * 4, "one group every save_every steps"
 
 
 def test_traces_that_are_cut_are_not_learned_on_request(run_dir, lottery):
