@@ -10,7 +10,8 @@ each with a rubric, from which the reward model learns what a good trace is. Thi
 4. GSM8K, with its flaws; MBPP and HumanEval
 5. settings, stage folders, downloads, and the command
 
-It stands on the ground floor: it imports no torch, and of ours only verify.py, to try programs on their own tests.
+It stands on the ground floor: of ours it imports only verify.py, to try programs on their own tests, and no torch but
+to download GSM8K.
 
     python data.py --task_type math --run_dir runs/tiny-math            # groups/{train,heldout,longer}.jsonl
     python data.py --source gsm8k --run_dir runs/gsm8k-math             # the same from GSM8K (downloaded once)
@@ -69,7 +70,7 @@ class Problem:
     source: str                                  # "tiny", "gsm8k", "humaneval", ...
     task_type: str                               # "math" | "code"
     problem: str
-    reference_solution: str                      # the final answer (math) or a correct program (code)
+    reference_solution: str                      # ends in the final answer (math), or is a correct program (code)
     tests: list = field(default_factory=list)
     reference_reasoning: str | None = None       # a good trace, without the final answer and without code
     kind: str = ""                               # what a public record calls its type, "algorithm"; else as task_type
@@ -168,7 +169,7 @@ def extract_reasoning(completion: str) -> str:
     A completion without a closing tag (most are cut at the token limit) is a trace as far as it goes; nothing is
     repaired. Text after the closing tag, or before an opening one, is no part of the trace and reaches nobody; its
     tokens were sampled all the same, and get gradient like all others. No opening tag: the trace begins where the
-    completion does. What a thinking model writes before "</think>" is no part of its completion.
+    completion does. What a thinking model writes before "</think>" is no part of its trace.
     """
     after_thinking = completion.rpartition("</think>")[2]
     after_open = after_thinking.split(OPEN, 1)[-1]

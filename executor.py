@@ -101,7 +101,8 @@ def read_prompts(model, prompts: list[list[int]], slots: int):
     mask = torch.zeros(len(prompts), slots, dtype=torch.long, device=device)
     mask[:, :P] = position >= 0                                                   # 0: padding, nobody looks at it
     cache = empty_cache(model, slots)
-    # Some columns of all rows at a time bound the memory; convolutions and recurrences would start anew with each.
+    # Some columns of all rows at a time, which bounds the memory; all P at once for models with convolutions or
+    # recurrences, which would forget the columns before.
     steady = all(type(layer) in (SlotLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
     columns = max(1, PASS // len(prompts)) if steady else P
     for start in range(0, P, columns):
@@ -173,7 +174,8 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
 
     draws (R, >= max_new_tokens) in [0, 1) are the rows' own random numbers, one per token: what a row becomes depends
     neither on the batch nor on its place in it. Without them they are drawn from `generator` beforehand; at temperature
-    0 there is no need of either. Any id of `eos_id` ends a row. A batch has at most `max_cache_tokens` rows x slots.
+    0 there is no need of either. Any id of `eos_id` ends a row. A batch has at most `max_cache_tokens` rows x slots,
+    or one prompt.
     ValueError for arguments that make no sense, ContextError for a prompt whose completion would not fit the context,
     FloatingPointError for logits that are not finite."""
     samples = [num_samples] * len(prompts) if isinstance(num_samples, int) else list(num_samples)
@@ -188,7 +190,7 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
     device = model.get_input_embeddings().weight.device
     result = Completions([[] for _ in range(R)], [[] for _ in range(R)])
 
-    # `load` sets decode_alone on a model whose padded rows are not the rows alone.
+    # Set by `load` on a model whose logits padding would change: then a batch has prompts of one length.
     alone = getattr(model, "decode_alone", False)
     for batch in batches(prompts, samples, max_new_tokens, max_cache_tokens, alone):
         # 1. Read every prompt once, whatever the number of its samples.
@@ -677,9 +679,9 @@ def decode_text(tokenizer, rows: list[list[int]]) -> list[str]:
 
 @torch.no_grad()
 def cache_tokens(model, gib: float) -> int:
-    """How many tokens of keys and values fit into `gib` GiB: measured on 64 tokens, since no formula knows all kinds of
+    """How many tokens of keys and values fit into `gib` GiB: measured on 64, since no formula knows all kinds of
     attention. States of a fixed size per row count as if no row were longer."""
-    count = 64
+    count = int(min(64, context_of(model)))
     _, cache, *_ = read_prompts(model, [_some_ids(model, count).tolist()], count)
     held = {}
     for layer in cache.layers:
@@ -700,11 +702,6 @@ def _some_ids(model, count: int) -> torch.Tensor:
 def _distance(wanted: torch.Tensor, found: torch.Tensor) -> float:
     """Largest difference between two sets of logits, in units of the largest logit."""
     return float((wanted - found).abs().max() / wanted.abs().max())
-
-
-def _slack(model) -> float:
-    """How far rounding may move logits, as `_distance` measures it."""
-    return 1e-3 if model.dtype == torch.float32 else 0.03
 
 
 @contextmanager
@@ -779,10 +776,11 @@ def check_head(model) -> bool:
     (Gemma 2, Granite, Cohere): then `token_logits` takes them from the model's own forward pass."""
     ids = _some_ids(model, 16)[None]
     full = model(input_ids=ids, use_cache=False).logits[0].float()
+    rounding = 1e-3 if model.dtype == torch.float32 else 0.03
     model.plain_head = True
     try:
         ours = token_logits(model, ids, torch.arange(16, device=ids.device)).float()
-        model.plain_head = ours.shape == full.shape and _distance(full, ours) <= _slack(model)
+        model.plain_head = ours.shape == full.shape and _distance(full, ours) <= rounding
     except (RuntimeError, AttributeError, TypeError):              # a layer between hidden states and head
         model.plain_head = False
     return model.plain_head

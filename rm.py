@@ -14,7 +14,7 @@ It is trained on TraceLift-Groups, each group with its good trace above its flaw
 
 Shapes: B traces (rows), T tokens, H hidden, D = 5 dimensions, L = 5 labels.
 Folders and state-dict names are those of the public checkpoints. Their code keeps the label values in non-persistent
-buffers, which transformers 5 leaves uninitialised on loading; here constants are made in forward.
+buffers, which transformers 5 leaves uninitialised on loading; here constants are made where they are used.
 """
 
 import itertools
@@ -29,15 +29,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
 import executor
 from data import UserError, knob
 
-NUM_LABELS = 5
-
 # ------------------------------------------------------------------------------------------------ 1. the model
+
+NUM_LABELS = 5
 
 
 class RubricRewardModel(nn.Module):
@@ -82,7 +83,7 @@ class RubricRewardModel(nn.Module):
                 raise UserError(f"the reward model cannot read a text of {len(row)} tokens (context {context}): "
                                 f"{text[:80]!r}")
         device = self.total_head.weight.device
-        ids = executor.pad(rows, executor.pad_id(self.tokenizer), device)
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)          # 0 where masked
         length = torch.tensor([len(row) for row in rows], device=device)
         return ids, (torch.arange(ids.shape[1], device=device) < length[:, None]).long()
 
@@ -106,10 +107,10 @@ class RubricRewardModel(nn.Module):
         save_folder(self, Path(folder))
 
     @classmethod
-    def from_pretrained(cls, folder, device=None) -> "RubricRewardModel":
+    def from_pretrained(cls, folder, device="cpu") -> "RubricRewardModel":
         """A folder written by `save_pretrained`, or a public checkpoint. Strict: a missing or unexpected tensor is a
         UserError, nothing is re-initialised."""
-        return load_folder(cls, Path(folder)).to(executor.pick_device() if device is None else device).eval()
+        return load_folder(cls, Path(folder)).to(device).eval()
 
 
 # ------------------------------------------------------------------------------------------------ 2. its folder
@@ -284,6 +285,7 @@ def train_reward_model(s: RMSettings, work: Path) -> dict:
     device = executor.pick_device(s.device)
     base, tokenizer = executor.load(executor.base_of(s.run_dir), device, torch.float32)
     rm = RubricRewardModel(base.base_model, tokenizer, names).to(device)
+    del base                                                              # its head: 2 GiB at 7B
     for own in rows:
         rm.encode(own.texts)
     rows = rows[:len(groups)]
@@ -327,6 +329,9 @@ def main(argv) -> None:
     """The command: trains the reward model of a run."""
     s = data.parse_settings(RMSettings, argv, "rm.py")
     out = Path(s.run_dir) / "rm"
+    if (out / "config.json").exists() and not (out / "settings.json").exists():
+        print(f"{out}: a reward model that was put there, not trained here; it is used as it is")
+        return
     inputs = {"groups/train.jsonl": data.fingerprint(Path(s.run_dir) / "groups" / "train.jsonl")}
     with data.stage_folder(out, s, inputs) as work:
         if work is not None:

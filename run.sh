@@ -33,7 +33,15 @@ else
   fi
 fi
 
-if [ "$command" = test ]; then exec "$python" -m pytest -q tests; fi
+if [ "$command" = test ]; then                    # two halves side by side, one thread each
+  half=(tests/test_tracelift.py tests/test_verify.py) log=$(mktemp) status=0
+  "$python" -m pytest -q "${half[@]}" >"$log" 2>&1 &
+  "$python" -m pytest -q tests "${half[@]/#/--ignore=}" || status=$?
+  wait $! || status=$?
+  cat "$log"
+  rm "$log"
+  exit "$status"
+fi
 
 preset=${PRESET:-tiny}
 if [ "$command" = smoke ]; then preset=smoke; fi
@@ -82,6 +90,9 @@ for seed in ${SEEDS:-}; do
   case $seed in *[!0-9]*) echo "SEEDS: $seed is no number" >&2; exit 2 ;; esac
 done
 case ${INT:-0} in 0 | 1) ;; *) echo "INT: $INT is neither 0 nor 1" >&2; exit 2 ;; esac
+if [ "${INT:-0}" = 1 ] && [[ "$train" = *--lora_rank* ]]; then
+  echo "INT=1: the planner after InT is trained with all weights, PRESET=$preset trains an adapter" >&2; exit 2
+fi
 for task in ${TASKS:-}; do
   case $task in math | code) ;; *) echo "TASKS: $task is neither math nor code" >&2; exit 2 ;; esac
 done

@@ -79,7 +79,7 @@ def product(r: Reward, w_e: float, w_r: float) -> float:
 def product_for_code(r: Reward, w_e: float, w_r: float) -> float:
     """The public code's variant for programs: clamp(e2e + 0.2 * rm * coeff, 0, 1). coeff: 1 with more successes with
     the trace than without, -1 with fewer; on a tie the share of runs that succeeded, but 0.5 for one of three (theirs
-    too). With e2e = 1 the clamp removes a positive bonus: among passing traces the reward model has no say."""
+    too). With e2e = 1 the clamp removes a positive bonus: a passing trace gains nothing by being good."""
     if r.with_trace > r.without_trace:
         coeff = 1.0
     elif r.with_trace < r.without_trace:
@@ -102,14 +102,14 @@ def quality_alone(r: Reward, w_e: float, w_r: float) -> float:
 
 
 def success_and_uplift(r: Reward, w_e: float, w_r: float) -> float:
-    """The product without its quality."""
+    """The product without its quality; success itself is in it all the same."""
     return w_e * r.e2e + w_r * r.uplift
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A reward function and what has to be measured for it. A new mode is one function and one line below, which is
-    all that the flags, the training and run.sh know of modes."""
+    """A reward function and what has to be measured for it. A new mode is one function and one line of REWARDS,
+    which is all that flags, training and run.sh know of modes."""
     total: Callable[[Reward, float, float], float]
     needs: tuple[str, ...]        # of "runs" (executor runs with the trace), "uplift" (K more, and K without), "rm"
     weighted: bool = False        # w_e and w_r have an effect
@@ -171,7 +171,7 @@ class TrainSettings(Settings):
     warmup: int = knob(5, "steps of linear warm-up", low=0)
     grad_clip: float = knob(1.0, "largest gradient norm", above=0)
     # memory
-    micro_batch: int = knob(96, "sequences per forward and backward; the gradient does not depend on it", low=1,
+    micro_batch: int = knob(96, "sequences per forward and backward; the gradient is the same up to rounding", low=1,
                             affects_result=False)
     checkpointing: int = knob(0, "1: recompute activations in the backward pass", choices=(0, 1), affects_result=False)
     lora_rank: int = knob(0, "0: train all weights of a copy of the base; else an adapter of this rank on the one base "
@@ -205,7 +205,7 @@ class Batch:
 
         ids      p0 p1 p2 t0 t1 E  .        p prompt, t sampled, E end of sequence, . padding
         scored    -  -  x  x  x -  -        the logits at x predict ...
-        target   p1 p2 t0 t1 E  .  -        ... this token
+        target   -  -  t0 t1 E  -  -        ... this token; kept where scored, M of them
 
     What is scored follows from the lengths sampled, never from ids: the padding may be a real token, E for one. It
     stands behind all that is scored, where causal attention does not look. E is in the loss, so that stopping is
@@ -258,10 +258,11 @@ def rollout(planner, tokenizer, problems: list[Problem], group_size: int, temper
     target = ids.flatten()[at + 1]
     sequence = at // ids.shape[1]
     device = planner.device
-    return Batch([problem for problem in problems for _ in range(group_size)],
-                 [data.extract_reasoning(text) for text in texts], [data.CLOSE in text for text in texts], truncated,
-                 completions, ids.to(device), scored, at.to(device), target.to(device), sequence.to(device),
-                 torch.tensor(sampled, device=device))
+    return Batch(problems=[problem for problem in problems for _ in range(group_size)],
+                 traces=[data.extract_reasoning(text) for text in texts],
+                 closed=[data.CLOSE in text.rpartition("</think>")[2] for text in texts], truncated=truncated,
+                 completions=completions, ids=ids.to(device), scored=scored, at=at.to(device),
+                 target=target.to(device), sequence=sequence.to(device), sampled=torch.tensor(sampled, device=device))
 
 
 def complete(planner, tokenizer, prompts: list[list[int]], num_samples: int, temperature: float, max_tokens: int,
@@ -283,13 +284,13 @@ def measure_rewards(problems: list[Problem], traces: list[str], frozen: Executor
     """Rewards of B traces (problems[i] belongs to traces[i]) and the executor runs behind them: run 0 is e2e, the other
     K are the uplift's.
 
-    A step costs N * G prompts with a trace, of 1 + K outputs each, and one prompt without for each of its problems that
+    A step of a mode with uplift costs N * G prompts with a trace, of 1 + K outputs each, and one prompt without for each of its problems that
     has none yet, of K outputs: the executor is frozen, so once is enough for the whole training. N = 10, G = 4, K = 2:
     50 prompts and 140 outputs at first, 40 and 120 when the problems come again.
 
     What could not be measured is no reward: a sandbox that cannot start (SandboxError), a reward model that is not
-    finite, an executor that fails end the training, with its last checkpoint. A program that kills its helper is tried
-    on a new one, and has then failed."""
+    finite, an executor that fails end the training, with its last checkpoint. No program can end its helper process; one
+    that is lost all the same is replaced, and when several are lost in a row, that is SandboxError too."""
     needs = REWARDS[mode].needs
     scores: list = [None] * len(traces)
     without: list = [None] * len(traces)
@@ -335,10 +336,11 @@ def train(s: TrainSettings) -> Path:
             run.phase("reward")
             with run.base_model():                                        # LoRA: the adapter is off
                 rewards, runs = measure_rewards(batch.problems, batch.traces, run.executor, run.rm, s.mode, s.repeats,
-                                                s.w_e, s.w_r, when=str(step))          # the executor has its own seed
+                                                s.w_e, s.w_r, when=str(step))
             reward = torch.tensor([r.total for r in rewards])                                  # (B,)
 
-            # 3. Advantage: better or worse than the other traces of the same problem? All equal: exactly 0.
+            # 3. Advantage: better or worse than the other traces of the same problem? All equal: exactly 0. (The loss
+            #    takes rewards, and works the same out for each token; here it tells what has no gradient at all.)
             advantage = kernels.group_advantage(reward, s.group_size, scale=s.scale == "std")  # (B,)
 
             # 4. Update: raise the log-probs of sampled tokens where A > 0, lower them where A < 0.
@@ -346,8 +348,10 @@ def train(s: TrainSettings) -> Path:
             old, ref = run.old_and_reference_logp(batch)                  # None: on-policy (rho is 1); no KL
             updates = []
             for _ in range(s.inner_epochs):
-                health = accumulate_gradient(run.planner, batch, reward, advantage, old, ref, s.group_size,
-                                             s.micro_batch, s.weights, s.max_trace_tokens, **run.loss_settings)
+                health = accumulate_gradient(
+                    run.planner, batch, reward, advantage, old, ref, s.group_size, s.micro_batch, s.weights,
+                    s.max_trace_tokens, temperature=s.temperature, clip_low=s.clip_low, clip_high=s.clip_high,
+                    beta=s.beta, scale=s.scale == "std")
                 health["grad_norm"] = run.update_weights(step)
                 updates.append(health)
 
@@ -358,7 +362,7 @@ def train(s: TrainSettings) -> Path:
 
 def problems_of_step(problems: list[Problem], step: int, problems_per_step: int, seed: int) -> list[Problem]:
     """The N problems of a step: epochs of a seeded shuffle, a function of the step alone, so that a resumed run and
-    runs of other modes see the same problems."""
+    runs of other modes see the same problems. Where an epoch ends, one may come twice."""
     chosen = []
     for i in range(step * problems_per_step, (step + 1) * problems_per_step):
         epoch, place = divmod(i, len(problems))
@@ -378,18 +382,17 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
     (M,) or None.
 
     Log-probs are scored at the temperature of sampling. sampler_gap, the mean absolute difference between them and
-    those of the sampler, is where a mismatch of the two would show.
+    those of the sampler, is where a mismatch of the two would show (from the second update of a rollout on it holds the
+    planner's own way, too).
 
     The loss takes all B rewards, not advantages: each token works out its own group from them, so a micro-batch may cut
     through a group. The advantages here only tell which micro-batches have no gradient, and so no backward pass: those
     where all are 0, without KL. Where no group has spread, .grad stays None, and the optimizer, with its momentum, leaves
     the planner as it is."""
-    M = max(1, len(batch.target))
     device = batch.ids.device
-    weight = kernels.token_weights(batch.scored, weights, max_len)[batch.scored].to(device)    # (M,), of the whole step
+    weight = kernels.token_weights(batch.scored, weights, max_len)[batch.scored].to(device)    # (M,): of the whole step
     reward = reward.to(device)
-    health = {"loss": 0.0, "entropy": 0.0, "sampler_gap": 0.0, "kl": None if ref is None else 0.0,
-              "clip_share": None if old is None else 0.0}
+    health = Health(tokens=len(batch.target), clip_low=clip_low, clip_high=clip_high)
     planner.train(getattr(planner, "recomputes_activations", False))      # which works in training mode only
     for part in batch.parts(micro_batch):
         learns = len(part.target) > 0 and (beta > 0 or bool(advantage[part.rows].any()))
@@ -401,18 +404,25 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
                 temperature=temperature, clip_low=clip_low, clip_high=clip_high, beta=beta, scale=scale)
         if learns:
             loss.backward()
-        health["loss"] += loss.item()
-        health["entropy"] += entropy.sum().item() / M
-        health["sampler_gap"] += (logp - batch.sampled[part.tokens]).abs().sum().item() / M
-        rho = torch.ones_like(logp) if old is None else (logp - own_old).exp()
-        if ref is not None:
-            gap = own_ref - logp
-            health["kl"] += (rho * (torch.expm1(gap) - gap)).sum().item() / M
-        if old is not None:
-            cut = (rho < 1 - clip_low) & (A < 0) | (rho > 1 + clip_high) & (A > 0)
-            health["clip_share"] += cut.sum().item() / M
+        health.add(loss, logp, entropy, A, batch.sampled[part.tokens], own_old, own_ref)
     planner.eval()
-    return health
+    return health.means()
+
+
+def loss_of_part(planner, part: Part, reward, weight, group_size: int, old, ref, **settings):
+    """kernels.grpo_loss of the planner's logits (m, V) at the m tokens of a micro-batch. Where the fused kernel runs and
+    the head is a plain matrix, the logits are never held whole."""
+    rows = (part.target, reward, part.sequence, weight, group_size, old, ref)
+    head = planner.get_output_embeddings()
+    plain = getattr(planner, "plain_head", True) and type(head) is torch.nn.Linear and head.bias is None
+    if kernels.backend(part.ids.device) == "triton" and plain:
+        work = executor.work_dtype(planner)                               # the head's product as autocast would do it
+        with executor.autocast(planner):
+            hidden = executor.token_hidden(planner, part.ids, part.at)                         # (m, H)
+        return kernels.linear_grpo_loss(hidden.to(work), head.weight.to(work), *rows, **settings)
+    with executor.autocast(planner):
+        logits = executor.token_logits(planner, part.ids, part.at)
+    return kernels.grpo_loss(logits, *rows, inplace=True, **settings)
 
 
 # =====================================================================================================================
@@ -485,6 +495,9 @@ def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> None:
     if s.steps > done and not (out / "checkpoint.pt").exists():
         raise UserError(f"{out}: checkpoint.pt is gone, so more steps would begin again; give another --name")
     if s.steps > done:
+        if not (out / "checkpoint.pt").exists():
+            raise UserError(f"--steps {s.steps}: {out}/checkpoint.pt is gone, so its training cannot go on; give another "
+                            "--name")
         (out / "results.json").unlink(missing_ok=True)
         os.replace(out, out.with_name(out.name + ".partial"))
 
@@ -525,8 +538,6 @@ class TrainingRun:
         check_lengths(self.problems + self.heldout, readers)
         self.optimizer = executor.adamw(trained(self.planner).values(), s.learning_rate, betas=(0.9, 0.95),
                                         weight_decay=0.0)
-        self.loss_settings = {"temperature": s.temperature, "clip_low": s.clip_low, "clip_high": s.clip_high,
-                              "beta": s.beta, "scale": s.scale == "std"}
         self.state = {"step": 0, "seconds": 0.0, "planner_tokens": 0}
         if (work / "checkpoint.pt").exists():
             self.load_checkpoint()
@@ -755,6 +766,33 @@ def sample_names(problems: list[Problem], num_samples: int, when: str) -> list[s
     return names
 
 
+class Health:
+    """What `accumulate_gradient` returns, added up over micro-batches."""
+
+    def __init__(self, tokens: int, clip_low: float, clip_high: float):
+        self.tokens, self.clip_low, self.clip_high = max(1, tokens), clip_low, clip_high
+        self.loss, self.sums = 0.0, {"entropy": 0.0, "sampler_gap": 0.0, "kl": None, "clip_share": None}
+
+    def add(self, loss, logp, entropy, A, sampled, old, ref) -> None:
+        """All but the loss are rows (m,) of a micro-batch; old and ref may be None."""
+        rho = torch.ones_like(logp) if old is None else (logp - old).exp()
+        self.loss += loss.item()
+        self._add("entropy", entropy)
+        self._add("sampler_gap", (logp - sampled).abs())
+        if ref is not None:
+            gap = ref - logp
+            self._add("kl", rho * (torch.expm1(gap) - gap))               # rho: the tokens came from the older policy
+        if old is not None:
+            self._add("clip_share", (rho < 1 - self.clip_low) & (A < 0) | (rho > 1 + self.clip_high) & (A > 0))
+
+    def _add(self, name: str, values: torch.Tensor) -> None:
+        self.sums[name] = (self.sums[name] or 0.0) + values.sum().item() / self.tokens
+
+    def means(self) -> dict:
+        """{metric: mean over the tokens, None where not measured}; of the loss the sum, whose weights are the mean."""
+        return {"loss": self.loss, **self.sums}
+
+
 @torch.no_grad()
 def completion_logp(model, batch: Batch, temperature: float, micro_batch: int) -> torch.Tensor:
     """Log-probs (M,) of the scored tokens under a model, at the sampling temperature."""
@@ -764,22 +802,6 @@ def completion_logp(model, batch: Batch, temperature: float, micro_batch: int) -
             logits = executor.token_logits(model, part.ids, part.at)                           # (m, V)
         found.append(kernels.token_logp(logits, part.target, temperature)[0])
     return torch.cat(found)
-
-
-def loss_of_part(planner, part: Part, reward, weight, group_size: int, old, ref, **settings):
-    """kernels.grpo_loss of the planner's logits (m, V) at the m tokens of a micro-batch. Where the fused kernel runs and
-    the head is a plain matrix, the logits are never held whole."""
-    rows = (part.target, reward, part.sequence, weight, group_size, old, ref)
-    head = planner.get_output_embeddings()
-    plain = getattr(planner, "plain_head", True) and type(head) is torch.nn.Linear and head.bias is None
-    if kernels.backend(part.ids.device) == "triton" and plain:
-        work = executor.work_dtype(planner)                               # the head's product as autocast would do it
-        with executor.autocast(planner):
-            hidden = executor.token_hidden(planner, part.ids, part.at)                         # (m, H)
-        return kernels.linear_grpo_loss(hidden.to(work), head.weight.to(work), *rows, **settings)
-    with executor.autocast(planner):
-        logits = executor.token_logits(planner, part.ids, part.at)
-    return kernels.grpo_loss(logits, *rows, inplace=True, **settings)
 
 
 def mean(values) -> float | None:
@@ -841,7 +863,8 @@ def append_jsonl(path: Path, records: list[dict]) -> None:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Settings of `python tracelift.py evaluate`. Lengths and temperatures are those that a planner was trained with."""
+    """Settings of `python tracelift.py evaluate`. Lengths, and the executor's temperature, are those that a planner was
+    trained with."""
     run_dir: str = knob("runs/tiny-math", "run folder", affects_result=False)
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one", affects_result=False)
     seed: int = knob(0, "of the sampling", low=0)
@@ -897,6 +920,8 @@ def evaluate(s: EvalSettings) -> dict[str, dict]:
         known = read_results(folder, asked)
         if known is None:
             frozen = frozen_executor(model, tokenizer, replace(how, seed=s.seed))
+            for problems in splits.values():
+                check_lengths(problems, who_reads(model, tokenizer, frozen, how))
             rows = {}
             if folder.name == "base":
                 rows["no trace"] = {f"{name} T=0": success_of(frozen, problems, None, name)
@@ -1037,7 +1062,7 @@ def inspect(s: InspectSettings) -> str:
 
     lines = [f"problem      {problem.problem}", f"reference    {problem.reference_reasoning}"]
     lines += [f"no trace     {show(run)}" for run in frozen.run([problem], None, usual.repeats)[0]]
-    lines[-1] += "    [Executor.baseline]"
+    lines[-1] += "    [Executor.run, verify]"
     for i, (trace, r) in enumerate(zip(batch.traces, rewards)):
         labels = ", ".join(f"{name} {label:.1f}" for name, label in zip(rm.dimension_names, dimensions[i]))
         lines += ["", f"trace {i}      {trace}"]

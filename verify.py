@@ -249,6 +249,11 @@ _BRACKETS = _rules(r"""
     (?<![0-9.,])(DECIMAL)\s*[*x]\s*10\s*\^\s*\(?([-+]?[0-9]+)\)? => \1e\2""".replace("DECIMAL", _DECIMAL))
 
 
+def _require(value, kind, name: str, what: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be {what}, not {type(value).__name__}")
+
+
 def extract_answer(text: str) -> str | None:
     r"""The final answer of a solution, as written; None when there is none.  ValueError for what is no string.
 
@@ -258,8 +263,7 @@ def extract_answer(text: str) -> str | None:
     boxes in one sentence) come back as they stand, and equal no number.  What stands in <think>, or in a box that
     nothing closes, is no answer.  Time is linear in the text.
     """
-    if not isinstance(text, str):
-        raise ValueError(f"text must be a string, not {type(text).__name__}")
+    _require(text, str, "text", "a string")
     marked, cut = _marked(text)
     if marked is not None:
         return marked if len(marked) <= MAX_ANSWER else None
@@ -296,10 +300,8 @@ def math_equal(prediction: str | None, reference: str) -> bool:
     without case: powers and roots are not evaluated, and "24 or 25" is not 24.  None, the empty text, and what is
     longer than MAX_ANSWER equal nothing.
     """
-    if not isinstance(reference, str):
-        raise ValueError(f"reference must be a string, not {type(reference).__name__}")
-    if not isinstance(prediction, (str, type(None))):
-        raise ValueError(f"prediction must be a string or None, not {type(prediction).__name__}")
+    _require(reference, str, "reference", "a string")
+    _require(prediction, (str, type(None)), "prediction", "a string or None")
     values, words = [], []
     for text in (prediction or "", reference):
         marked, cut = _marked(text)
@@ -553,8 +555,7 @@ def code_blocks(text: str) -> list[str]:
     A lone fence after the code, as when the prompt had opened the block, ends the code.  Code may begin on the line of
     the fence, and the closing fence may follow the last character.
     """
-    if not isinstance(text, str):
-        raise ValueError(f"text must be a string, not {type(text).__name__}")
+    _require(text, str, "text", "a string")
     text = text.lstrip("\ufeff").replace("\r\n", "\n")
     if text.lstrip().startswith("<think"):
         text = _said(text) if "</think" in text else ""
@@ -671,18 +672,15 @@ def check_tests(tests: list[dict], where: str = "tests") -> None:
     """Refuses the tests of one problem that run_programs could not judge, when the problem enters.  ValueError names
     the test: a wrong type or key, no valid Python, no assert or none that ever runs, a module beyond the standard
     library, and what would run code that a program returned (exec, compile, __import__, pickle)."""
-    if not isinstance(tests, (list, tuple)):
-        raise ValueError(f"{where} must be a list of tests, not {type(tests).__name__}")
+    _require(tests, (list, tuple), where, "a list of tests")
     for j, test in enumerate(tests):
         here = f"{where}[{j}]"
-        if not isinstance(test, dict):
-            raise ValueError(f"{here} must be a dict, not {type(test).__name__}")
+        _require(test, dict, here, "a dict")
         keys = sorted(test.keys() & {"assert", "input", "output"})
         if keys not in (["assert"], ["input", "output"]):
             raise ValueError(f"{here} must have the key 'assert', or the keys 'input' and 'output'; it has {list(test)}")
         for key in keys:
-            if not isinstance(test[key], str):
-                raise ValueError(f"{here}[{key!r}] must be a string, not {type(test[key]).__name__}")
+            _require(test[key], str, f"{here}[{key!r}]", "a string")
         try:
             _names(test.get("assert", "").strip())
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -695,8 +693,8 @@ def _check(programs, tests, timeout, memory_mb, workers) -> list[tuple]:
         if not condition:
             raise ValueError(message)
 
-    need(isinstance(programs, (list, tuple)), f"programs must be a list of strings, not {type(programs).__name__}")
-    need(isinstance(tests, (list, tuple)), f"tests must be a list of lists, not {type(tests).__name__}")
+    _require(programs, (list, tuple), "programs", "a list of strings")
+    _require(tests, (list, tuple), "tests", "a list of lists")
     need(len(programs) == len(tests), f"programs and tests differ in length: {len(programs)} and {len(tests)}")
     need(isinstance(timeout, (int, float)) and 0 < timeout < 1e6, f"timeout must be positive seconds, not {timeout!r}")
     need(type(memory_mb) is int and memory_mb >= 64, f"memory_mb must be an integer from 64 up, not {memory_mb!r}")
@@ -704,8 +702,9 @@ def _check(programs, tests, timeout, memory_mb, workers) -> list[tuple]:
     jobs = []
     for i, (program, own) in enumerate(zip(programs, tests)):
         blocks = (program,) if isinstance(program, str) else program
-        need(isinstance(blocks, (list, tuple)) and blocks and all(isinstance(block, str) for block in blocks),
-             f"programs[{i}] must be a string or the list of its blocks, not {type(program).__name__}")
+        _require(blocks, (list, tuple), f"programs[{i}]", "a string or the list of its blocks")
+        for block in blocks or [None]:
+            _require(block, str, f"programs[{i}]", "a string or the list of its blocks")
         check_tests(own, f"tests[{i}]")
         statements = [(test.get("assert", "").strip(), j) for j, test in enumerate(own)]
         asserts = tuple((statement, _names(statement), j) for statement, j in statements if _names(statement))
@@ -1402,8 +1401,10 @@ def _encode(value, kept: dict | None = None):
     if kept is not None:
         kept[id(value)] = value
         return {"object": id(value)}
-    module = isinstance(getattr(value, "__self__", None), type(sys))  # len, math.sqrt
-    error = _Unsupported if module or isinstance(value, (type, type(_encode))) else TypeError
+    # A lambda, a class, len or math.sqrt, an object of the test: nothing that a program could have returned.
+    module = isinstance(getattr(value, "__self__", None), type(sys))
+    of_test = module or isinstance(value, (type, type(_encode))) or type(value).__module__ == "__main__"
+    error = _Unsupported if of_test else TypeError
     raise error(f"a {type(value).__name__} as an argument is not a plain value")
 
 

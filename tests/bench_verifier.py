@@ -1,11 +1,11 @@
 """What the verifier costs, beside plain subprocesses in the same run; what forks cost; its memory over 10,000 programs.
 
-    python tests/bench_verifier.py [--rounds 5] [--ballast 0 3] [--memory]
+    python tests/bench_verifier.py [--rounds 5] [--ballast 0 3] [--memory] [--no-site]
 
 Every program is distinct and has four stdin tests; the rival is one subprocess per test that stops at the first failed
 one, bare and with a limit set by preexec_fn, which makes Python fork the whole trainer.  Programs per second depend on
 what else the machine does, so the ratios are taken round by round, the rivals one after the other, and shown with their
-spread.
+spread.  --no-site starts the rival's interpreters with -S, the quickest start there is: a lower bound for the ratios.
 """
 import argparse
 import itertools
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import verify  # noqa: E402
 
 TESTS = [{"input": str(i), "output": str(i + 1)} for i in range(4)]
+PYTHON = [sys.executable]
 NUMBERS = itertools.count()  # makes every program distinct
 FAULT = {"passing": 1, "failing": 2}  # what is added to the input, where 1 is right
 
@@ -40,7 +41,7 @@ def helpers(kind: str, count: int, tests=TESTS, fail_fast: bool = True) -> None:
 def subprocesses(kind: str, count: int, limit=None) -> None:
     def one(code: str) -> bool:
         for test in TESTS:
-            done = subprocess.run([sys.executable, "-c", code], input=test["input"], text=True, capture_output=True,
+            done = subprocess.run([*PYTHON, "-c", code], input=test["input"], text=True, capture_output=True,
                                   preexec_fn=limit)
             if done.stdout.split() != test["output"].split():
                 return False
@@ -82,7 +83,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="each ratio is measured so often")
     parser.add_argument("--ballast", type=int, nargs="*", default=[0, 3], help="gigabytes that this process holds")
     parser.add_argument("--memory", action="store_true", help="also run 10,000 programs and print this process's memory")
+    parser.add_argument("--no-site", action="store_true", help="start the rival's interpreters with -S")
     options = parser.parse_args()
+    PYTHON.extend(["-S"] * options.no_site)
     missing = [name for name, on in verify.layers().items() if not on]
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, walls missing: {missing or 'none'}")
     for gigabytes in options.ballast:

@@ -164,7 +164,7 @@ some = [piece.generate(model, prompts, num_samples=2, max_new_tokens=5, eos_id=3
                        max_cache_tokens=limit) for limit in (1, 10000)]
 assert some[0].tokens == some[1].tokens and len(some[0].tokens) == 6 and max(map(max, some[0].logprobs)) < 0
 """,
-    "`Lora` of executor.py": """
+    "`Lora`, `freeze`, `_some_ids` of executor.py": """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import piece
@@ -190,7 +190,7 @@ again = fresh()
 piece.Lora.load(again, "merged/adapter")
 assert torch.allclose(again(ids).logits, changed, atol=1e-6)
 """,
-    "`RubricRewardModel` of rm.py": """
+    "sections 1 and 2 of rm.py": """
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
@@ -222,8 +222,9 @@ assert piece.REWARDS["mine"].total(r, 0, 0) == 0.8
 def pieces() -> dict[str, str]:
     """Row of README's table -> the source of its file piece.py, for rows that are no whole files."""
     return {"sections 1 and 3 of executor.py": section("executor.py", 1) + section("executor.py", 3),
-            "`Lora` of executor.py": imports("executor.py") + definitions("executor.py", "Lora"),
-            "`RubricRewardModel` of rm.py": imports("rm.py") + section("rm.py", 1) + section("rm.py", 2),
+            "`Lora`, `freeze`, `_some_ids` of executor.py": imports("executor.py") + DATA
+            + definitions("executor.py", "Lora", "freeze", "_some_ids"),
+            "sections 1 and 2 of rm.py": imports("rm.py") + DATA + section("rm.py", 1) + section("rm.py", 2),
             "section 1 of tracelift.py": standard(imports("tracelift.py")) + section("tracelift.py", 1)}
 
 
@@ -233,11 +234,9 @@ def standard(lines: str) -> str:
     return "\n".join(kept) + "\n\n"
 
 
-# What a row cannot do without, although it does not say so.
-WITH = {"`Lora` of executor.py": ("from data import UserError\nimport data\n",
-                                  ("freeze", "_some_ids"), ("data.py", "verify.py")),
-        "`RubricRewardModel` of rm.py": ("import data\nimport executor\nfrom data import UserError\nNUM_LABELS = 5\n",
-                                         (), ("data.py", "executor.py", "verify.py"))}
+DATA = "import data\nfrom data import UserError\n\n"          # with data.py and verify.py beside the piece, as the row says
+WITH = {"`Lora`, `freeze`, `_some_ids` of executor.py": ("data.py", "verify.py"),
+        "sections 1 and 2 of rm.py": ("data.py", "verify.py")}
 
 
 def lay_out(folder: Path, row: str) -> None:
@@ -250,10 +249,8 @@ def lay_out(folder: Path, row: str) -> None:
     elif row == "`verify.py`":
         copy_files(folder, "verify.py")
     else:
-        head, names, files = WITH.get(row, ("", (), ()))
-        more = definitions("executor.py", *names) if names else ""
-        (folder / "piece.py").write_text(f"{head}{pieces()[row]}\n\n{more}")
-        copy_files(folder, *files)
+        (folder / "piece.py").write_text(pieces()[row])
+        copy_files(folder, *WITH.get(row, ()))
     (folder / "run.py").write_text(RUNS[row])
 
 
@@ -315,24 +312,16 @@ def test_a_copied_piece_runs_on_the_standard_library(tmp_path, row):
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("row, leaking", [
-    ("sections 1 and 3 of executor.py", set()),
-    pytest.param("`Lora` of executor.py", set(), marks=pytest.mark.xfail(
-        strict=True, raises=AssertionError, reason="takes data.UserError, data.write_atomic, freeze and _some_ids")),
-    pytest.param("`RubricRewardModel` of rm.py", set(), marks=pytest.mark.xfail(
-        strict=True, raises=AssertionError, reason="takes NUM_LABELS, data.UserError, encode_text, write_atomic, "
-                                                   "executor.pad, pad_id, pick_device")),
-    ("section 1 of tracelift.py", set())])
-def test_a_piece_takes_nothing_from_elsewhere(row, leaking):
+@pytest.mark.parametrize("row", [row for row in RUNS if row in pieces()])
+def test_a_piece_takes_nothing_from_elsewhere(row):
     """Names that are neither defined nor imported in the piece, those in annotations too."""
-    assert leaks(pieces()[row]) == leaking
+    assert not leaks(pieces()[row])
 
 
 def test_leaks_are_found():
     assert leaks("import os\ndef f(a, *b):\n    c = a\n    return [os, b, c, d] + [e for e in g(k=1)]") == {"d", "g"}
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="README says section 1 of executor.py, 2 of tracelift.py")
 def test_every_row_of_the_readme_has_a_piece_here():
     """A row that is added without a test would promise what nobody tried."""
     text = (ROOT / "README.md").read_text()

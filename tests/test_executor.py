@@ -12,7 +12,6 @@ import random
 import shutil
 import warnings
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -490,6 +489,25 @@ def compare_family(model, kind, whole):
         assert out.logprobs[row] == pytest.approx(score(model, prompt, tokens), abs=2e-3)
 
 
+def compare_gradient(model):
+    """Of the loss over ragged rows, padded on the right, against that of each row alone, by the model's own forward."""
+    executor.check_head(model)
+    rows = [(ids, ids[1:] + [IGNORE]) for ids in RAGGED if len(ids) > 1]
+    count = sum(len(ids) - 1 for ids, _ in rows)
+    grads = []
+    for padded in (True, False):
+        model.zero_grad()
+        if padded:
+            loss = executor.sequence_loss(model, rows, PAD)
+        else:
+            loss = sum(F.cross_entropy(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0], torch.tensor(labels),
+                                       ignore_index=IGNORE, reduction="sum") for ids, labels in rows) / count
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*grads, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()) + 1e-6)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_families_decode_as_transformers_does(kind, capsys):
     model = tiny_of(kind)
@@ -498,6 +516,7 @@ def test_families_decode_as_transformers_does(kind, capsys):
     whole = [reference(model, prompt, 10) for prompt in RAGGED]
     assert len({tuple(row) for row in whole}) == len(RAGGED)
     compare_family(model, kind, whole)
+    compare_gradient(model)
 
 
 def test_the_text_part_of_a_model_that_also_sees_decodes():
@@ -663,12 +682,23 @@ def test_finetune_under_autocast(words, monkeypatch):
     """The weights stay float32, the loss is nearly the same."""
     sequences, losses = [base_sequence(words, EXAMPLE)] * 2, []
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(executor, "work_dtype", lambda model: dtype)
+        monkeypatch.setattr(executor, "work_dtype", lambda model, dtype=dtype: dtype)
         torch.manual_seed(0)
         model = executor.tiny_model(len(words), 16, 1)
         losses.append(finetune(model, sequences, epochs=3, batch_size=1, learning_rate=1e-3, warmup=1, seed=0, pad_id=0))
         assert model.dtype == torch.float32
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("device, parameters, wanted", [("cuda", 10**9, torch.bfloat16), ("cuda", 10**6, torch.float32),
+                                                        ("cpu", 10**9, torch.float32)])
+def test_what_matrix_products_are_computed_in(device, parameters, wanted):
+    """The tiny world is float32 on CUDA, too: its tables agree with those of a CPU."""
+    class Model:
+        def parameters(self):
+            return [torch.empty(parameters, device="meta")]
+    Model.device = torch.device(device)
+    assert executor.work_dtype(Model()) == wanted
 
 
 def test_heldout_loss_is_a_mean_over_tokens(words):
@@ -874,6 +904,7 @@ def test_cache_tokens_are_measured(model):
     assert executor.cache_tokens(model, 1.0) == 2**30 // token
     assert executor.cache_tokens(copy.deepcopy(model).bfloat16(), 1.0) == 2 * 2**30 // token
     assert executor.cache_tokens(model, 1e-12) == 1
+    assert executor.cache_tokens(random_model("llama", context=20), 1.0) == 2**30 // token
     for kind in ("mistral", "falcon_h1", "deepseek_v3"):           # windows, recurrent states, latent keys: something
         assert 10**4 < executor.cache_tokens(tiny_of(kind), 1.0) < 10**8
 
@@ -992,6 +1023,7 @@ def test_a_layer_that_returns_several_things_is_refused_by_name():
         executor.Lora(tiny_of("llama4_text", intermediate_size_mlp=48, interleave_moe_layer_step=1), 3, 6.0)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")               # of peft's calls
 def test_peft_and_we_read_each_other(model, tmp_path):
     """The adapter means the same to peft (which nothing else here needs), in both directions."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -1350,17 +1382,14 @@ def test_finetune_stops_early_and_keeps_the_best_weights(words, monkeypatch):
 # ---------------------------------------------------------------- the command
 
 def test_base_of_a_run(tmp_path):
-    """And the dtype of its models: the tiny world is float32 everywhere, so that tables agree."""
     base = tmp_path / "base" / "base.json"
     with pytest.raises(UserError, match="executor.py --run_dir"):
         executor.base_of(tmp_path)
     base.parent.mkdir()
     base.write_text('{"model": "."}')
     assert executor.base_of(tmp_path) == str(tmp_path / "base")
-    assert executor.run_dtype(tmp_path, "cuda") == executor.run_dtype(tmp_path, "cpu") == torch.float32
     base.write_text('{"model": "Qwen/x"}')
     assert executor.base_of(tmp_path) == "Qwen/x"
-    assert executor.run_dtype(tmp_path, "cuda") == torch.bfloat16 and executor.run_dtype(tmp_path, "cpu") == torch.float32
     base.write_text("{")
     with pytest.raises(UserError, match="base.json: damaged"):
         executor.base_of(tmp_path)
@@ -1388,17 +1417,6 @@ def test_the_command_trains_checks_and_is_skipped_when_done(tmp_path, capsys):
         executor.main([*arguments, "--hidden", "32"])
     with pytest.raises(UserError, match="leave out --model"):
         executor.main(["--run_dir", str(tmp_path / "run2"), "--model", "x"]) if shutil.copytree(run / "groups", tmp_path / "run2" / "groups") else None
-
-
-def test_section_one_stands_alone(tmp_path):
-    """Copied into another project it decodes, with torch and transformers only."""
-    source = Path(executor.__file__).read_text()
-    start, end = (source.index(line) for line in source.splitlines() if line.startswith("# ----") and line.endswith(("1. decoding", "2. the frozen executor")))
-    (tmp_path / "decode.py").write_text(source[start:end])
-    decode = bench_decoding.import_file(str(tmp_path / "decode.py"))
-    assert decode.generate(random_model("llama"), PROMPTS, max_new_tokens=5, temperature=0, eos_id=-1).tokens == greedy(
-        random_model("llama"), PROMPTS, max_new_tokens=5).tokens
-    assert "data" not in vars(decode) and "verify" not in vars(decode)
 
 
 def test_bench_prints_one_table(tiny, monkeypatch):

@@ -239,7 +239,8 @@ def test_peaks_belong_to_their_phase(results, monkeypatch):
 def test_a_part_in_a_process_of_its_own(part):
     """As a person calls it, subprocesses and run.sh included."""
     here = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "SKIP_INSTALL": "1"}
-    done = subprocess.run(["tests/gpu.sh", "dry", part], cwd=ROOT, env=os.environ | here, capture_output=True, text=True)
+    done = subprocess.run(["tests/gpu.sh", "dry", part], cwd=ROOT, env=os.environ | here, capture_output=True,
+                          text=True)
     assert done.returncode == 0 and f"**{part}**: complete" in done.stdout, done.stdout + done.stderr
 
 

@@ -1877,9 +1877,7 @@ done
     ({"PRESET": "code", "MODES": "exec_only", "DATA": "a b.jsonl", "HELDOUT_DATA": "h.jsonl"}, None),
     ({"PRESET": "code", "MODES": "rm_only", "DATA": "a b.jsonl", "HELDOUT_DATA": "h.jsonl"}, None),
     ({"PRESET": "paper-math", "DATA": "t", "HELDOUT_DATA": "h", "MODES": "tracelift"}, None),
-    ({"MODES": "uplift_only exec_only"}, None), pytest.param(
-        {"PRESET": "paper-math", "DATA": "t", "HELDOUT_DATA": "h", "INT": "1"}, None, marks=pytest.mark.xfail(
-            strict=True, raises=UserError, reason="--lora_rank and --init do not go together")),
+    ({"MODES": "uplift_only exec_only"}, None),
     ({"PRESET": "paper-code", "DATA": "t", "HELDOUT_DATA": "h", "TESTS": "x"}, None)],
     ids=lambda x: " ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else x)
 def test_every_command_of_a_recipe_is_one_that_its_file_accepts(tmp_path, environment, argument):

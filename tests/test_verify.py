@@ -734,7 +734,7 @@ def test_objects_that_lie_and_values_that_are_code(program, statement):
 def test_functions_as_arguments_are_named():
     verdict = run("class S:\n    pass", check("assert S() == 1"))
     assert verdict.outcome == "failed_test" and "cannot be compared" in verdict.detail
-    for argument in ("lambda x: x", "len", "int", "math.sqrt"):
+    for argument in ("lambda x: x", "len", "int", "math.sqrt", "type('T', (), {})()"):
         with pytest.raises(ValueError, match=r"tests\[0\]\[1\]\['assert'\] cannot be checked.*not a plain value"):
             run("def f(g): return 1", check("assert f(1) == 1"), check(f"assert f({argument}) == 1"))
 
