@@ -36,6 +36,7 @@ fi
 if [ "$command" = test ]; then                    # two halves side by side, one thread each
   half=(tests/test_tracelift.py tests/test_verify.py) log=$(mktemp) status=0
   "$python" -m pytest -q "${half[@]}" >"$log" 2>&1 &
+  trap 'kill %1 2>/dev/null || true' EXIT
   "$python" -m pytest -q tests "${half[@]/#/--ignore=}" || status=$?
   wait $! || status=$?
   cat "$log"
