@@ -457,7 +457,8 @@ def check_train(s: TrainSettings) -> None:
                       "exec_score": ("runs" not in mode.needs, with_mode),
                       "clip_low": (s.inner_epochs == 1, "with one update per rollout (--inner_epochs 1): rho is 1"),
                       "clip_high": (s.inner_epochs == 1, "with one update per rollout (--inner_epochs 1): rho is 1"),
-                      "lora_alpha": (s.lora_rank == 0, "without --lora_rank")}
+                      "lora_alpha": (s.lora_rank == 0, "without --lora_rank"),
+                      "eval_problems": (s.eval_every == 0, "without --eval_every")}
     for flag, (idle, why) in without_effect.items():
         if idle and getattr(s, flag) != getattr(TrainSettings, flag):
             raise UserError(f"--{flag} has no effect {why}; leave it out")
@@ -949,7 +950,7 @@ def read_results(folder: Path, asked: dict) -> dict | None:
     try:
         known = json.loads(path.read_text())
         return known if known["settings"] == asked and known["rows"] else None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error!r}); delete it and evaluate again") from None
 
 
@@ -957,9 +958,9 @@ def training_cost(log: Path) -> dict:
     """COSTS of a whole training, from the last line of its metrics.jsonl."""
     try:
         last = json.loads(log.read_text().splitlines()[-1])
-    except (IndexError, json.JSONDecodeError) as error:
-        raise UserError(f"{log}: its last line is damaged ({error}); delete that line") from None
-    return {key: last["step"] + 1 if key == "steps" else last[key] for key in COSTS}
+        return {key: last["step"] + 1 if key == "steps" else last[key] for key in COSTS}
+    except (IndexError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{log}: its last line is damaged ({error!r}); delete that line") from None
 
 
 def evaluate_planner(folder, base: str, splits: dict[str, list[Problem]], frozen: Executor, how: Settings,
