@@ -1465,7 +1465,7 @@ def run_command(main, argv=None) -> None:
               "use --checkpointing 1 or --lora_rank", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from what is saved", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         sys.exit(130)
 
 

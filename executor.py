@@ -312,8 +312,9 @@ class Executor:
         return names
 
     def _judge(self, problems: list[Problem], outputs: list[str]) -> list[Run]:
-        codes = [verify.extract_code(o) for p, o in zip(problems, outputs) if p.task_type == "code"]
-        verdicts = verify.run_programs(codes, [p.tests for p in problems if p.task_type == "code"])
+        codes = [verify.code_blocks(o) for p, o in zip(problems, outputs) if p.task_type == "code"]
+        verdicts = verify.run_programs(codes, [p.tests for p in problems if p.task_type == "code"],
+                                       fail_fast=self.exec_score == "binary")
         self.spent["program_runs"] += len(codes)
         runs, verdicts = [], iter(verdicts)
         for problem, output in zip(problems, outputs):
@@ -633,8 +634,8 @@ def load_tokenizer(path_or_name: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_name)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"{path_or_name}: no tokenizer can be loaded ({_first_line(error)}); --model must be a Hugging "
-                        "Face folder with tokenizer.json, or a name on a hub that can be reached") from None
+        raise UserError(f"{path_or_name}: no tokenizer can be loaded ({_first_line(error)}); give a Hugging Face "
+                        "folder with tokenizer.json, or a name on a hub that can be reached (--model, --init)") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path_or_name}: the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
     try:

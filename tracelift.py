@@ -1345,7 +1345,8 @@ def learn_interventions(s: IntSettings, run_dir: Path, work: Path) -> None:
     executor.check_head(planner)
     frozen = frozen_executor(*executor.load(base, device), s)
     readers = who_reads(planner, tokenizer, frozen, s, traces=2)          # a beginning, and what continues it
-    check_lengths(problems, [*readers, replace(readers[0], text_of=lambda p: data.intervention_prompt(p, ""))])
+    more = 3 * s.max_trace_tokens                                         # the trace, its numbers, the answer
+    check_lengths(problems, [*readers, replace(readers[0], text_of=lambda p: data.intervention_prompt(p, ""), more=more)])
     if (work / "int.json").exists():                                      # a stopped stage: only fine-tuning is missing
         report = json.loads((work / "int.json").read_text())
         records = [json.loads(line) for line in (work / "interventions.jsonl").read_text().splitlines()]
