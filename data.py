@@ -171,6 +171,8 @@ def extract_reasoning(completion: str) -> str:
     tokens were sampled all the same, and get gradient like all others. No opening tag: the trace begins where the
     completion does. What a thinking model writes before "</think>" is no part of its trace.
     """
+    if completion.lstrip().startswith("<think>") and "</think>" not in completion:
+        return ""                                                 # cut while it was thinking: it has written no trace
     after_thinking = completion.rpartition("</think>")[2]
     after_open = after_thinking.split(OPEN, 1)[-1]
     return after_open.split(CLOSE, 1)[0].strip()
@@ -178,34 +180,40 @@ def extract_reasoning(completion: str) -> str:
 
 def encode_text(tokenizer, text: str) -> list[int]:
     """Token ids of a text that anybody may have written, as the tokenizer begins one, but open at its end: some
-    tokenizers put an end-of-sequence token there, and a prompt goes on.
-
-    Hazard: a trace that spells "<|im_end|>" would end its own turn, and could answer in the executor's place. So
-    control tokens in the text are split: they are read as the letters that they are written with."""
+    tokenizers put an end-of-sequence token there, and a prompt goes on. Control tokens that the text spells are read as
+    the letters that they are written with (see `encode_prompt`)."""
     ids = tokenizer(text, split_special_tokens=True)["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def encode_prompt(tokenizer, prompt: str, template_arguments: dict | None = None) -> list[int]:
-    """Token ids of a prompt: as the user's turn of the tokenizer's chat template, if it has one. Control tokens of the
-    template are control tokens, those that are spelled in the prompt are text (see `encode_text`)."""
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt: as the user's turn of the tokenizer's chat template, if it has one.
+
+    Hazard: a trace that spells "<|im_end|>" would end its own turn, and could answer in the executor's place. So what
+    the template writes is control, and what the prompt spells is text: the same words, cut into ordinary tokens."""
     if not getattr(tokenizer, "chat_template", None):
         return encode_text(tokenizer, prompt)
 
     def turn(content: str) -> str:
         messages = [{"role": "user", "content": content}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                             **(template_arguments or {}))
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def ids(text: str, **options) -> list[int]:
-        # none added: the template writes its own
-        return tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+        return tokenizer(text, add_special_tokens=False, **options)["input_ids"]     # the template writes its own
 
-    harmless = ids(prompt, split_special_tokens=True)
-    if harmless == ids(prompt):
+    before, after = turn(PLACE).split(PLACE)
+    controls = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    spelled = [control for control in controls if control in prompt and control in before + after]
+    if not spelled and ids(prompt, split_special_tokens=True) == ids(prompt):
         return ids(turn(prompt))
-    before, after = turn("\0").split("\0")
-    return ids(before) + harmless + ids(after)
+    pieces = [prompt]
+    for control in spelled:                                       # also those that are not flagged as special
+        cut = [piece.replace(control, control[:1] + PLACE + control[1:]) for piece in pieces]
+        pieces = [part for piece in cut for part in piece.split(PLACE)]
+    return ids(before) + [token for piece in pieces for token in ids(piece, split_special_tokens=True)] + ids(after)
+
+
+PLACE = "(the prompt stands here: 8d1f3a)"        # no template changes it, no prompt spells it
 
 
 # ------------------------------------------------------------------------------- 2. steps, flaws, TraceLift-Groups
@@ -1461,8 +1469,9 @@ def run_command(main, argv=None) -> None:
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        print(f"error: {str(error).splitlines()[0]}; in decoding lower --max_cache_gib, in training --micro_batch, or "
-              "use --checkpointing 1 or --lora_rank", file=sys.stderr)
+        print(f"error: {str(error).splitlines()[0]}; in decoding lower --max_cache_gib, in training --micro_batch or "
+              "--groups_per_batch, or use --checkpointing 1 or --lora_rank, where the command has them",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -1505,6 +1514,8 @@ def stage_folder(path, settings, inputs: dict[str, str] | None = None):
         return
     partial.mkdir(parents=True, exist_ok=True)
     with _only_writer(partial):
+        if path.exists():                                         # another process has made it since
+            raise UserError(f"{path}: another process has just made it; give the same command again")
         if _has_content(partial):
             compare_made(partial, settings, inputs or {})
         record = {"settings": dataclasses.asdict(settings), "inputs": inputs or {}, "environment": environment()}
@@ -1540,7 +1551,8 @@ def _has_content(partial: Path) -> bool:
     """Something besides its settings, and besides what `write_atomic` leaves when it is killed."""
     if not partial.exists():
         return False
-    return any(p.name != "settings.json" and not p.name.startswith(".") for p in partial.iterdir())
+    files = [p for p in partial.iterdir() if p.name != "settings.json" and not p.name.startswith(".")]
+    return any(p.is_dir() or p.stat().st_size for p in files)     # logs may be there and empty
 
 
 def _refuse_old_run(run_dir: Path) -> None:

@@ -462,8 +462,8 @@ SMALL = 20_000_000                                # parameters
 
 
 def work_dtype(model) -> torch.dtype:
-    """What matrix products are computed in: bfloat16 on CUDA, float32 elsewhere and for small models, which gain nothing
-    from 16 bits; so the tables of the tiny world agree with those of a CPU."""
+    """What matrix products are computed in: bfloat16 on CUDA, float32 elsewhere and for small models, which gain
+    nothing from 16 bits; so the tables of the tiny world agree with those of a CPU."""
     large = sum(p.numel() for p in model.parameters()) > SMALL
     return torch.bfloat16 if large and model.device.type == "cuda" else torch.float32
 
@@ -635,7 +635,8 @@ def load_tokenizer(path_or_name: str):
         tokenizer = AutoTokenizer.from_pretrained(path_or_name)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{path_or_name}: no tokenizer can be loaded ({_first_line(error)}); give a Hugging Face "
-                        "folder with tokenizer.json, or a name on a hub that can be reached (--model, --init)") from None
+                        "folder with tokenizer.json, or a name on a hub that can be reached (--model, --init)"
+                        ) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path_or_name}: the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
     try:
@@ -683,7 +684,8 @@ def cache_tokens(model, gib: float) -> int:
     """How many tokens of keys and values fit into `gib` GiB: measured on 64, since no formula knows all kinds of
     attention. States of a fixed size per row count as if no row were longer."""
     count = int(min(64, context_of(model)))
-    _, cache, *_ = read_prompts(model, [_some_ids(model, count).tolist()], count)
+    with autocast(model):
+        _, cache, *_ = read_prompts(model, [_some_ids(model, count).tolist()], count)
     held = {}
     for layer in cache.layers:
         for value in vars(layer).values():

@@ -19,7 +19,9 @@ def curves(run_dir: Path, metric: str) -> dict[str, list[list[float]]]:
     found: dict[str, list[list[float]]] = {}
     for log in sorted(run_dir.glob("planner-*/metrics.jsonl")):
         match = re.fullmatch(r"planner-(.+)-seed\d+(\.partial)?", log.parent.name)
-        values = [json.loads(line)[metric] for line in log.read_text().splitlines()]
+        lines = log.read_text().splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]     # a running training may be writing
+        values = [record[metric] for record in records if metric in record]        # heldout_success: now and then
         if match and values and None not in values:
             windows = [values[max(0, i - 4):i + 1] for i in range(len(values))]
             found.setdefault(match[1], []).append([sum(w) / len(w) for w in windows])
