@@ -23,6 +23,7 @@ broke, so the tiny world has ground truth; its flaws are less varied than a lang
 import argparse
 import ast
 import dataclasses
+import errno
 import gzip
 import hashlib
 import importlib.util
@@ -198,28 +199,50 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
         messages = [{"role": "user", "content": content}]
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    def ids(text: str, **options) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, **options)["input_ids"]     # the template writes its own
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]             # the template writes its own
 
-    before, after = turn(PLACE).split(PLACE)
-    controls = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    spelled = [control for control in controls if control in prompt and control in before + after]
-    if not spelled and ids(prompt, split_special_tokens=True) == ids(prompt):
+    place = "(the prompt stands here: 8d1f3a)"                    # no template changes it, no prompt spells it
+    before, after = turn(place).split(place)
+    if not spells_control(tokenizer, prompt, before + after):
         return ids(turn(prompt))
-    pieces = [prompt]
-    for control in spelled:                                       # also those that are not flagged as special
-        cut = [piece.replace(control, control[:1] + PLACE + control[1:]) for piece in pieces]
-        pieces = [part for piece in cut for part in piece.split(PLACE)]
-    return ids(before) + [token for piece in pieces for token in ids(piece, split_special_tokens=True)] + ids(after)
-
-
-PLACE = "(the prompt stands here: 8d1f3a)"        # no template changes it, no prompt spells it
+    return ids(before) + encode_letters(tokenizer, prompt, before + after) + ids(after)
 
 
 # ------------------------------------------------------------------------------- 2. steps, flaws, TraceLift-Groups
 #
 # Steps are what InT (arXiv 2601.14209) works on: the planner reads its own trace, numbered, names the first wrong step
 # and proposes another in its place.
+
+def _controls(tokenizer, template: str) -> list[str]:
+    """Added tokens that a template writes; not all of them are flagged as special."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    return [text for text in added if text.strip() and text in template]
+
+
+def spells_control(tokenizer, text: str, template: str) -> bool:
+    """Whether a text would be read as more than its letters."""
+    plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if plain != tokenizer(text, add_special_tokens=False)["input_ids"]:
+        return True
+    return any(control in text for control in _controls(tokenizer, template))
+
+
+def encode_letters(tokenizer, text: str, template: str) -> list[int]:
+    """Token ids of a text in which every control token that it spells is cut after its first letter."""
+    pieces = [text]
+    for control in _controls(tokenizer, template):
+        cut = []
+        for piece in pieces:
+            first, *others = piece.split(control)
+            cut.append(first)
+            for other in others:
+                cut[-1] += control[:1]
+                cut.append(control[1:] + other)
+        pieces = cut
+    encoded = [tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"] for piece in pieces]
+    return [token for ids in encoded for token in ids]
+
 
 def split_steps(problem: Problem, reasoning: str) -> list[str]:
     """The steps of a trace: equations or plan steps in the tiny world, else sentences and lines."""
@@ -1437,6 +1460,8 @@ def check_settings(settings) -> None:
             raise UserError(f"--{f.name} {value!r}: must be at least {rule['low']}")
         if rule["above"] is not None and not rule["above"] < value < math.inf:
             raise UserError(f"--{f.name} {value!r}: must be above {rule['above']}")
+        if isinstance(value, float) and value > 1e12:                  # so that no number of steps exceeds 64 bits
+            raise UserError(f"--{f.name} {value!r}: must be at most 1e12")
 
 
 def parse_settings(cls, argv: list[str], prog: str):
@@ -1449,33 +1474,67 @@ def parse_settings(cls, argv: list[str], prog: str):
         parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar=kind.__name__.upper(), help=reason)
     settings = cls(**vars(parser.parse_args(argv)))
     check_settings(settings)
+    if not settings.run_dir.strip():
+        raise UserError("--run_dir '': must name a folder; is a variable of your shell empty?")
     return settings
 
 
 def run_command(main, argv=None) -> None:
-    """Runs `main(argv)`. A mistake of the user, a full disk, numbers that are not finite or a sandbox that cannot start
-    become one line on stderr and exit code 2; SIGTERM and Ctrl-C end it like an error, so that nothing is left half
-    done, with exit code 130."""
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
+    """Runs `main(argv)`. A mistake of the user, a full disk, numbers that are not finite, too little memory or a sandbox
+    that cannot start become one line on stderr and exit code 2; SIGTERM and Ctrl-C end it like an error, so that nothing
+    is left half done, with exit code 130."""
+    _stop_on_signals()
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except (UserError, OSError, FloatingPointError, verify.SandboxError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:                                            # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
+    except OSError as error:
+        _fail(f"{error}{_mend(error)}")
+    except (UserError, FloatingPointError, verify.SandboxError) as error:
+        _fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|n't allocate|not enough mem", str(error)):
             raise
-        print(f"error: {str(error).splitlines()[0]}; in decoding lower --max_cache_gib, in training --micro_batch or "
-              "--groups_per_batch, or use --checkpointing 1 or --lora_rank, where the command has them",
-              file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        first = (str(error) or "out of memory").splitlines()[0]
+        _fail(f"{first}; in decoding lower --max_cache_gib, in training --micro_batch, or use --checkpointing 1 or "
+              "--lora_rank; or take a smaller model")
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped; give the same command again", file=sys.stderr)
         sys.exit(130)
+
+
+def _stop_on_signals() -> None:
+    """SIGTERM and Ctrl-C raise KeyboardInterrupt, once: a second one would end what the first began to put in order. A
+    Ctrl-C that the shell wants ignored (a job in the background) stays ignored."""
+    def stop(*_):
+        for number in caught:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        return
+    caught = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        caught.append(signal.SIGINT)
+    for number in caught:
+        signal.signal(number, stop)
+
+
+def _fail(error) -> None:
+    """One line, whatever line ends a library put into its message."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _mend(error: OSError) -> str:
+    """What to do about an error of the system, where its number tells."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "; make room on the disk, then the same command goes on"
+    if error.errno is not None:
+        return "; mend or move this path, or choose another --run_dir"
+    return ""
 
 
 def write_atomic(path, text: str) -> None:
@@ -1514,13 +1573,15 @@ def stage_folder(path, settings, inputs: dict[str, str] | None = None):
         return
     partial.mkdir(parents=True, exist_ok=True)
     with _only_writer(partial):
-        if path.exists():                                         # another process has made it since
-            raise UserError(f"{path}: another process has just made it; give the same command again")
-        if _has_content(partial):
-            compare_made(partial, settings, inputs or {})
-        record = {"settings": dataclasses.asdict(settings), "inputs": inputs or {}, "environment": environment()}
-        write_atomic(partial / "settings.json", json.dumps(record, indent=1))
         try:
+            if path.exists():                                     # finished by another process since we looked
+                raise UserError(f"{path}: another process has just made it; give the same command again")
+            if _has_content(partial):
+                compare_made(partial, settings, inputs or {})
+            for left in partial.glob(".*"):                       # by a `write_atomic` that was killed
+                left.unlink()
+            record = {"settings": dataclasses.asdict(settings), "inputs": inputs or {}, "environment": environment()}
+            write_atomic(partial / "settings.json", json.dumps(record, indent=1))
             yield partial
         except BaseException:
             if not _has_content(partial):                         # another try may then have other settings
@@ -1542,6 +1603,8 @@ def _only_writer(partial: Path):
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{partial}: another process is making it; wait for it, or stop it first") from None
+        except OSError:                                           # a file system without locks
+            pass
         yield
     finally:
         os.close(folder)
@@ -1584,14 +1647,27 @@ def read_settings(folder) -> dict:
 
 
 def _read_record(folder, part: str) -> dict:
-    path = Path(folder) / "settings.json"
+    mend = f"choose another --run_dir, or delete {folder}"
+    found = read_json(Path(folder) / "settings.json", mend, part)[part]
+    if not isinstance(found, dict):
+        raise UserError(f"{folder}/settings.json: damaged (key {part!r} is no object); {mend}")
+    return found
+
+
+def read_json(path, mend: str, *keys: str) -> dict:
+    """The object in a JSON file that a stage has written. UserError that ends in `mend` for a file that is missing,
+    damaged, or without one of the keys."""
+    path = Path(path)
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))[part])
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: missing, so nobody knows how {folder} was made; choose another --run_dir, or delete "
-                        f"{folder}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); choose another --run_dir, or delete {folder}") from None
+        raise UserError(f"{path}: missing; {mend}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}); {mend}") from None
+    lacks = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if lacks or not isinstance(found, dict):
+        raise UserError(f"{path}: damaged (no object with the key {', '.join(lacks)}); {mend}")
+    return found
 
 
 def fingerprint(path) -> str:
@@ -1688,11 +1764,14 @@ def load_groups(settings: DataSettings) -> dict[str, list[dict]]:
     if s.source == "gsm8k" and s.task_type == "code":
         raise UserError("--source gsm8k does not go with --task_type code")
     if s.source == "tiny" and (s.data or s.heldout_data):
-        raise UserError("--source tiny does not go with --data")
+        raise UserError("--source tiny does not go with --data or --heldout_data")
     if s.source == "groups" and not (s.data and s.heldout_data):
         raise UserError("--source groups needs --data FILE and --heldout_data FILE")
     if s.source != "groups" and s.tests:
         raise UserError(f"--tests goes with --source groups only, not with {s.source}")
+    for flag in ("negatives", "seed"):
+        if s.source == "groups" and getattr(s, flag) != getattr(DataSettings, flag):
+            raise UserError(f"--{flag} has no effect with --source groups, which are taken as they are; leave it out")
     wanted = {"train": s.train, "heldout": s.heldout}
     if s.source == "tiny":
         wanted["longer"] = s.heldout

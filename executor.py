@@ -528,7 +528,8 @@ def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: flo
     Batches hold sequences of similar length. Learning rate: linear warm-up, then linear decay to 0. With `heldout`
     sequences their loss is measured at the start and ten times on the way; two measurements without a new minimum end
     the training early, and the model keeps the weights of the minimum. `checkpointing` is for memory.
-    Returns the mean loss of the last tenth."""
+    Returns the mean loss of the last tenth. FloatingPointError, with the step, for a loss or gradient that is not
+    finite."""
     if not sequences:
         raise ValueError("sequences: there must be at least one")
     if checkpointing:
@@ -540,6 +541,8 @@ def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: flo
     for step in bar:
         if heldout and (step % max(1, total // 10) == 0 or step == total):
             held = heldout_loss(model, heldout, batch_size=batch_size, pad_id=pad_id)
+            if not math.isfinite(held):
+                raise FloatingPointError(f"{title}, step {step}: the held-out loss is not finite; {DIVERGED}")
             since += 1
             if best is None or held < best:
                 best, since, weights = held, 0, {k: v.clone() for k, v in model.state_dict().items()}
@@ -558,15 +561,29 @@ def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: flo
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, total, warmup)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]) or not math.isfinite(norm):
+            raise FloatingPointError(f"{title}, step {step}: the loss or its gradient is not finite; {DIVERGED}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
         if step % 20 == 0:
             bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
-    model.eval()
+    require_finite(model.eval(), f"{title}, after the last step")
     last = losses[-max(1, total // 10):]
     return sum(last) / len(last)
+
+
+DIVERGED = "the training diverged, begin again with a lower --learning_rate"
+
+
+@torch.no_grad()
+def require_finite(model, where: str) -> None:
+    """FloatingPointError where the last update left a model that computes no numbers: whoever loads it later would be
+    told that its weights are damaged."""
+    logits = model(input_ids=_some_ids(model, 8)[None], use_cache=False).logits
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError(f"{where}: the model's logits are not finite; {DIVERGED}")
 
 
 # ---------------------------------------------------------------------------- 5. loading and its checks
@@ -584,8 +601,10 @@ def pick_device(device: str = "") -> torch.device:
                         "install torch from download.pytorch.org/whl/ for an older CUDA, or give --device cpu")
     try:
         found = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: cannot be used ({_first_line(error)})") from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {device}: cannot be used ({_first_line(error)}); leave it out, or give cpu") from None
+    if found.type == "meta":
+        raise UserError("--device meta: holds no numbers; leave it out, or give cpu")
     if found.type == "cuda":
         torch.cuda.set_device(found)
         # torch prefers cuDNN's attention on Hopper and newer (aten/native/transformers/cuda/sdp_utils.cpp, priority
@@ -612,7 +631,7 @@ def load(path_or_name: str, device=None, dtype=None):
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path_or_name}: no causal LM can be loaded ({_first_line(error)}); a folder must hold "
                         "config.json and model.safetensors") from None
-    except (ValueError, KeyError, RuntimeError, AttributeError) as error:
+    except Exception as error:                                     # whatever a damaged config.json leads to
         raise UserError(f"{path_or_name}: no causal LM can be loaded ({_first_line(error)})") from None
     if report["missing_keys"]:                                     # transformers would initialise them at random
         raise UserError(f"{path_or_name}: the weights lack {sorted(report['missing_keys'])[0]}; the file is incomplete")
@@ -633,14 +652,14 @@ def load_tokenizer(path_or_name: str):
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_name)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"{path_or_name}: no tokenizer can be loaded ({_first_line(error)}); give a Hugging Face "
-                        "folder with tokenizer.json, or a name on a hub that can be reached (--model, --init)"
-                        ) from None
+    except Exception as error:                                     # tokenizers raises Exception itself
+        raise UserError(f"{path_or_name}: no tokenizer can be loaded ({_first_line(error)}); --model must be a Hugging "
+                        "Face folder with tokenizer.json, or a name on a hub that can be reached") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path_or_name}: the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
     try:
         data.encode_prompt(tokenizer, SENTENCE)
+        data.encode_prompt(tokenizer, SENTENCE + tokenizer.eos_token)              # cut up, around the user's text
     except Exception as error:                                     # a template is a program of its own
         raise UserError(f"{path_or_name}: the tokenizer's chat template cannot render one user message "
                         f"({_first_line(error)})") from None
@@ -792,14 +811,43 @@ def check_head(model) -> bool:
 def base_of(run_dir) -> str:
     """The base model of a run, planner and executor in one: the folder or name that `python executor.py` recorded."""
     folder = Path(run_dir) / "base"
+    model = _base_record(run_dir)["model"]
+    return str(folder) if model == "." else str(model)
+
+
+def _base_record(run_dir) -> dict:
+    folder = Path(run_dir) / "base"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no base model yet; run python executor.py --run_dir {run_dir} first")
+    return data.read_json(folder / "base.json", f"delete {folder} and run python executor.py --run_dir {run_dir} again",
+                          "model")
+
+
+def load_for(run_dir, path_or_name, device=None, dtype=None):
+    """`load` for a run: all its prompts are made with the template arguments that `python executor.py` recorded."""
+    model, tokenizer = load(str(path_or_name), device, dtype)
+    set_template_arguments(tokenizer, _base_record(run_dir).get("chat_template_kwargs") or {})
+    return model, tokenizer
+
+
+def set_template_arguments(tokenizer, arguments: dict) -> None:
+    """Puts arguments into the chat template itself, so that every prompt has them, and planners are saved with them."""
+    for name, value in arguments.items():
+        assignment = "{%- set " + f"{name} = {json.dumps(value)}" + " %}"
+        if assignment not in tokenizer.chat_template:
+            tokenizer.chat_template = assignment + tokenizer.chat_template
+
+
+@contextmanager
+def saving(folder):
+    """Inside it models and tokenizers are saved: what each library says of a full disk becomes OSError."""
     try:
-        model = json.loads((folder / "base.json").read_text())["model"]
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no base model yet; run python executor.py --run_dir {run_dir} first") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/base.json: damaged ({error!r}); delete {folder} and run python executor.py "
-                        f"--run_dir {run_dir} again") from None
-    return str(folder) if model == "." else model
+        yield
+    except OSError:
+        raise
+    except Exception as error:                                     # SafetensorError, RuntimeError, Exception itself
+        raise OSError(f"{folder}: cannot be saved ({_first_line(error)}); make room on the disk, then the same command "
+                      "goes on") from None
 
 
 # --------------------------------------------------------------------------------------------------- 6. LoRA
@@ -888,7 +936,7 @@ class Lora:
                 if config.get(key, plain) != plain:
                     raise UserError(f"{folder}/adapter_config.json: {key} {config[key]!r} is not plain LoRA")
             lora = cls(model, config["r"], config["lora_alpha"], config["target_modules"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(f"{folder}: not an adapter (adapter_config.json, adapter_model.safetensors): "
                             f"{error!r}") from None
         lora.load_state_dict(saved, folder)
@@ -959,6 +1007,8 @@ class BaseSettings:
     """Settings of `python executor.py`."""
     run_dir: str = knob("runs/tiny-math", "run folder; holds groups/", affects_result=False)
     model: str = knob("", "Hugging Face folder or name, for planner and executor; empty: train the tiny base model")
+    chat_template_kwargs: str = knob("", "arguments of the model's chat template for all prompts of the run, a JSON "
+                                         "object such as '{\"enable_thinking\": false}'")
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one", affects_result=False)
     hidden: int = knob(128, "width of the tiny model; a multiple of 8", low=8)
     layers: int = knob(4, "depth of the tiny model", low=1)
@@ -974,20 +1024,54 @@ class BaseSettings:
                                 affects_result=False)
 
 
-def train_base(s: BaseSettings, task_type: str, folder: Path) -> float:
+def train_base(s: BaseSettings, heldout: list[Problem], folder: Path) -> float:
     """Trains the tiny base model from nothing and saves it as a Hugging Face folder. Returns the final loss."""
+    steps = max(1, round(s.sequences / s.batch_size))
+    if s.warmup > steps and s.warmup != BaseSettings.warmup:
+        raise UserError(f"--warmup {s.warmup} is longer than the training, {steps} steps; lower it")
     if s.hidden % 8:
         raise UserError(f"--hidden {s.hidden}: must be a multiple of 8, for 4 attention heads of even width")
     torch.manual_seed(s.seed)
-    corpus = data.base_corpus(task_type, s.sequences, s.seed)
+    corpus = data.base_corpus(heldout[0].task_type, s.sequences, s.seed)
     tokenizer = tiny_tokenizer([e.prompt + e.trace + e.ask + e.answer for e in corpus])
     model = tiny_model(len(tokenizer), s.hidden, s.layers).to(pick_device(s.device))
+    check_answers_fit(model, tokenizer, heldout, s.max_answer_tokens)
     sequences = [base_sequence(tokenizer, example) for example in corpus]
     loss = finetune(model, sequences, epochs=1, batch_size=s.batch_size, learning_rate=s.learning_rate,
                     warmup=s.warmup, seed=s.seed, pad_id=tokenizer.pad_token_id, title="base model")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with saving(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return loss
+
+
+def check_answers_fit(model, tokenizer, problems: list[Problem], new: int) -> None:
+    """UserError, before anything is trained, for a problem that leaves no room for its answer."""
+    for problem in problems:
+        for trace in (None, problem.reference_reasoning):
+            length = len(data.encode_prompt(tokenizer, data.executor_prompt(problem, trace)))
+            if length + new > context_of(model):
+                raise UserError(f"{problem.problem_id}: the executor's prompt of {length} tokens and --max_answer_tokens "
+                                f"{new} exceed the model's context of {context_of(model)}; lower it, or leave the "
+                                "problem out")
+
+
+def template_arguments(s: BaseSettings) -> dict:
+    """--chat_template_kwargs, checked on the model's own template. UserError for what it does not know."""
+    if not s.chat_template_kwargs:
+        return {}
+    flag = f"--chat_template_kwargs {s.chat_template_kwargs}"
+    try:
+        arguments = dict(json.loads(s.chat_template_kwargs))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{flag}: no JSON object ({error}); give it as '{{\"enable_thinking\": false}}'") from None
+    template = load_tokenizer(s.model).chat_template if s.model else None
+    for name, value in arguments.items():
+        if type(value) not in (bool, int, float, str) or not name.isidentifier():
+            raise UserError(f"{flag}: {name} must be a name with true, false, a number or a text")
+        if not isinstance(template, str) or name not in template:
+            raise UserError(f"{flag}: the chat template of {s.model or 'the tiny world'} has no {name}; leave it out")
+    return arguments
 
 
 def make_base(s: BaseSettings, folder: Path) -> None:
@@ -998,10 +1082,16 @@ def make_base(s: BaseSettings, folder: Path) -> None:
         raise UserError(f"{s.run_dir}/groups are of the tiny world, whose prompts are bare problems: leave out --model")
     if not tiny and not s.model:
         raise UserError(f"{s.run_dir}/groups are not of the tiny world: give a pretrained model with --model")
-    record = {"model": s.model or ".", "problems": len(heldout)}
+    for flag in ("hidden", "layers", "sequences", "batch_size", "learning_rate", "warmup"):
+        if s.model and getattr(s, flag) != getattr(BaseSettings, flag):
+            raise UserError(f"--{flag} has no effect with --model, which is not trained here; leave it out")
+    arguments = template_arguments(s)
+    record = {"model": s.model or ".", "problems": len(heldout), "chat_template_kwargs": arguments}
     if tiny:
-        record["train_loss"] = train_base(s, heldout[0].task_type, folder)
+        record["train_loss"] = train_base(s, heldout, folder)
     model, tokenizer = load(s.model or str(folder), pick_device(s.device), torch.float32 if tiny else None)
+    set_template_arguments(tokenizer, arguments)
+    check_answers_fit(model, tokenizer, heldout, s.max_answer_tokens)
     frozen = Executor(model, tokenizer, max_new_tokens=s.max_answer_tokens, temperature=s.executor_temperature,
                       seed=s.seed, max_cache_gib=s.max_cache_gib)
     record |= {"no_trace": None, "reference_trace": None}
@@ -1017,10 +1107,12 @@ def main(argv) -> None:
     """The command: the base model of a run, trained or checked, and what its executor can do."""
     s = data.parse_settings(BaseSettings, argv, "executor.py")
     base = Path(s.run_dir) / "base"
-    with data.stage_folder(base, s) as folder:
+    inputs = {"groups/heldout.jsonl": data.fingerprint(Path(s.run_dir) / "groups" / "heldout.jsonl")}
+    with data.stage_folder(base, s, inputs) as folder:
         if folder is not None:
             make_base(s, folder)
-    record = json.loads((base / "base.json").read_text())
+    record = data.read_json(base / "base.json", f"delete {base} and give the same command again", "model", "problems",
+                            "no_trace", "reference_trace")
     print(f"{base}/base.json: {record['model']}; executor success on {record['problems']} held-out problems:")
     for key in ("no_trace", "reference_trace"):
         print(f"  {key.replace('_', ' ')}: " + ("not measured" if record[key] is None else f"{record[key]:.2f}"))

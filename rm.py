@@ -124,8 +124,9 @@ def save_folder(rm: RubricRewardModel, folder: Path) -> None:
         "rm_num_labels": NUM_LABELS, "rm_use_total_head": True}
     data.write_atomic(folder / "config.json", json.dumps(config, indent=1, default=str))
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in rm.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    rm.tokenizer.save_pretrained(folder)
+    with executor.saving(folder):
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        rm.tokenizer.save_pretrained(folder)
 
 
 def read_config(folder: Path) -> dict:
@@ -133,13 +134,13 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no reward model here (config.json is missing); run rm.py first")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    for key in ("rm_dimension_names", "rm_dimension_weights", "rm_num_labels", "rm_use_total_head"):
-        if key not in config:
-            raise UserError(f"{path}: key {key!r} is missing; this is not a rubric reward model")
+    config = data.read_json(path, "this is not a rubric reward model; delete the folder and run rm.py again",
+                            "rm_dimension_names", "rm_dimension_weights", "rm_num_labels", "rm_use_total_head")
+    names, weights = config["rm_dimension_names"], config["rm_dimension_weights"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: rm_dimension_names must be a list of texts, is {names!r:.60}")
+    if weights and not (isinstance(weights, list) and all(isinstance(w, int | float) for w in weights)):
+        raise UserError(f"{path}: rm_dimension_weights must be a list of numbers, is {weights!r:.60}")
     if config["rm_num_labels"] != NUM_LABELS or not config["rm_use_total_head"]:
         raise UserError(f"{path}: needs rm_num_labels {NUM_LABELS} and rm_use_total_head true")
     return config
@@ -153,8 +154,9 @@ def load_folder(cls, folder: Path) -> RubricRewardModel:
         model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32,
                                       attn_implementation="sdpa")
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: no backbone or tokenizer can be loaded ({error})") from None
+    except Exception as error:                                            # tokenizers raises Exception itself
+        raise UserError(f"{folder}: no backbone or tokenizer can be loaded ({' '.join(str(error).split())[:200]}); "
+                        "delete the folder and run rm.py again") from None
     rm, state = cls(model, tokenizer, config["rm_dimension_names"], config["rm_dimension_weights"]), {}
     try:
         for shard in sorted(folder.glob("*.safetensors")):
@@ -290,11 +292,17 @@ def train_reward_model(s: RMSettings, work: Path) -> dict:
         executor.enable_checkpointing(base)
     rm = RubricRewardModel(base.base_model, tokenizer, names).to(device)
     del base                                                              # its head: 2 GiB at 7B
-    for own in rows:
-        rm.encode(own.texts)
+    for group, own in zip(groups + heldout, rows):
+        try:
+            rm.encode(own.texts)
+        except UserError as error:
+            raise UserError(f"group {group['problem_id']}: {error}; remove it from {folder}, or take a base model with a "
+                            "longer context (executor.py --model)") from None
     rows = rows[:len(groups)]
     optimizer = executor.adamw(rm.parameters(), s.learning_rate, weight_decay=0.01)
     total = max(1, math.ceil(len(rows) * s.epochs / s.groups_per_batch))
+    if s.warmup > total and s.warmup != RMSettings.warmup:
+        raise UserError(f"--warmup {s.warmup} is longer than the training, {total} steps; lower it")
     rng, order, losses = random.Random(s.seed), [], []
     bar = tqdm(range(total), desc="reward model", mininterval=5)
     rm.train()
@@ -315,14 +323,19 @@ def train_reward_model(s: RMSettings, work: Path) -> dict:
         loss = rm_loss(rm, *outputs, labels, gold, positive, group, s.nn_weight)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(rm.parameters(), 1.0)
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"step {step}: the gradient is not finite; lower --learning_rate")
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]) or not math.isfinite(norm):
+            raise FloatingPointError(f"reward model, step {step}: the loss or its gradient is not finite; "
+                                     f"{executor.DIVERGED}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
         if step % 10 == 0:
             bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
-    rm.eval().save_pretrained(work)                                       # before it is measured: an error there must
+    try:
+        rm.eval().score(rows[0].texts[:1])
+    except FloatingPointError as error:
+        raise FloatingPointError(f"reward model, after step {total - 1}: {error}; {executor.DIVERGED}") from None
+    rm.save_pretrained(work)                                              # before it is measured: an error there must
     metrics = {"steps": total, "train_loss": sum(losses[-20:]) / len(losses[-20:])}            # not cost the training
     metrics |= measure_ranking(rm, heldout)
     data.write_atomic(work / "metrics.json", json.dumps(metrics, indent=1))
@@ -340,7 +353,8 @@ def main(argv) -> None:
     with data.stage_folder(out, s, inputs) as work:
         if work is not None:
             train_reward_model(s, work)
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = data.read_json(out / "metrics.json", f"delete {out} and give the same command again", "pair_accuracy",
+                             "group_accuracy", "total_mae", "groups")
     print(f"{out}: pair accuracy {metrics['pair_accuracy']:.3f}, group accuracy {metrics['group_accuracy']:.3f}, "
           f"MAE {metrics['total_mae']:.3f} on {metrics['groups']} held-out groups")
     print(f"next: python tracelift.py train --run_dir {s.run_dir} --mode tracelift")

@@ -111,7 +111,9 @@ pipeline() {
     if [ "$1" != data.py ] && [ -n "${DEVICE:-}" ]; then set -- "$@" --device "$DEVICE"; fi
     echo "$(date +%T)  python $*" >&3
     if [ "${logged:-0}" = 1 ]; then echo "$(date +%T)  python $*"; fi
-    "$python" "$@" || { echo "$(date +%T)  failed: python $*" >&3; exit 2; }
+    local status=0
+    "$python" "$@" || status=$?
+    if [ "$status" != 0 ]; then echo "$(date +%T)  failed: python $*" >&3; exit "$status"; fi
   }
 
   case $preset in tiny | smoke) data="$data --task_type $1" ;; esac

@@ -31,7 +31,6 @@ import copy
 import json
 import math
 import os
-import pickle
 import random
 import re
 import statistics
@@ -44,7 +43,6 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
@@ -474,31 +472,32 @@ def check_train(s: TrainSettings) -> None:
 def training_run(s: TrainSettings):
     """A training, begun or continued; without steps where its planner is there already. Saved when the block ends."""
     check_train(s)
-    inputs = made_from(s)
+    inputs = inputs_of(s)
     reopen(planner_folder(s), s, inputs)
     with data.stage_folder(planner_folder(s), s, inputs) as work:
         run = TrainingRun(s, work)
         try:
             yield run
-        except KeyboardInterrupt:
-            print(f"stopped; {run.saved()}", file=sys.stderr)
-            raise
-        except (FloatingPointError, OSError, verify.SandboxError) as error:
-            raise type(error)(f"{error}; {run.saved()}") from error
-        if work is not None:
-            try:
+            if work is not None:
                 run.save_planner()
-            except SafetensorError as error:                              # its word for a full disk
-                raise OSError(f"{work}: the planner cannot be saved ({error}); {run.saved()}") from None
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; {run.saved()}") from None
+        except FloatingPointError as error:
+            # What can no longer be computed is the planner: all else is as it was when it was loaded and tried.
+            diverged = "logits" in str(error) and run.state["step"] > 0
+            why = f"step {run.state['step']}: the planner's logits are not finite; {executor.DIVERGED}"
+            raise FloatingPointError(f"{why if diverged else error}; {run.saved()}") from None
+        except (OSError, verify.SandboxError) as error:
+            raise type(error)(f"{error}; {run.saved()}") from error
 
 
-def made_from(s: TrainSettings) -> dict[str, str]:
-    """Fingerprints of what a training reads: the same settings over another reward model are another training."""
-    run_dir = Path(s.run_dir)
-    read = ["groups/train.jsonl", "base/base.json"]
+def inputs_of(s: TrainSettings) -> dict[str, str]:
+    """Fingerprints of what a training reads: made anew with other settings, it would be another training."""
+    run_dir, names = Path(s.run_dir), ["base/base.json"]
     if "rm" in REWARDS[s.mode].needs:
-        read.append("rm/metrics.json" if (run_dir / "rm" / "metrics.json").exists() else "rm/config.json")
-    return {name: data.fingerprint(run_dir / name) for name in read if (run_dir / name).exists()}
+        names += ["rm/config.json", "rm/metrics.json"]
+    inputs = {name: data.fingerprint(run_dir / name) for name in names if (run_dir / name).exists()}
+    return {"groups/train.jsonl": data.fingerprint(run_dir / "groups" / "train.jsonl"), **inputs}
 
 
 def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> None:
@@ -506,7 +505,9 @@ def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> None:
     if not out.exists():
         return
     data.compare_made(out, s, inputs)
-    done = data.read_settings(out)["steps"]
+    done = data.read_settings(out).get("steps")
+    if type(done) is not int:
+        raise UserError(f"{out}/settings.json: damaged (steps is {done!r}); give another --name, or delete {out}")
     refuse_fewer_steps(s, done)
     if s.steps > done:
         if not (out / "checkpoint.pt").exists():
@@ -570,11 +571,11 @@ class TrainingRun:
         s = self.s
         self.base, self.lora = base, None
         if s.lora_rank:
-            self.planner, self.tokenizer = executor.load(base, self.device)
+            self.planner, self.tokenizer = executor.load_for(s.run_dir, base, self.device)
             model, tokenizer = self.planner, self.tokenizer
         else:
-            self.planner, self.tokenizer = executor.load(s.init or base, self.device, torch.float32)
-            model, tokenizer = executor.load(base, self.device)
+            self.planner, self.tokenizer = executor.load_for(s.run_dir, s.init or base, self.device, torch.float32)
+            model, tokenizer = executor.load_for(s.run_dir, base, self.device)
         executor.check_head(self.planner)
         self.reference = self.planner
         if s.beta and not s.lora_rank:
@@ -626,8 +627,7 @@ class TrainingRun:
         finite."""
         norm = torch.nn.utils.clip_grad_norm_(self.planner.parameters(), self.s.grad_clip).item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"step {step}: the gradient is not finite; the training diverged, begin again "
-                                     "with a lower --learning_rate")
+            raise FloatingPointError(f"step {step}: the gradient is not finite; {executor.DIVERGED}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -703,8 +703,10 @@ class TrainingRun:
             self.executor.load_state(saved["executor"])
             self.state, logs = saved["state"], saved["logs"]
             refuse_fewer_steps(self.s, self.state["step"])
-        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError, OSError) as error:
-            reason = str(error).partition("\n")[0]
+        except UserError:
+            raise
+        except Exception as error:                                        # torch's and pickle's are of all kinds
+            reason = str(error).strip().split("\n")[0]
             raise UserError(f"{path}: cannot be read ({reason}); delete it to begin again") from None
         for name, size in logs.items():
             have = os.path.getsize(self.work / name) if (self.work / name).exists() else 0
@@ -723,11 +725,13 @@ class TrainingRun:
 
     def save_planner(self) -> None:
         """Model and tokenizer as a Hugging Face folder; of a LoRA training merged, and its adapter."""
-        if self.lora:
-            self.lora.save(self.work, self.base)
-        else:
-            self.planner.save_pretrained(self.work)
-        self.tokenizer.save_pretrained(self.work)
+        executor.require_finite(self.planner, f"step {self.state['step']}")
+        with executor.saving(self.work):
+            if self.lora:
+                self.lora.save(self.work, self.base)
+            else:
+                self.planner.save_pretrained(self.work)
+            self.tokenizer.save_pretrained(self.work)
 
 
 @dataclass
@@ -908,16 +912,26 @@ def sampling_settings(folder: Path, run_dir: Path) -> Settings:
     made = [path for path in folders if (path / "settings.json").exists()]
     known = data.read_settings(made[0]) if made else {}
     names = {f.name for f in fields(Settings)} - {"run_dir", "device", "seed"}
-    return Settings(**{name: known[name] for name in names if name in known})
+    return known_settings(Settings, {name: known[name] for name in names if name in known}, folder)
 
 
-def load_planner(folder, base: str, device):
+def known_settings(cls, known: dict, folder: Path):
+    """An instance of a settings class with values from a settings.json. UserError for one that no flag could have."""
+    try:
+        found = cls(**known)
+        data.check_settings(found)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{folder}/settings.json: damaged ({error}); mend it, or delete {folder}") from None
+    return found
+
+
+def load_planner(folder, run_dir, device):
     """(model, tokenizer) of a planner in float32, or of one with an adapter as it was trained, on the base model:
     merged into bfloat16 weights most of a small adapter would be rounded away."""
     adapter = Path(folder) / "adapter"
     if not adapter.is_dir():
-        return executor.load(folder, device, torch.float32)
-    model, tokenizer = executor.load(base, device)
+        return executor.load_for(run_dir, folder, device, torch.float32)
+    model, tokenizer = executor.load_for(run_dir, executor.base_of(run_dir), device)
     executor.Lora.load(model, adapter)
     return model, tokenizer
 
@@ -934,13 +948,15 @@ def evaluate(s: EvalSettings) -> dict[str, dict]:
         if split == "heldout" or path.exists():
             splits[split] = data.read_problems(path)[:s.problems]
     planners = sorted(run_dir.glob("planner-*-seed*[0-9]"))
-    read = {name: data.fingerprint(run_dir / "groups" / f"{name}.jsonl") for name in splits}
-    read["base"] = data.fingerprint(run_dir / "base" / "base.json")
-    model, tokenizer = executor.load(base, device)
+    for folder in planners:
+        data.read_settings(folder)                                        # without them nobody knows how it was trained
+    model, tokenizer = executor.load_for(run_dir, base, device)
+    read = {f"groups/{split}.jsonl": data.fingerprint(run_dir / "groups" / f"{split}.jsonl") for split in splits}
+    read["base/base.json"] = data.fingerprint(run_dir / "base" / "base.json")
     results = {}
     for folder in tqdm([run_dir / "base", *sorted(run_dir.glob("int")), *planners], desc="evaluate"):
         how = sampling_settings(folder, run_dir)
-        asked = {"problems": s.problems, "seed": s.seed, **asdict(replace(how, run_dir="", device="")), "from": read}
+        asked = {"problems": s.problems, "seed": s.seed, **asdict(replace(how, run_dir="", device="")), "inputs": read}
         known = read_results(folder, asked)
         if known is None:
             frozen = frozen_executor(model, tokenizer, replace(how, seed=s.seed))
@@ -955,7 +971,7 @@ def evaluate(s: EvalSettings) -> dict[str, dict]:
                         f"{name} T=0": success_of(frozen, problems, [p.reference_reasoning for p in problems], name)
                         for name, problems in splits.items()}
             name = {"base": "base planner", "int": "InT"}.get(folder.name, folder.name)
-            rows[name] = evaluate_planner(base if folder.name == "base" else folder, base, splits, frozen, how, s.seed)
+            rows[name] = evaluate_planner(base if folder.name == "base" else folder, run_dir, splits, frozen, how, s.seed)
             if folder in planners:
                 rows[name]["cost"] = training_cost(folder / "metrics.jsonl")
             known = {"settings": asked, "rows": rows}
@@ -970,11 +986,11 @@ def read_results(folder: Path, asked: dict) -> dict | None:
     path = folder / "results.json"
     if not path.exists():
         return None
-    try:
-        known = json.loads(path.read_text())
-        return known if known["settings"] == asked and known["rows"] else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); delete it and evaluate again") from None
+    known = data.read_json(path, "delete it and evaluate again", "settings", "rows")
+    rows = known["rows"]
+    if not (isinstance(rows, dict) and rows and all(isinstance(row, dict) and row for row in rows.values())):
+        raise UserError(f"{path}: damaged (rows is {rows!r:.40}); delete it and evaluate again")
+    return known if known["settings"] == asked else None
 
 
 def training_cost(log: Path) -> dict:
@@ -982,14 +998,17 @@ def training_cost(log: Path) -> dict:
     try:
         last = json.loads(log.read_text().splitlines()[-1])
         return {key: last["step"] + 1 if key == "steps" else last[key] for key in COSTS}
+    except FileNotFoundError:
+        raise UserError(f"{log}: missing, so nobody knows what that training cost; put it back, or delete {log.parent}"
+                        ) from None
     except (IndexError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{log}: its last line is damaged ({error!r}); delete that line") from None
 
 
-def evaluate_planner(folder, base: str, splits: dict[str, list[Problem]], frozen: Executor, how: Settings,
+def evaluate_planner(folder, run_dir: Path, splits: dict[str, list[Problem]], frozen: Executor, how: Settings,
                      seed: int) -> dict:
     """Measures one planner on every split, greedy and at temperature 1."""
-    planner, tokenizer = load_planner(folder, base, frozen.model.device)
+    planner, tokenizer = load_planner(folder, run_dir, frozen.model.device)
     for problems in splits.values():
         check_lengths(problems, who_reads(planner, tokenizer, frozen, how))
     limit = executor.cache_tokens(planner, how.max_cache_gib)
@@ -1073,16 +1092,19 @@ def inspect(s: InspectSettings) -> str:
     if not folder.is_dir():
         raise UserError(f"--planner {s.planner}: there is no {folder}")
     how = replace(sampling_settings(folder, run_dir), seed=s.seed)
-    planner, own_tokenizer = load_planner(folder if s.planner else base, base, device)
-    frozen = frozen_executor(*executor.load(base, device), how)
+    planner, own_tokenizer = load_planner(folder if s.planner else base, run_dir, device)
+    frozen = frozen_executor(*executor.load_for(run_dir, base, device), how)
+    check_lengths([problem], who_reads(planner, own_tokenizer, frozen, how))
     rm, mode = None, "uplift_only"                                        # HumanEval and MBPP have no reward model
     if (run_dir / "rm").exists():
         rm, mode = RubricRewardModel.from_pretrained(run_dir / "rm", device), "tracelift"
-    usual = TrainSettings()
-    batch = rollout(planner, own_tokenizer, [problem], s.traces, 1.0, how.max_trace_tokens, f"{s.seed} inspect")
+    usual = reward_settings(folder)
+    batch = rollout(planner, own_tokenizer, [problem], s.traces, usual.temperature, how.max_trace_tokens,
+                    f"{s.seed} inspect")
     rewards, runs = measure_rewards(batch.problems, batch.traces, frozen, rm, mode, usual.repeats, usual.w_e, usual.w_r,
                                     "inspect")
-    advantage = kernels.group_advantage(torch.tensor([r.total for r in rewards]), s.traces).tolist()
+    advantage = kernels.group_advantage(torch.tensor([r.total for r in rewards]), s.traces,
+                                        scale=usual.scale == "std").tolist()
 
     def show(run: Run) -> str:
         return f"{run.output.strip()!r} {'right' if run.ok else 'wrong'}"
@@ -1108,13 +1130,23 @@ def inspect(s: InspectSettings) -> str:
         lines += [f"  reward     {usual.w_e:g} * {r.e2e:g} + {usual.w_r:g}{quality} * {r.uplift:+.2f} = {r.total:.3f}"
                   f"    [{REWARDS[mode].total.__name__}]",
                   f"  advantage  {advantage[i]:+.2f}    [kernels.group_advantage]"]
-    return "\n".join(lines + [""] + token_lines(planner, own_tokenizer, batch, advantage))
+    return "\n".join(lines + [""] + token_lines(planner, own_tokenizer, batch, advantage, usual.temperature))
 
 
-def token_lines(planner, tokenizer, batch: Batch, advantage: list[float]) -> list[str]:
+def reward_settings(folder: Path) -> TrainSettings:
+    """Weights, runs and temperature that a planner was trained with; defaults for one that was not trained here, and
+    for what its mode does not use."""
+    known = data.read_settings(folder) if (folder / "settings.json").exists() else {}
+    if "mode" not in known:
+        return TrainSettings()
+    return known_settings(TrainSettings, {name: known[name] for name in ("repeats", "w_e", "w_r", "temperature", "scale")
+                                          if name in known}, folder)
+
+
+def token_lines(planner, tokenizer, batch: Batch, advantage: list[float], temperature: float) -> list[str]:
     """The tokens of the first trace: whether their log-prob is in the loss, with which weight and advantage."""
     weight = kernels.token_weights(batch.scored)[batch.scored].tolist()
-    scored = completion_logp(planner, batch, 1.0, len(batch.ids)).tolist()
+    scored = completion_logp(planner, batch, temperature, len(batch.ids)).tolist()
     tokens = batch.completions.tokens[0]
     prompt = int(batch.scored[0].nonzero()[0]) + 1
     lines = [f"trace 0, token by token ({len(scored)} tokens of {len(batch.ids)} traces are in the loss):",
@@ -1169,8 +1201,11 @@ class Collector:
         """Completions of the planner: (tokens, texts)."""
         s = self.s
         limit = executor.cache_tokens(self.planner, s.max_cache_gib)
-        completions, texts = complete(self.planner, self.tokenizer, prompts, num_samples, temperature,
-                                      s.max_trace_tokens, names, limit)
+        try:
+            completions, texts = complete(self.planner, self.tokenizer, prompts, num_samples, temperature,
+                                          s.max_trace_tokens, names, limit)
+        except executor.ContextError as error:                            # the numbers before a trace's steps
+            raise UserError(f"the planner: {error} (--max_trace_tokens)") from None
         return completions.tokens, texts
 
     def success_from(self, problems: list[Problem], beginnings: list[str], when: str, known: dict) -> list[float]:
@@ -1192,7 +1227,7 @@ class Collector:
 
 
 def begin_trace(tokenizer, beginning: str) -> list[int]:
-    """Token ids of the beginning of a completion."""
+    """Token ids of the beginning of a completion. Control tokens that it spells are letters, as in every prompt."""
     return tokenizer(data.OPEN + beginning, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -1373,16 +1408,15 @@ def learn_interventions(s: IntSettings, run_dir: Path, work: Path) -> None:
     device = executor.pick_device(s.device)
     problems = data.read_problems(run_dir / "groups" / "train.jsonl")[:s.problems]
     base, by_id = executor.base_of(run_dir), {p.problem_id: p for p in problems}
-    planner, tokenizer = executor.load(base, device, torch.float32)
+    planner, tokenizer = executor.load_for(run_dir, base, device, torch.float32)
     executor.check_head(planner)
-    frozen = frozen_executor(*executor.load(base, device), s)
+    frozen = frozen_executor(*executor.load_for(run_dir, base, device), s)
     readers = who_reads(planner, tokenizer, frozen, s, traces=2)          # a beginning, and what continues it
     more = 3 * s.max_trace_tokens                                         # the trace, its numbers, the answer
     readers.append(replace(readers[0], text_of=lambda p: data.intervention_prompt(p, ""), more=more))
     check_lengths(problems, readers)
     if (work / "int.json").exists():                                      # a stopped stage: only fine-tuning is missing
-        report = json.loads((work / "int.json").read_text())
-        records = [json.loads(line) for line in (work / "interventions.jsonl").read_text().splitlines()]
+        report, records = read_interventions(work)
     else:
         begin = time.perf_counter()
         records = collect(Collector(planner, tokenizer, frozen, s), problems)
@@ -1400,9 +1434,22 @@ def learn_interventions(s: IntSettings, run_dir: Path, work: Path) -> None:
     after = executor.heldout_loss(planner, heldout, **common) if heldout else None
     report |= {"sequences": {"train": len(train_part), "heldout": len(heldout)},
                "heldout_loss": {"base": before, "InT": after}}
-    planner.save_pretrained(work)
-    tokenizer.save_pretrained(work)
+    with executor.saving(work):
+        planner.save_pretrained(work)
+        tokenizer.save_pretrained(work)
     data.write_atomic(work / "int.json", json.dumps(report, indent=1))
+
+
+def read_interventions(work: Path) -> tuple[dict, list[dict]]:
+    """What `collect` left in the folder of a stopped stage."""
+    mend = f"delete {work} to collect again"
+    report = data.read_json(work / "int.json", mend, "failed_traces", "with_intervention")
+    wanted = {"problem_id": str, "trace": str, "proposals": list}
+    try:
+        records = data.read_records(work / "interventions.jsonl", wanted) if report["failed_traces"] else []
+    except UserError as error:
+        raise UserError(f"{error}; {mend}") from None
+    return report, [record for _, record in records]
 
 
 # ------------------------------------------------------------------------------------------ 9. commands
@@ -1417,7 +1464,8 @@ def main(argv) -> None:
     elif command == "int":
         s = data.parse_settings(IntSettings, rest, "tracelift.py int")
         folder = intervene(s)
-        report = json.loads((folder / "int.json").read_text())
+        report = data.read_json(folder / "int.json", f"delete {folder} and give the same command again", "sequences",
+                                "with_intervention", "failed_traces")
         print("\n".join(f"{key}: {json.dumps(value)}" for key, value in report.items()))
         if not report["sequences"]["train"]:
             print("no intervention was kept: this planner is the base planner")

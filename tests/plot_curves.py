@@ -2,8 +2,9 @@
 
     python tests/plot_curves.py runs/tiny-math runs/tiny-code --out tests/results/curves.svg
 
-Reads planner-MODE-seedS/metrics.jsonl of finished and of running trainings. Needs matplotlib, which nothing else here
-does. Lines are means over seeds of running means of 5 steps; the band goes from the lowest to the highest seed.
+Reads planner-MODE-seedS/metrics.jsonl of finished and of running trainings; a step without the metric (heldout_success
+is measured every --eval_every steps) is left out. Needs matplotlib, which nothing else here does. Lines are means over
+seeds of running means of 5 measurements; the band goes from the lowest to the highest seed.
 """
 import argparse
 import json
@@ -14,17 +15,31 @@ from pathlib import Path
 COLORS = {"exec_only": "#c2571a", "tracelift": "#1f6f8b"}
 
 
-def curves(run_dir: Path, metric: str) -> dict[str, list[list[float]]]:
-    """{reward: one curve per seed}, running means of 5 steps."""
-    found: dict[str, list[list[float]]] = {}
+def measured(log: Path, metric: str) -> dict[int, float]:
+    """{step: value} of a log. The half line at the end of a running or stopped training is no line yet."""
+    values = {}
+    for number, line in enumerate(log.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            if record.get(metric) is not None:
+                values[int(record["step"]) + 1] = float(record[metric])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SystemExit(f"error: {log}:{number}: damaged ({error!r}); delete this line") from None
+    return values
+
+
+def curves(run_dir: Path, metric: str) -> dict[str, list[dict[int, float]]]:
+    """{reward: one curve {step: running mean of 5 measurements} per seed}."""
+    found: dict[str, list[dict[int, float]]] = {}
     for log in sorted(run_dir.glob("planner-*/metrics.jsonl")):
         match = re.fullmatch(r"planner-(.+)-seed\d+(\.partial)?", log.parent.name)
-        lines = log.read_text().splitlines(keepends=True)
-        records = [json.loads(line) for line in lines if line.endswith("\n")]     # a running training may be writing
-        values = [record[metric] for record in records if metric in record]        # heldout_success: now and then
-        if match and values and None not in values:
-            windows = [values[max(0, i - 4):i + 1] for i in range(len(values))]
-            found.setdefault(match[1], []).append([sum(w) / len(w) for w in windows])
+        values = measured(log, metric)
+        if match and values:
+            seen, curve = list(values.values()), {}
+            for i, step in enumerate(values):
+                window = seen[max(0, i - 4):i + 1]
+                curve[step] = sum(window) / len(window)
+            found.setdefault(match[1], []).append(curve)
     return found
 
 
@@ -32,9 +47,8 @@ def draw(axis, run_dir: Path, metric: str) -> int:
     """One panel. Returns the number of curves in it."""
     found = curves(run_dir, metric)
     for number, (reward, seeds) in enumerate(found.items()):
-        length = min(map(len, seeds))
-        steps = range(1, length + 1)
-        columns = list(zip(*(seed[:length] for seed in seeds)))
+        steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
+        columns = [[seed[step] for seed in seeds] for step in steps]
         color = COLORS.get(reward, f"C{number + 2}")
         axis.plot(steps, [sum(c) / len(c) for c in columns], color=color, label=reward)
         axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.2, lw=0)

@@ -5,8 +5,9 @@
 Each start trains a toy planner for 20 steps, with checkpoints every 3, and is ended after a random time by one of:
 SIGKILL, SIGTERM, SIGINT, a full disk, a log that lost its end (SIGKILL and a truncated metrics.jsonl, as after a power
 cut). A planner that gets through is compared with one that was never stopped, and a new one is begun. Of logs that lost
-lines, only the lines that are there are compared. Fails at the first traceback, difference, or loss of more than the
-steps since the last checkpoint.
+lines, only the lines that are there are compared. Fails at the first traceback, difference, wrong exit status, ending
+without its one line, or loss of more than the steps since the last checkpoint. What a start says goes to a file outside
+of the small disk, which is full at times.
 """
 import argparse
 import contextlib
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -54,19 +56,23 @@ def start(run_dir: Path, said: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
-    out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = 0
+    code = 99                                                             # whatever is no SystemExit
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                          # until the command says what it does
     try:
+        out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
         data.run_command(tracelift.main, [str(a) for a in [*TRAIN, "--run_dir", run_dir]])
+        code = 0
     except SystemExit as end:
         code = int(end.code or 0)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if sys.exc_info()[0] in (None, SystemExit) else 99)
+    except BaseException:
+        traceback.print_exc()
+    finally:                                                              # never back into the parent's code
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 def finish(pid: int, seconds: float) -> int | None:
@@ -89,25 +95,36 @@ def kept(folder: Path) -> list[dict]:
     return lines
 
 
-def stop(pid: int, kind: str, disk: Path, partial: Path, rng: random.Random) -> None:
-    """Ends a training in one of the ways."""
+def stop(pid: int, kind: str, disk: Path, partial: Path, rng: random.Random) -> int:
+    """Ends a training in one of the ways. Returns its exit status."""
     filler = disk / "filler"
     if kind == "full disk":
-        with contextlib.suppress(OSError), open(filler, "wb") as f:
+        with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as f:
             while True:
-                f.write(b"0" * 65536)
-                f.flush()
-        if finish(pid, 20) is None:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+                f.write(b"0" * 4096)
+        status = finish(pid, 120)
+        assert status is not None, "a full disk ends a training, or it ends without one"
         filler.unlink()
-        return
+        return status
     sent = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.get(kind, signal.SIGKILL)
     os.kill(pid, sent)
-    os.waitpid(pid, 0)
+    _, status = os.waitpid(pid, 0)
     log = partial / "metrics.jsonl"
     if kind == "truncated log" and log.exists() and log.stat().st_size:
         os.truncate(log, rng.randrange(log.stat().st_size))
+    return status
+
+
+def check_ending(kind: str, status: int, text: str) -> None:
+    """AssertionError for a traceback, another exit status than this ending has, or not one line that says why."""
+    assert "Traceback" not in text, text
+    said = [line for line in text.replace("\r", "\n").splitlines() if line.startswith(("error:", "stopped"))]
+    code = os.waitstatus_to_exitcode(status)
+    wanted = {"SIGTERM": (130,), "SIGINT": (130,), "full disk": (2,)}.get(kind, (-signal.SIGKILL,))
+    if kind == "SIGTERM" and code == -signal.SIGTERM or kind == "SIGINT" and code == -signal.SIGINT:
+        return                                                            # before the command had begun
+    assert code in (0, *wanted), f"exit status {code}\n{text}"            # 0: it was through already
+    assert len(said) == (code in (2, 130)), f"exit status {code}\n{text}"
 
 
 def lost_steps(partial: Path) -> int:
@@ -121,12 +138,12 @@ def lost_steps(partial: Path) -> int:
     return logged - saved
 
 
-def soak(starts: int, seed: int, disk: Path, kinds: tuple[str, ...]) -> None:
+def soak(starts: int, seed: int, disk: Path, said: Path, kinds: tuple[str, ...]) -> None:
     """Prints the table. AssertionError at the first fault."""
     rng, ended, equal = random.Random(seed), Counter(), 0
     run_dir = disk / "run"
     prepare(run_dir)
-    said, out = disk / "said.txt", run_dir / "planner-rm_only-seed0"
+    out = run_dir / "planner-rm_only-seed0"
     partial = out.with_name(out.name + ".partial")
     begin = time.monotonic()
     os.waitpid(start(run_dir, said), 0)
@@ -138,24 +155,27 @@ def soak(starts: int, seed: int, disk: Path, kinds: tuple[str, ...]) -> None:
     for number in range(starts):
         pid, kind = start(run_dir, said), rng.choice(kinds)
         status = finish(pid, rng.uniform(0.1, 1.0) * whole)
-        if status is None:
-            stop(pid, kind, disk, partial, rng)
-            ended[kind] += 1
+        stopped = status is None
+        if stopped:
+            status = stop(pid, kind, disk, partial, rng)
             log_lost |= kind == "truncated log"
         text = said.read_text(errors="replace")
-        assert "Traceback" not in text, f"start {number}, {kind}:\n{text}"
+        try:
+            check_ending(kind if stopped else "", status, text)
+        except AssertionError as fault:
+            raise AssertionError(f"start {number}, {kind}: {fault}") from None
+        assert stopped or status == 0, f"start {number}: exit status {status}\n{text}"
+        assert not list(partial.glob("*.tmp")) or kind not in ("full disk", "SIGTERM", "SIGINT"), f"start {number}, {kind}"
+        ended[kind if not out.exists() else "got through"] += 1
         if partial.exists() and kind != "truncated log":
             worst = max(worst, lost_steps(partial))
             assert worst <= SAVE_EVERY, f"start {number}, {kind}: {worst} steps lost"
-        if status is not None:
-            assert status == 0, f"start {number}: exit status {status}\n{text}"
         if out.exists():
             found, mine = kept(out), load_file(out / "model.safetensors")
             assert all(torch.equal(weights[name], mine[name]) for name in weights), f"start {number}: weights differ"
             assert found == straight or log_lost and all(line in straight for line in found), f"start {number}: metrics"
             shutil.rmtree(out)
             equal, log_lost = equal + 1, False
-            ended["got through"] += 1
     print(f"{starts} starts, seed {seed}; a straight training takes {whole:.1f} s here; at most {worst} steps made again")
     print("| ended by | times |\n|---|---|")
     print("\n".join(f"| {kind} | {ended[kind]} |" for kind in [*kinds, "got through"]))
@@ -170,18 +190,19 @@ def main(argv) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    disk = Path(tempfile.mkdtemp(prefix="soak-"))
+    disk, other = Path(tempfile.mkdtemp(prefix="soak-")), Path(tempfile.mkdtemp(prefix="soak-"))
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True)
     kinds = KINDS
     if mounted.returncode:
         print("no tmpfs can be mounted here (not root?): without full disks", file=sys.stderr)
         kinds = tuple(kind for kind in KINDS if kind != "full disk")
     try:
-        soak(args.starts, args.seed, disk, kinds)
+        soak(args.starts, args.seed, disk, other / "said.txt", kinds)
     finally:
         if not mounted.returncode:
             subprocess.run(["umount", disk], check=True)
         shutil.rmtree(disk, ignore_errors=True)
+        shutil.rmtree(other, ignore_errors=True)
 
 
 if __name__ == "__main__":
