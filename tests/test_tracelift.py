@@ -1911,7 +1911,7 @@ def test_run_sh_asks_first_whether_it_can_run(tmp_path):
     env = {**os.environ, "SKIP_INSTALL": "1", "RUN": str(tmp_path / "run"), "MODES": "exec_only best",
            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", ROOT / "run.sh"], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "there is no best" in done.stderr and "exec_only" in done.stderr
+    assert done.returncode == 2 and "--mode 'best'" in done.stderr and "exec_only" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
