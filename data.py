@@ -172,6 +172,8 @@ def extract_reasoning(completion: str) -> str:
     tokens were sampled all the same, and get gradient like all others. No opening tag: the trace begins where the
     completion does. What a thinking model writes before "</think>" is no part of its trace.
     """
+    if completion.lstrip().startswith("<think>") and "</think>" not in completion:
+        return ""                                                 # cut while it was thinking: it has written no trace
     after_thinking = completion.rpartition("</think>")[2]
     after_open = after_thinking.split(OPEN, 1)[-1]
     return after_open.split(CLOSE, 1)[0].strip()
@@ -179,40 +181,68 @@ def extract_reasoning(completion: str) -> str:
 
 def encode_text(tokenizer, text: str) -> list[int]:
     """Token ids of a text that anybody may have written, as the tokenizer begins one, but open at its end: some
-    tokenizers put an end-of-sequence token there, and a prompt goes on.
-
-    Hazard: a trace that spells "<|im_end|>" would end its own turn, and could answer in the executor's place. So
-    control tokens in the text are split: they are read as the letters that they are written with."""
+    tokenizers put an end-of-sequence token there, and a prompt goes on. Control tokens that the text spells are read as
+    the letters that they are written with (see `encode_prompt`)."""
     ids = tokenizer(text, split_special_tokens=True)["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def encode_prompt(tokenizer, prompt: str, template_arguments: dict | None = None) -> list[int]:
-    """Token ids of a prompt: as the user's turn of the tokenizer's chat template, if it has one. Control tokens of the
-    template are control tokens, those that are spelled in the prompt are text (see `encode_text`)."""
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt: as the user's turn of the tokenizer's chat template, if it has one.
+
+    Hazard: a trace that spells "<|im_end|>" would end its own turn, and could answer in the executor's place. So what
+    the template writes is control, and what the prompt spells is text: the same words, cut into ordinary tokens."""
     if not getattr(tokenizer, "chat_template", None):
         return encode_text(tokenizer, prompt)
 
     def turn(content: str) -> str:
         messages = [{"role": "user", "content": content}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                             **(template_arguments or {}))
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    def ids(text: str, **options) -> list[int]:
-        # none added: the template writes its own
-        return tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]             # the template writes its own
 
-    harmless = ids(prompt, split_special_tokens=True)
-    if harmless == ids(prompt):
+    place = "(the prompt stands here: 8d1f3a)"                    # no template changes it, no prompt spells it
+    before, after = turn(place).split(place)
+    if not spells_control(tokenizer, prompt, before + after):
         return ids(turn(prompt))
-    before, after = turn("\0").split("\0")
-    return ids(before) + harmless + ids(after)
+    return ids(before) + encode_letters(tokenizer, prompt, before + after) + ids(after)
 
 
 # ------------------------------------------------------------------------------- 2. steps, flaws, TraceLift-Groups
 #
 # Steps are what InT (arXiv 2601.14209) works on: the planner reads its own trace, numbered, names the first wrong step
 # and proposes another in its place.
+
+def _controls(tokenizer, template: str) -> list[str]:
+    """Added tokens that a template writes; not all of them are flagged as special."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    return [text for text in added if text.strip() and text in template]
+
+
+def spells_control(tokenizer, text: str, template: str) -> bool:
+    """Whether a text would be read as more than its letters."""
+    plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if plain != tokenizer(text, add_special_tokens=False)["input_ids"]:
+        return True
+    return any(control in text for control in _controls(tokenizer, template))
+
+
+def encode_letters(tokenizer, text: str, template: str) -> list[int]:
+    """Token ids of a text in which every control token that it spells is cut after its first letter."""
+    pieces = [text]
+    for control in _controls(tokenizer, template):
+        cut = []
+        for piece in pieces:
+            first, *others = piece.split(control)
+            cut.append(first)
+            for other in others:
+                cut[-1] += control[:1]
+                cut.append(control[1:] + other)
+        pieces = cut
+    encoded = [tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"] for piece in pieces]
+    return [token for ids in encoded for token in ids]
+
 
 def split_steps(problem: Problem, reasoning: str) -> list[str]:
     """The steps of a trace: equations or plan steps in the tiny world, else sentences and lines."""
@@ -1451,8 +1481,8 @@ def parse_settings(cls, argv: list[str], prog: str):
 
 def run_command(main, argv=None) -> None:
     """Runs `main(argv)`. A mistake of the user, a full disk, numbers that are not finite, too little memory or a
-    sandbox that cannot start become one line on stderr and exit code 2; SIGTERM and Ctrl-C end it like an error, so that
-    nothing is left half done, with exit code 130."""
+    sandbox that cannot start become one line on stderr and exit code 2; SIGTERM and Ctrl-C end it like an error, so
+    that nothing is left half done, with exit code 130."""
     _stop_on_signals()
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -1471,7 +1501,7 @@ def run_command(main, argv=None) -> None:
         _fail(f"{first}; in decoding lower --max_cache_gib, in training --micro_batch, or use --checkpointing 1 or "
               "--lora_rank; or take a smaller model")
     except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped; the same command goes on from what is saved", file=sys.stderr)
+        print(str(stop) or "stopped; give the same command again", file=sys.stderr)
         sys.exit(130)
 
 
@@ -1595,7 +1625,8 @@ def _has_content(partial: Path) -> bool:
     """Something besides its settings, and besides what `write_atomic` leaves when it is killed."""
     if not partial.exists():
         return False
-    return any(p.name != "settings.json" and not p.name.startswith(".") for p in partial.iterdir())
+    files = [p for p in partial.iterdir() if p.name != "settings.json" and not p.name.startswith(".")]
+    return any(p.is_dir() or p.stat().st_size for p in files)     # logs may be there and empty
 
 
 def _refuse_old_run(run_dir: Path) -> None:

@@ -312,8 +312,9 @@ class Executor:
         return names
 
     def _judge(self, problems: list[Problem], outputs: list[str]) -> list[Run]:
-        codes = [verify.extract_code(o) for p, o in zip(problems, outputs) if p.task_type == "code"]
-        verdicts = verify.run_programs(codes, [p.tests for p in problems if p.task_type == "code"])
+        codes = [verify.code_blocks(o) for p, o in zip(problems, outputs) if p.task_type == "code"]
+        verdicts = verify.run_programs(codes, [p.tests for p in problems if p.task_type == "code"],
+                                       fail_fast=self.exec_score == "binary")
         self.spent["program_runs"] += len(codes)
         runs, verdicts = [], iter(verdicts)
         for problem, output in zip(problems, outputs):
@@ -461,8 +462,8 @@ SMALL = 20_000_000                                # parameters
 
 
 def work_dtype(model) -> torch.dtype:
-    """What matrix products are computed in: bfloat16 on CUDA, float32 elsewhere and for small models, which gain nothing
-    from 16 bits; so the tables of the tiny world agree with those of a CPU."""
+    """What matrix products are computed in: bfloat16 on CUDA, float32 elsewhere and for small models, which gain
+    nothing from 16 bits; so the tables of the tiny world agree with those of a CPU."""
     large = sum(p.numel() for p in model.parameters()) > SMALL
     return torch.bfloat16 if large and model.device.type == "cuda" else torch.float32
 
@@ -702,7 +703,8 @@ def cache_tokens(model, gib: float) -> int:
     """How many tokens of keys and values fit into `gib` GiB: measured on 64, since no formula knows all kinds of
     attention. States of a fixed size per row count as if no row were longer."""
     count = int(min(64, context_of(model)))
-    _, cache, *_ = read_prompts(model, [_some_ids(model, count).tolist()], count)
+    with autocast(model):
+        _, cache, *_ = read_prompts(model, [_some_ids(model, count).tolist()], count)
     held = {}
     for layer in cache.layers:
         for value in vars(layer).values():

@@ -75,7 +75,7 @@ class RubricRewardModel(nn.Module):
         return 0.5 * rubric + 0.5 * torch.sigmoid(total_logit), expected
 
     def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Texts -> ids and mask (B, T), right padding. UserError for a text that exceeds the context: nothing is cut."""
+        """Texts -> ids and mask (B, T), right padding. UserError for a text beyond the context: nothing is cut."""
         rows = [data.encode_text(self.tokenizer, text) for text in texts]
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for text, row in zip(texts, rows):
@@ -163,8 +163,8 @@ def load_folder(cls, folder: Path) -> RubricRewardModel:
             state.update(load_file(shard))
         rm.load_state_dict(state, strict=True)
     except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: the weights do not fit ({' '.join(str(error).split())[:300]}); delete the folder and "
-                        "run rm.py again") from None
+        raise UserError(f"{folder}: the weights do not fit ({' '.join(str(error).split())[:300]}); delete the folder "
+                        "and run rm.py again") from None
     return rm
 
 
@@ -267,6 +267,8 @@ class RMSettings:
     groups_per_batch: int = knob(8, "groups in a batch, so that every pair is inside it", low=1)
     negatives_per_visit: int = knob(4, "flawed traces of a group, drawn anew at each visit where it has more", low=1)
     learning_rate: float = knob(1e-3, "AdamW; the tiny backbone wants more than a pretrained one", above=0)
+    checkpointing: int = knob(0, "1: recompute activations in the backward pass, for memory", choices=(0, 1),
+                              affects_result=False)
     warmup: int = knob(30, "steps of linear warm-up; then linear decay to 0", low=0)
     nn_weight: float = knob(0.0, "weight of pairs of two flawed traces; off in the paper's code too", low=0)
     max_groups: int = knob(0, "use only this many training groups; 0: all", low=0)
@@ -287,6 +289,8 @@ def train_reward_model(s: RMSettings, work: Path) -> dict:
     rows = [group_rows(group, names) for group in groups + heldout]      # all are checked before hours
     device = executor.pick_device(s.device)
     base, tokenizer = executor.load(executor.base_of(s.run_dir), device, torch.float32)
+    if s.checkpointing:
+        executor.enable_checkpointing(base)
     rm = RubricRewardModel(base.base_model, tokenizer, names).to(device)
     del base                                                              # its head: 2 GiB at 7B
     for group, own in zip(groups + heldout, rows):

@@ -8,10 +8,11 @@
 #   PRESET=gsm8k MODEL=Qwen/Qwen2.5-0.5B-Instruct ./run.sh       a real model on GSM8K, one GPU
 #   PRESET=code MODES=exec_only DATA=FILE HELDOUT_DATA=FILE ./run.sh      the same on MBPP or HumanEval lines
 #
-# Environment: SEEDS ("0 1 2"), MODES ("exec_only tracelift"), TASKS ("math code", tiny world only), PRESET (tiny, gsm8k,
+# Environment: SEEDS ("0 1 2"), MODES ("exec_only tracelift"), TASKS ("math code", tiny world), PRESET (tiny, gsm8k,
 # code, paper-math, paper-code), MODEL, RUN (prefix of the run folders), DATA, HELDOUT_DATA and TESTS (files instead of
-# downloads), INT=1 (also the InT warm start, and tracelift after it), SKIP_INSTALL=1 (use the current python3). A stage
-# whose output is complete is skipped, so the same command continues a stopped run.
+# downloads), SOURCE=groups (gsm8k: the files are TraceLift-Groups), DEVICE, INT=1 (also the InT warm start, and
+# tracelift after it), SKIP_INSTALL=1 (use the current python3). A stage whose output is complete is skipped, so the
+# same command continues a stopped run.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -60,21 +61,24 @@ case $preset in
     evaluate="--problems 16" ;;
   gsm8k | code)                                   # no learning rate here is tuned
     answer=$([ "$preset" = code ] && echo 384 || echo 256)
-    data="--source gsm8k --train 4000 --heldout 200 --negatives 3"
+    data="--source ${SOURCE:-gsm8k} --train 4000 --heldout 200 --negatives 3"
     if [ "$preset" = code ]; then data="--source groups --task_type code --train 300 --heldout 80"; fi
     base="--model ${MODEL:-Qwen/Qwen2.5-0.5B-Instruct} --eval_problems 80 --max_answer_tokens $answer"
-    rm="--epochs 1 --groups_per_batch 2 --learning_rate 2e-5 --max_heldout 80"
+    rm="--epochs 1 --groups_per_batch 2 --learning_rate 2e-5 --max_heldout 80 --checkpointing 1"
     int="--problems 200 --group_size 4 --proposals 8 --max_trace_tokens 256 --max_answer_tokens $answer
          --epochs 2 --learning_rate 1e-5 --checkpointing 1"
     train="--steps 100 --problems_per_step 8 --learning_rate 1e-6 --warmup 10 --micro_batch 8 --checkpointing 1
            --max_trace_tokens 256 --max_answer_tokens $answer"
     evaluate="--problems $([ "$preset" = code ] && echo 80 || echo 200)" ;;
-  paper-math | paper-code)                        # the public values; never run here, they want a card of 80 GB
+  paper-math | paper-code)                        # the public values, never run here. With all weights in float32 a
+                                                  # 7B reward model takes 118 GiB, so a card of 80 GB needs a smaller
+                                                  # MODEL, or a public reward model put into the run folder as rm/
     data="--source groups --task_type ${preset#paper-} --train 100000 --heldout 200"
     base="--model ${MODEL:-Qwen/Qwen2.5-7B-Instruct} --eval_problems 80 --max_answer_tokens 512"
     base="$base --executor_temperature 0.5"
-    rm="--epochs 3 --groups_per_batch 2 --learning_rate 1e-5 --max_heldout 200"    # theirs: LoRA 32/64 at 1e-4
-    int="--problems 200 --group_size 4 --max_trace_tokens 512 --max_answer_tokens 512 --learning_rate 1e-6"
+    rm="--epochs 3 --groups_per_batch 2 --learning_rate 1e-5 --max_heldout 200 --checkpointing 1"   # LoRA at 1e-4
+    int="--problems 200 --group_size 4 --max_trace_tokens 512 --max_answer_tokens 512 --learning_rate 1e-6
+         --executor_temperature 0.5 --checkpointing 1"
     train="--steps 600 --group_size 4 --temperature 0.7 --executor_temperature 0.5 --warmup 10 --micro_batch 4
            --checkpointing 1 --max_trace_tokens 512 --max_answer_tokens 512"
     if [ "$preset" = paper-math ]; then
@@ -104,8 +108,9 @@ pipeline() {
   folder=$run-$1
   stage() {
     set -- "$@" --run_dir "$folder"
+    if [ "$1" != data.py ] && [ -n "${DEVICE:-}" ]; then set -- "$@" --device "$DEVICE"; fi
     echo "$(date +%T)  python $*" >&3
-    echo "$(date +%T)  python $*"
+    if [ "${logged:-0}" = 1 ]; then echo "$(date +%T)  python $*"; fi
     local status=0
     "$python" "$@" || status=$?
     if [ "$status" != 0 ]; then echo "$(date +%T)  failed: python $*" >&3; exit "$status"; fi
@@ -132,19 +137,19 @@ pipeline() {
 }
 
 exec 3>&1
-# Before the first stage: a mode that is not there, a GPU that torch cannot use, Triton that cannot start are one line.
-# Says whether a reward model is needed.
-needs_rm=$("$python" - ${MODES:-exec_only tracelift} <<'EOF'
-import sys
-import executor, kernels, tracelift
+# Before the first stage: a mode that is not there or not for this recipe, a GPU that torch cannot use, Triton that
+# cannot start are one line. Says whether a reward model is needed.
+needs_rm=$("$python" - "$train" ${MODES:-exec_only tracelift} <<'EOF'
+import os, sys
+import data, executor, kernels, tracelift
+flags, modes = sys.argv[1].split(), sys.argv[2:]
 try:
-    for mode in sys.argv[1:]:
-        if mode not in tracelift.REWARDS:
-            raise SystemExit(f"MODES: there is no {mode}; choose from {', '.join(tracelift.REWARDS)}")
-    kernels.check(executor.pick_device())
+    for mode in modes:
+        tracelift.check_train(data.parse_settings(tracelift.TrainSettings, [*flags, "--mode", mode], "MODES"))
+    kernels.check(executor.pick_device(os.environ.get("DEVICE", "")))
 except (RuntimeError, ValueError, executor.UserError) as error:
     raise SystemExit(f"error: {error}")
-print(int(any("rm" in tracelift.REWARDS[mode].needs for mode in sys.argv[1:])))
+print(int(any("rm" in tracelift.REWARDS[mode].needs for mode in modes)))
 EOF
 ) || exit 2
 case $preset in
@@ -167,7 +172,7 @@ trap 'for pid in "${pids[@]}"; do kill -- "-$pid" 2>/dev/null || true; done' EXI
 trap 'exit 130' INT TERM
 for task in "${tasks[@]}"; do
   mkdir -p "$run-$task"
-  pipeline "$task" >"$run-$task/log.txt" 2>&1 &
+  logged=1 pipeline "$task" >"$run-$task/log.txt" 2>&1 &
   pids+=($!)
 done
 echo "progress bars and details: tail -f $run-*/log.txt"

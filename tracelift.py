@@ -1,28 +1,30 @@
 """TraceLift: train a reasoning planner with executor-grounded rewards (arXiv 2605.03862).
 
-A planner writes a reasoning trace. A frozen executor turns problem + trace into an artifact, an answer or a program; the
-verifier says whether it is right. Success alone also pays for traces that are right for the wrong reason. So the reward
-has a second part, in which the score of a rubric reward model *multiplies* what the trace was worth to the executor:
+A planner writes a reasoning trace. A frozen executor turns problem + trace into an artifact, an answer or a program;
+the verifier says whether it is right. Success alone also pays for traces that are right for the wrong reason. So the
+reward has a second part, in which the score of a rubric reward model *multiplies* what the trace was worth to the
+executor:
 
-    uplift_i = mean_k success(problem, trace_i) - mean_k success(problem, no trace)       in [-1, 1], K runs each
-    r_i      = w_e * e2e_i + w_r * rm_i * uplift_i                                        e2e_i: one more run with the trace
-    A_i      = (r_i - mean r) / (std r + eps)                                             over the G traces of one problem
-    loss     = mean over the sampled tokens of the step of -min(rho A, clip(rho) A) + beta KL,  rho = exp(logp - logp_old)
+    uplift_i = mean_k success(problem, trace_i) - mean_k success(problem, no trace)     in [-1, 1], K runs each
+    r_i      = w_e * e2e_i + w_r * rm_i * uplift_i                                      e2e_i: one more run with trace_i
+    A_i      = (r_i - mean r) / (std r + eps)                                           over the G traces of a problem
+    loss     = mean over the step's sampled tokens of -min(rho A, clip(rho) A) + beta KL    rho = exp(logp - logp_old)
 
-Letters: N problems, G traces of each, B = N * G traces of a step, K executor runs, T tokens, M sampled tokens, H hidden,
-V vocabulary.
+Letters: N problems, G traces of each, B = N * G traces of a step, K executor runs, T tokens, M sampled tokens, H
+hidden, V vocabulary.
 
-What differs from textbook GRPO: the sampler's temperature is the scorer's; all tokens of a step count the same, and their
-number is taken before micro-batches are cut; equal rewards give an advantage of exactly 0; there is no KL by default; with
-one update per rollout rho is 1, so clip and ratio have no effect. What differs from the paper is in the README.
+What differs from textbook GRPO: the sampler's temperature is the scorer's; all tokens of a step count the same, and
+their number is taken before micro-batches are cut; equal rewards give an advantage of exactly 0; there is no KL by
+default; with one update per rollout rho is 1, so clip and ratio have no effect. What differs from the paper is in the
+README.
 
 The walk, top-down: this file to the fence; data.py, section 1 (what each role reads); rm.py, the model; executor.py,
 sections 1 and 2 (decoding, the frozen executor); kernels/reference.py (advantage and loss).
 
-    python tracelift.py int      --run_dir runs/tiny-math                   # optional warm start; then train --init .../int
+    python tracelift.py int      --run_dir runs/tiny-math            # optional warm start; then train --init .../int
     python tracelift.py train    --run_dir runs/tiny-math --mode tracelift --seed 0
-    python tracelift.py evaluate --run_dir runs/tiny-math                   # every planner of the run -> results.md
-    python tracelift.py inspect  --run_dir runs/tiny-math                   # one problem, its traces, their rewards, a trace's tokens
+    python tracelift.py evaluate --run_dir runs/tiny-math            # every planner of the run -> results.md
+    python tracelift.py inspect  --run_dir runs/tiny-math            # a problem's traces, rewards and tokens
 """
 
 import copy
@@ -51,7 +53,7 @@ from data import Problem, UserError, knob
 from executor import Completions, Executor, Run
 from rm import RubricRewardModel
 
-# ------------------------------------------------------------------------------------------------ 1. the reward
+# ------------------------------------------------------------------------------------------ 1. the reward
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class Reward:
 
 def product(r: Reward, w_e: float, w_r: float) -> float:
     """The paper's reward: quality multiplies measured usefulness, so neither earns without the other. By default
-    w_e = w_r = 0.5: e2e 1, rm 0.9, 3 of 3 runs right with the trace and 1 of 3 without give 0.5 + 0.5 * 0.9 * 2/3 = 0.8.
-    """
+    w_e = w_r = 0.5: e2e 1, rm 0.9, 3 of 3 runs right with the trace and 1 of 3 without give
+    0.5 * 1 + 0.5 * 0.9 * (3 - 1) / 3 = 0.8."""
     return w_e * r.e2e + w_r * r.rm * r.uplift
 
 
@@ -119,7 +121,7 @@ REWARDS = {"tracelift": Mode(product, needs=("runs", "uplift", "rm"), weighted=T
            "rm_only": Mode(quality_alone, needs=("rm",)),
            "uplift_only": Mode(success_and_uplift, needs=("runs", "uplift"), weighted=True)}
 
-# ------------------------------------------------------------------------------------------------ 2. settings
+# ------------------------------------------------------------------------------------------ 2. settings
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ class TrainSettings(Settings):
     eval_problems: int = knob(50, "held-out problems of these", low=1, affects_result=False)
 
 
-# ------------------------------------------------------------------------------------------------ 3. rollout
+# ------------------------------------------------------------------------------------------ 3. rollout
 
 
 @dataclass
@@ -266,14 +268,17 @@ def rollout(planner, tokenizer, problems: list[Problem], group_size: int, temper
 def complete(planner, tokenizer, prompts: list[list[int]], num_samples: int, temperature: float, max_tokens: int,
              names: list[str], max_cache_tokens: int) -> tuple[Completions, list[str]]:
     """Completions by the planner, also as text, in prompt-major order."""
-    with executor.autocast(planner):                                      # as in scoring: the sampler is the scorer
-        completions = executor.generate(planner, prompts, num_samples=num_samples, max_new_tokens=max_tokens,
-                                        temperature=temperature, eos_id=executor.eos_ids(planner, tokenizer),
-                                        draws=executor.draws(names, max_tokens), max_cache_tokens=max_cache_tokens)
+    try:
+        with executor.autocast(planner):                                  # as in scoring: the sampler is the scorer
+            completions = executor.generate(planner, prompts, num_samples=num_samples, max_new_tokens=max_tokens,
+                                            temperature=temperature, eos_id=executor.eos_ids(planner, tokenizer),
+                                            draws=executor.draws(names, max_tokens), max_cache_tokens=max_cache_tokens)
+    except executor.ContextError as error:
+        raise UserError(f"the planner: {error} (--max_trace_tokens)") from None
     return completions, executor.decode_text(tokenizer, completions.tokens)
 
 
-# ------------------------------------------------------------------------------------------------ 4. measuring the reward
+# ------------------------------------------------------------------------------------------ 4. measuring the reward
 
 
 def measure_rewards(problems: list[Problem], traces: list[str], frozen: Executor, rm: RubricRewardModel | None,
@@ -282,13 +287,13 @@ def measure_rewards(problems: list[Problem], traces: list[str], frozen: Executor
     """Rewards of B traces (problems[i] belongs to traces[i]) and the executor runs behind them: run 0 is e2e, the other
     K are the uplift's.
 
-    A step of a mode with uplift costs N * G prompts with a trace, of 1 + K outputs each, and one prompt without for each of its problems that
-    has none yet, of K outputs: the executor is frozen, so once is enough for the whole training. N = 10, G = 4, K = 2:
-    50 prompts and 140 outputs at first, 40 and 120 when the problems come again.
+    A step of a mode with uplift costs N * G prompts with a trace, of 1 + K outputs each, and one prompt without, of K
+    outputs, for each of its problems that has none yet: the executor is frozen, so once is enough for the whole
+    training. N = 10, G = 4, K = 2: 50 prompts and 140 outputs at first, 40 and 120 when the problems come again.
 
     What could not be measured is no reward: a sandbox that cannot start (SandboxError), a reward model that is not
-    finite, an executor that fails end the training, with its last checkpoint. No program can end its helper process; one
-    that is lost all the same is replaced, and when several are lost in a row, that is SandboxError too."""
+    finite, an executor that fails end the training, with its last checkpoint. No program can end its helper process;
+    one that is lost all the same is replaced, and when several are lost in a row, that is SandboxError too."""
     needs = REWARDS[mode].needs
     scores: list = [None] * len(traces)
     without: list = [None] * len(traces)
@@ -312,7 +317,7 @@ def measure_rewards(problems: list[Problem], traces: list[str], frozen: Executor
     return rewards, runs
 
 
-# ------------------------------------------------------------------------------------------------ 5. training
+# ------------------------------------------------------------------------------------------ 5. training
 
 
 def train(s: TrainSettings) -> Path:
@@ -385,15 +390,16 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
 
     The loss takes all B rewards, not advantages: each token works out its own group from them, so a micro-batch may cut
     through a group. The advantages here only tell which micro-batches have no gradient, and so no backward pass: those
-    where all are 0, without KL. Where no group has spread, .grad stays None, and the optimizer, with its momentum, leaves
-    the planner as it is."""
+    where all are 0, without KL. Where no group has spread, .grad stays None, and the optimizer, with its momentum,
+    leaves the planner as it is."""
     device = batch.ids.device
     weight = kernels.token_weights(batch.scored, weights, max_len)[batch.scored].to(device)    # (M,): of the whole step
     reward = reward.to(device)
     health = Health(tokens=len(batch.target), clip_low=clip_low, clip_high=clip_high)
     planner.train(getattr(planner, "recomputes_activations", False))      # which works in training mode only
     for part in batch.parts(micro_batch):
-        learns = len(part.target) > 0 and (beta > 0 or bool(advantage[part.rows].any()))
+        has_tokens = batch.scored[part.rows].any(dim=1)                   # no: cut, and --truncated mask
+        learns = bool(has_tokens.any()) and (beta > 0 or bool((advantage[part.rows] * has_tokens).any()))
         own_old = None if old is None else old[part.tokens]
         own_ref = None if ref is None else ref[part.tokens]
         with torch.set_grad_enabled(learns):
@@ -408,8 +414,8 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
 
 
 def loss_of_part(planner, part: Part, reward, weight, group_size: int, old, ref, **settings):
-    """kernels.grpo_loss of the planner's logits (m, V) at the m tokens of a micro-batch. Where the fused kernel runs and
-    the head is a plain matrix, the logits are never held whole."""
+    """kernels.grpo_loss of the planner's logits (m, V) at the m tokens of a micro-batch. Where the fused kernel runs
+    and the head is a plain matrix, the logits are never held whole."""
     rows = (part.target, reward, part.sequence, weight, group_size, old, ref)
     head = planner.get_output_embeddings()
     plain = getattr(planner, "plain_head", True) and type(head) is torch.nn.Linear and head.bias is None
@@ -427,7 +433,7 @@ def loss_of_part(planner, part: Part, reward, weight, group_size: int, old, ref,
 # You have read the method. What follows runs it on disk, measures it and warm-starts it; each part can be read alone.
 # =====================================================================================================================
 
-# ------------------------------------------------------------------------------------------------ 6. a training run on disk
+# ------------------------------------------------------------------------------------------ 6. a training run on disk
 
 
 def planner_folder(s: TrainSettings) -> Path:
@@ -491,8 +497,8 @@ def training_run(s: TrainSettings):
             if diverged:
                 error = f"after step {run.state['step'] - 1}: the planner's logits are not finite; {executor.DIVERGED}"
             raise FloatingPointError(f"{error}; {run.saved()}") from None
-        except OSError as error:
-            raise OSError(f"{error}; {run.saved()}") from error
+        except (OSError, verify.SandboxError) as error:
+            raise type(error)(f"{error}; {run.saved()}") from error
 
 
 def inputs_of(s: TrainSettings) -> dict[str, str]:
@@ -555,6 +561,9 @@ class TrainingRun:
         self.rm = None
         if "rm" in REWARDS[s.mode].needs:
             self.rm = RubricRewardModel.from_pretrained(run_dir / "rm", self.device)
+            if set(self.rm.dimension_names) != set(data.DIMENSIONS[self.problems[0].task_type]):
+                raise UserError(f"{run_dir}/rm judges {', '.join(self.rm.dimension_names)}: it is not for "
+                                f"{self.problems[0].task_type}")
         readers = who_reads(self.planner, self.tokenizer, self.executor if "runs" in REWARDS[s.mode].needs else None, s)
         if self.rm:
             readers.append(Reader(self.rm.model, self.rm.tokenizer, data.encode_text, lambda p: data.rm_text(p, ""),
@@ -592,7 +601,6 @@ class TrainingRun:
             print(f"LoRA: the adapted layers hold {self.lora.share:.0%} of the model's weights")
         self.max_cache_tokens = executor.cache_tokens(self.planner, s.max_cache_gib)
         if s.checkpointing:
-            executor.without_dropout(self.planner)                        # it works in training mode only
             executor.enable_checkpointing(self.planner)
 
     def base_model(self):
@@ -769,8 +777,9 @@ def check_lengths(problems: list[Problem], readers: list[Reader]) -> None:
         for problem in problems:
             length = len(reader.encode(reader.tokenizer, reader.text_of(problem))) + reader.more
             if length > context:
-                raise UserError(f"{problem.problem_id}: its prompt and {reader.more} more tokens are {length}, the context "
-                                f"of the model that reads it is {context}; lower {reader.flag} or leave the problem out")
+                raise UserError(f"{problem.problem_id}: its prompt and {reader.more} more tokens are {length}, the "
+                                f"context of the model that reads it is {context}; lower {reader.flag} or leave the "
+                                "problem out")
 
 
 def frozen_executor(model, tokenizer, s: Settings, exec_score: str = "binary") -> Executor:
@@ -804,7 +813,7 @@ class Health:
     def add(self, loss, logp, entropy, A, sampled, old, ref) -> None:
         """All but the loss are rows (m,) of a micro-batch; old and ref may be None."""
         rho = torch.ones_like(logp) if old is None else (logp - old).exp()
-        self.loss += loss.item()
+        self.loss = self.loss + loss.detach().double()                    # on the device: no wait per micro-batch
         self._add("entropy", entropy)
         self._add("sampler_gap", (logp - sampled).abs())
         if ref is not None:
@@ -814,11 +823,11 @@ class Health:
             self._add("clip_share", (rho < 1 - self.clip_low) & (A < 0) | (rho > 1 + self.clip_high) & (A > 0))
 
     def _add(self, name: str, values: torch.Tensor) -> None:
-        self.sums[name] = (self.sums[name] or 0.0) + values.sum().item() / self.tokens
+        self.sums[name] = (self.sums[name] or 0.0) + values.sum().double() / self.tokens
 
     def means(self) -> dict:
         """{metric: mean over the tokens, None where not measured}; of the loss the sum, whose weights are the mean."""
-        return {"loss": self.loss, **self.sums}
+        return {name: None if x is None else float(x) for name, x in {"loss": self.loss, **self.sums}.items()}
 
 
 @torch.no_grad()
@@ -886,7 +895,7 @@ def append_jsonl(path: Path, records: list[dict]) -> None:
         f.write("".join(json.dumps(r) + "\n" for r in records))
 
 
-# ------------------------------------------------------------------------------------------------ 7. evaluation, inspect
+# ------------------------------------------------------------------------------------------ 7. evaluation, inspect
 
 
 @dataclass(frozen=True)
@@ -909,9 +918,14 @@ class InspectSettings:
     planner: str = knob("", "folder name of a planner in the run; empty: the base model")
 
 
-def sampling_settings(folder: Path) -> Settings:
-    """How a planner's traces and the executor's outputs were drawn in its training; defaults for a folder without."""
-    known = data.read_settings(folder) if (folder / "settings.json").exists() else {}
+def sampling_settings(folder: Path, run_dir: Path) -> Settings:
+    """How a planner's traces and the executor's outputs were drawn in its training. For the base model: as for the
+    run's first planner, else as in its own check."""
+    folders = [folder]
+    if folder == run_dir / "base":
+        folders = [*sorted(run_dir.glob("planner-*-seed*[0-9]")), folder]
+    made = [path for path in folders if (path / "settings.json").exists()]
+    known = data.read_settings(made[0]) if made else {}
     names = {f.name for f in fields(Settings)} - {"run_dir", "device", "seed"}
     return known_settings(Settings, {name: known[name] for name in names if name in known}, folder)
 
@@ -951,12 +965,11 @@ def evaluate(s: EvalSettings) -> dict[str, dict]:
     planners = sorted(run_dir.glob("planner-*-seed*[0-9]"))
     for folder in planners:
         data.read_settings(folder)                                        # without them nobody knows how it was trained
-    sampling = sampling_settings(planners[0] if planners else run_dir)
     model, tokenizer = executor.load_for(run_dir, base, device)
     read = data.fingerprints(run_dir, *(f"groups/{split}.jsonl" for split in splits), "base/base.json")
     results = {}
     for folder in tqdm([run_dir / "base", *sorted(run_dir.glob("int")), *planners], desc="evaluate"):
-        how = sampling if folder.name == "base" else sampling_settings(folder)
+        how = sampling_settings(folder, run_dir)
         asked = {"problems": s.problems, "seed": s.seed, **asdict(replace(how, run_dir="", device="")), "inputs": read}
         known = read_results(folder, asked)
         if known is None:
@@ -1090,20 +1103,23 @@ def inspect(s: InspectSettings) -> str:
     problems = data.read_problems(run_dir / "groups" / "heldout.jsonl")
     problem = problems[s.seed % len(problems)]
     base = executor.base_of(run_dir)
-    folder = Path(run_dir / s.planner if s.planner else base)
-    how = replace(sampling_settings(folder), seed=s.seed)
+    folder = run_dir / (s.planner or "base")
+    if not folder.is_dir():
+        raise UserError(f"--planner {s.planner}: there is no {folder}")
+    how = replace(sampling_settings(folder, run_dir), seed=s.seed)
     planner, own_tokenizer = load_planner(folder if s.planner else base, run_dir, device)
-    rm = RubricRewardModel.from_pretrained(run_dir / "rm", device)
     frozen = frozen_executor(*executor.load_for(run_dir, base, device), how)
     check_lengths([problem], who_reads(planner, own_tokenizer, frozen, how))
+    rm, mode = None, "uplift_only"                                        # HumanEval and MBPP have no reward model
+    if (run_dir / "rm").exists():
+        rm, mode = RubricRewardModel.from_pretrained(run_dir / "rm", device), "tracelift"
     usual = reward_settings(folder)
     batch = rollout(planner, own_tokenizer, [problem], s.traces, usual.temperature, how.max_trace_tokens,
                     f"{s.seed} inspect")
-    rewards, runs = measure_rewards(batch.problems, batch.traces, frozen, rm, "tracelift", usual.repeats, usual.w_e,
-                                    usual.w_r, "inspect")
+    rewards, runs = measure_rewards(batch.problems, batch.traces, frozen, rm, mode, usual.repeats, usual.w_e, usual.w_r,
+                                    "inspect")
     advantage = kernels.group_advantage(torch.tensor([r.total for r in rewards]), s.traces,
                                         scale=usual.scale == "std").tolist()
-    dimensions = rm.score([data.rm_text(problem, trace) for trace in batch.traces])[1].tolist()
 
     def show(run: Run) -> str:
         return f"{run.output.strip()!r} {'right' if run.ok else 'wrong'}"
@@ -1112,7 +1128,6 @@ def inspect(s: InspectSettings) -> str:
     lines += [f"no trace     {show(run)}" for run in frozen.run([problem], None, usual.repeats)[0]]
     lines[-1] += "    [Executor.run, verify]"
     for i, (trace, r) in enumerate(zip(batch.traces, rewards)):
-        labels = ", ".join(f"{name} {label:.1f}" for name, label in zip(rm.dimension_names, dimensions[i]))
         lines += ["", f"trace {i}      {trace}"]
         if data.check_trace(problem, trace):
             faithful, leak = data.check_trace(problem, trace)
@@ -1120,10 +1135,15 @@ def inspect(s: InspectSettings) -> str:
         lines += [f"  e2e        {show(runs[i][0])}    [Executor.run, verify]"]
         lines += [f"  with it    {show(run)}" for run in runs[i][1:]]
         lines += [f"  uplift     ({r.with_trace} with - {r.without_trace} without) / {r.repeats} = {r.uplift:+.2f}"
-                  "    [measure_rewards]",
-                  f"  rm         {r.rm:.2f}: {labels}    [RubricRewardModel.score]",
-                  f"  reward     {usual.w_e:g} * {r.e2e:g} + {usual.w_r:g} * {r.rm:.2f} * {r.uplift:+.2f} = {r.total:.3f}"
-                  "    [product]",
+                  "    [measure_rewards]"]
+        quality = ""
+        if rm:
+            labels = rm.score([data.rm_text(problem, trace)])[1][0].tolist()
+            named = ", ".join(f"{name} {label:.1f}" for name, label in zip(rm.dimension_names, labels))
+            lines += [f"  rm         {r.rm:.2f}: {named}    [RubricRewardModel.score]"]
+            quality = f" * {r.rm:.2f}"
+        lines += [f"  reward     {usual.w_e:g} * {r.e2e:g} + {usual.w_r:g}{quality} * {r.uplift:+.2f} = {r.total:.3f}"
+                  f"    [{REWARDS[mode].total.__name__}]",
                   f"  advantage  {advantage[i]:+.2f}    [kernels.group_advantage]"]
     return "\n".join(lines + [""] + token_lines(planner, own_tokenizer, batch, advantage, usual.temperature))
 
@@ -1155,7 +1175,7 @@ def token_lines(planner, tokenizer, batch: Batch, advantage: list[float], temper
     return lines + [f"{f'{padding} of padding':18}{'no':>9}    [Batch, kernels.token_weights, kernels.token_logp]"]
 
 
-# ------------------------------------------------------------------------------------------------ 8. InT
+# ------------------------------------------------------------------------------------------ 8. InT
 #
 # A warm start for the planner (arXiv 2601.14209): reward on a whole trace also punishes the right steps before the
 # first wrong one. Checking against a reference is easier than solving, so the planner itself names the first wrong step
@@ -1196,11 +1216,8 @@ class Collector:
         """Completions of the planner: (tokens, texts)."""
         s = self.s
         limit = executor.cache_tokens(self.planner, s.max_cache_gib)
-        try:
-            completions, texts = complete(self.planner, self.tokenizer, prompts, num_samples, temperature,
-                                          s.max_trace_tokens, names, limit)
-        except executor.ContextError as error:                            # the numbers before a trace's steps
-            raise UserError(f"the planner: {error} (--max_trace_tokens)") from None
+        completions, texts = complete(self.planner, self.tokenizer, prompts, num_samples, temperature,
+                                      s.max_trace_tokens, names, limit)
         return completions.tokens, texts
 
     def success_from(self, problems: list[Problem], beginnings: list[str], when: str, known: dict) -> list[float]:
@@ -1223,7 +1240,8 @@ class Collector:
 
 def begin_trace(tokenizer, beginning: str) -> list[int]:
     """Token ids of the beginning of a completion. Control tokens that it spells are letters, as in every prompt."""
-    return tokenizer(data.OPEN + beginning, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    return data.encode_letters(tokenizer, data.OPEN + beginning, template)
 
 
 def states_answer(problem: Problem, step: str) -> bool:
@@ -1303,7 +1321,8 @@ def collect(c: Collector, problems: list[Problem]) -> list[dict]:
     asked = [r for r in records if not r["left_out"]]
     prompts = [data.intervention_prompt(by_id[r["problem_id"]], r["trace"]) for r in asked]
     names = [f"intervention {s.seed} {i} {k}" for i in range(len(asked)) for k in range(s.proposals)]
-    _, texts = c.write([data.encode_prompt(c.tokenizer, p) for p in prompts], s.proposals, s.proposal_temperature, names)
+    prompts = [data.encode_prompt(c.tokenizer, prompt) for prompt in prompts]
+    _, texts = c.write(prompts, s.proposals, s.proposal_temperature, names)
     for i in tqdm(range(0, len(asked), 50), desc="interventions"):
         tried = []                                                        # (problem, trace, proposal), to try out
         for j, record in enumerate(asked[i:i + 50], i):
@@ -1356,6 +1375,7 @@ def count_interventions(records: list[dict]) -> dict:
             verdicts[proposal["verdict"]] += proposal["times"]
     reasons = Counter(r["left_out"] for r in records if r["left_out"])
     return {"failed_traces": len(records), "left_out": dict(reasons), "with_intervention": len(kept),
+            "in_the_first_step": sum(r["chosen"]["index"] == 1 for r in kept),
             "interventions": sum(verdicts.values()), "verdicts": dict(verdicts),
             "success_from": {name: mean(r["success_from"][name] for r in kept)
                              for name in ("intervention", "error", "resampled step")}}
@@ -1405,7 +1425,9 @@ def learn_interventions(s: IntSettings, run_dir: Path, work: Path) -> None:
     executor.check_head(planner)
     frozen = frozen_executor(*executor.load_for(run_dir, base, device), s)
     readers = who_reads(planner, tokenizer, frozen, s, traces=2)          # a beginning, and what continues it
-    check_lengths(problems, [*readers, replace(readers[0], text_of=lambda p: data.intervention_prompt(p, ""))])
+    more = 3 * s.max_trace_tokens                                         # the trace, its numbers, the answer
+    readers.append(replace(readers[0], text_of=lambda p: data.intervention_prompt(p, ""), more=more))
+    check_lengths(problems, readers)
     if (work / "int.json").exists():                                      # a stopped stage: only fine-tuning is missing
         report, records = read_interventions(work)
     else:
@@ -1418,7 +1440,6 @@ def learn_interventions(s: IntSettings, run_dir: Path, work: Path) -> None:
     common = {"batch_size": s.batch_size, "pad_id": executor.pad_id(tokenizer)}
     before = executor.heldout_loss(planner, heldout, **common) if heldout else None
     if s.checkpointing:
-        executor.without_dropout(planner)
         executor.enable_checkpointing(planner)
     if train_part:
         executor.finetune(planner, train_part, heldout=heldout, epochs=s.epochs, seed=s.seed, warmup=10, title="InT",
@@ -1442,11 +1463,12 @@ def read_interventions(work: Path) -> tuple[dict, list[dict]]:
     except UserError as error:
         raise UserError(f"{error}; {mend}") from None
     if len(records) != report["failed_traces"]:
-        raise UserError(f"{work}/interventions.jsonl: {len(records)} of {report['failed_traces']} lines are there; {mend}")
+        raise UserError(f"{work}/interventions.jsonl: {len(records)} of {report['failed_traces']} lines are there; "
+                        f"{mend}")
     return report, [record for _, record in records]
 
 
-# ------------------------------------------------------------------------------------------------ 9. commands
+# ------------------------------------------------------------------------------------------ 9. commands
 
 
 def main(argv) -> None:

@@ -25,9 +25,9 @@ holds an expected value: there is nothing to steal, and no marker to forge; a pa
 Several stdin tests are played in one process first, each with an output file of its own (_run_stdin says what that
 decides).  The judge calls the program's functions, objects and methods by name; arguments and results cross as JSON.
 Plain values arrive as such (None, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, deque,
-Decimal, Fraction, datetime; subclasses as their base, iterators as iterators), lists, dicts, sets and deques that a call
-changed come back changed, and an object stays where it is: the judge has its number, can call it and read or set its
-attributes, and refuses to compare it, so that an __eq__ that always agrees is never asked.
+Decimal, Fraction, datetime; subclasses as their base, iterators as iterators), lists, dicts, sets and deques that a
+call changed come back changed, and an object stays where it is: the judge has its number, can call it and read or set
+its attributes, and refuses to compare it, so that an __eq__ that always agrees is never asked.
 
 Threat model: programs written by a language model under reward pressure.  Stopped, by the LAYERS below: reading or
 changing the user's files, environment and processes, signals, network, new processes, what outlives a run, floods of
@@ -87,33 +87,35 @@ _PLACEHOLDER = re.compile(r"\\(?:boxed|fbox)\s*\{(?:[.…\s]*|(?:your|the|final|
 _END = re.compile(r"(?<!Rs)\.(?:\s|$)|(?<=[A-Za-z])[!?](?:\s|$)|[\s(,]+(?:because|since)\b")
 _LABEL = re.compile(r"\b(?:step|part|case|section|example|question|problem|method|equation|line)\s*#?\(?[0-9]+\)?"
                     r"|^\s*[0-9]+[.)]\s+(?=[A-Za-z])", re.IGNORECASE)
-_OPTION = re.compile(r"(?:the\s+)?(?:(?:correct\s+)?(?:option|choice|letter|answer)\s*)?[(]?([A-Za-z])[).]?", re.IGNORECASE)
+_OPTION = re.compile(r"(?i)(?:the\s+)?(?:(?:correct\s+)?(?:option|choice|letter|answer)\s*)?[(]?([A-Z])[).]?")
 # A bullet, or a dash between blanks after a word: no minus sign.
 _DASH = re.compile(r"(^|[^\W\d]{2}[:*]*\s|:)\s*[-\u2013\u2014\u2212\u2022*]\s+")
-_HEDGE = re.compile(r"[\s,;&/-]*(?:(?:and|to)\b[\s$]*(?:[A-Za-z] *= *)?)?|.*\b(?:or|maybe|perhaps|possibly)\b.*", re.IGNORECASE)
+_HEDGE = re.compile(r"(?i)[\s,;&/-]*(?:(?:and|to)\b[\s$]*(?:[a-z] *= *)?)?|.*\b(?:or|maybe|perhaps|possibly)\b.*")
 
 # [0-9] and not \d, which also matches the digits of every other script.
 _WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_WHOLE}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 _SIGNED = r"\([-+]?[0-9]+(?:\.[0-9]+)?\)"
-_NUMBER = re.compile(rf"(?<![\^_0-9.])(?<!\^-)(?:(?<![\w)\]}}])([-+])(\s*))?(?:({_WHOLE})\s+(?={_WHOLE}\s*/))?({_DECIMAL}|{_SIGNED}(?=\s*/))"
+_NUMBER = re.compile(rf"(?<![\^_0-9.])(?<!\^-)(?:(?<![\w)\]}}])([-+])(\s*))?"
+                     rf"(?:({_WHOLE})\s+(?={_WHOLE}\s*/))?({_DECIMAL}|{_SIGNED}(?=\s*/))"
                      rf"(?:\s*/\s*([-+]?{_DECIMAL}|{_SIGNED}))?(?:\s?%)?")
 
 # Words beside a number are its unit if they are ordinary words of three letters or more, or among the short ones below.
 # Those of _NOT_UNITS, Greek letters and products of letters make another number of it, and then it is none.
-_NOT_UNITS = set("""hundred thousand million billion trillion quadrillion lakh crore bn mn tn bil mil mio myriad
-    dozen gross half halve third quarter fourth fifth sixth seventh eighth ninth tenth eleventh twelfth twentieth
-    thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth thirtieth fortieth fiftieth sixtieth
-    hundredth thousandth millionth billionth squared cubed factorial power root reciprocal inverse divided multiplied
-    plus minus or not pi sqrt sin cos tan log ln exp mod choose infinity infinite negative below zero basis maybe
-    perhaps possibly probably but otherwise except either neither nor without approximately approx roughly wrong
-    incorrect undefined double triple twice thrice least most isn doesn wasn cannot never alpha beta gamma delta epsilon zeta eta theta iota
-    kappa lambda mu nu xi omicron rho sigma tau upsilon phi chi psi omega""".split())
+_NOT_UNITS = set("""
+    hundred thousand million billion trillion quadrillion lakh crore bn mn tn bil mil mio myriad dozen gross half
+    halve third quarter fourth fifth sixth seventh eighth ninth tenth eleventh twelfth twentieth thirteenth
+    fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth thirtieth fortieth fiftieth sixtieth hundredth
+    thousandth millionth billionth squared cubed factorial power root reciprocal inverse divided multiplied plus
+    minus or not pi sqrt sin cos tan log ln exp mod choose infinity infinite negative below zero basis maybe perhaps
+    possibly probably but otherwise except either neither nor without approximately approx roughly wrong incorrect
+    undefined double triple twice thrice least most isn doesn wasn cannot never alpha beta gamma delta epsilon zeta
+    eta theta iota kappa lambda mu nu xi omicron rho sigma tau upsilon phi chi psi omega""".split())
 _HEDGES = set("about around nearly almost over under than between within".split())  # before a number
 _LETTER_UNITS = set("m s g h L l".split())                  # alone, after a space; another letter may be a variable
 _JOINED_UNITS = set("mm cm km mg kg ml mL in ft lb lbs oz hr hrs min mins sec mph kmh am pm".split())  # 5cm
-_SMALL_WORDS = set("""ce is he we it of in on at by as an so if us to no be do go per the and she her his they there this
-    that""".split())
+_SMALL_WORDS = set("""
+    ce is he we it of in on at by as an so if us to no be do go per the and she her his they there this that""".split())
 _SHORT_WORDS = _JOINED_UNITS | _SMALL_WORDS | set("""kph rpm pcs yd yds mi sq cu gb mb kb tb ms ns kw kj kn mw hz rs usd
     eur gbp inr cny jpy kgs kms mls cds dvds tvs pt pts qt gal yr yrs tbsp tsp bc ad""".split())
 _PRODUCT = re.compile(r"[a-d]+|[h-n]+|[p-t]+|[u-z]+|[^aeiouy]+")  # abc, xyz: three letters, yet no word
@@ -139,7 +141,8 @@ _RIVALS = [[set(side.split()) for side in line.split("|")] for line in """am | p
     odd | even
     celsius | fahrenheit | kelvin
     degree | radian rad
-    mm millimeter millimetre | cm centimeter centimetre | m meter metre | km kilometer kilometre | inch inche | ft foot feet | yd yard | mi mile
+    mm millimeter millimetre | cm centimeter centimetre | m meter metre | km kilometer kilometre
+    inch inche | ft foot feet | yd yard | mi mile | m meter metre | km kilometer kilometre | cm centimeter centimetre
     mg milligram | g gram | kg kilogram | lb pound | oz ounce | ton tonne
     ml milliliter millilitre | l liter litre | cup | pint | quart | gallon gal
     ms millisecond | sec second | min minute | h hr hour | day | week | month | yr year
@@ -148,8 +151,9 @@ _RIVALS = [[set(side.split()) for side in line.split("|")] for line in """am | p
 
 
 def _rules(table: str) -> list:
-    """A line of a table is a pattern, an arrow and what replaces it (␣ is a blank); ARGUMENT is one of a TeX command."""
-    table = table.replace("ARGUMENT", r"\s*(?:\{([^{}]*)\}|([0-9]|SYMBOL))").replace("SYMBOL", "[A-Za-zπ∞θαβγφλμσω]")
+    """A line is a pattern, an arrow and what replaces it (␣ is a blank); ARGUMENT is one of a TeX command."""
+    table = table.replace("ARGUMENT", r"\s*(?:\{([^{}]*)\}|([0-9]|SYMBOL))")
+    table = table.replace("SYMBOL", "[A-Za-zπ∞θαβγφλμσω]")
     pairs = [line.strip().partition(" =>") for line in table.strip().split("\n")]
     return [(re.compile(pattern, re.DOTALL), new.strip().replace("␣", " ")) for pattern, _, new in pairs]
 
@@ -484,6 +488,8 @@ def _phrase(text: str) -> _Answer | None:
     unit, _, remark = after.partition(",")
     units, others = (re.findall(r"[^\s,.:;()\"/]*[^\s,.:;()\"/-][^\s,.:;()\"/]*", part) for part in (unit, remark))
     found = units + others
+    if number[2] and found:  # "- 24 apples" may be a bullet
+        return None
     if not _are_units([word for word in found if word != "a" or len(found) == 1]):
         return None
     if not before and after.strip() in _SMALL_WORDS - _JOINED_UNITS:  # 2 as: a product, no unit
@@ -536,12 +542,13 @@ _FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})([^`]*)$")
 _PYTHON = re.compile(r"\W*(?:[\w/.]*\.py|i?python[0-9.]*|py[0-9.]*)(?![-\w])", re.IGNORECASE)
 # Code on the fence's own line: no name of a language and no attribute.
 _CODE = re.compile(r"""(?!(?:title|file|filename|name|linenums|lines|hl_lines|highlight|class|id)=)
-    (?:(?:import|from|def|class|for|while|if|with|try|return|print|async)\b.*[\s(:] | @\w | [A-Za-z_][\w.\[\]]*\s*[(=])""", re.VERBOSE)
+    (?:(?:import|from|def|class|for|while|if|with|try|return|print|async)\b.*[\s(:] | @\w
+    | [A-Za-z_][\w.\[\]]*\s*[(=])""", re.VERBOSE)
 # Plainly an output, a session or a shell's: by the line before the block, or by its own first line.
-_TITLE = re.compile(r"""[\W_]*(?:(?:expected|sample|example|the|program|console|your)\s+)*(?:output|result|input|terminal
-    |prints?|shell)s?(?:\ is|\ will\ be|\ looks\ like)?[\W_]*$""", re.IGNORECASE | re.VERBOSE)
-_OUTPUT = re.compile(r"""\s*(?:>>>|\$\s|Traceback|pip3?\ |python3?\ |bash\ |cd\ |\|
-    |(?:[-+]?[0-9.]+|True|False|None|'[^'=\n]*'|"[^"=\n]*"|[\[({][^=\n]*[\])}])\s*(?:$|\n)
+_TITLE = re.compile(r"""[\W_]*(?:(?:expected|sample|example|the|program|console|your)\s+)*
+    (?:output|result|input|terminal|prints?|shell)s?(?:\ is|\ will\ be|\ looks\ like)?[\W_]*$""", re.IGNORECASE | re.VERBOSE)
+_OUTPUT = re.compile(r"""\s*(?:\#[^\n]*\n\s*)*(?:>>>|\$\s|Traceback|pip3?\ |python3?\ |bash\ |cd\ |\|
+    |(?:[-+]?[0-9.]+(?:[\ ,]+[-+]?[0-9.]+)*|True|False|None|'[^'=\n]*'|"[^"=\n]*"|[\[({][^=\n]*[\])}])\s*(?:$|\n)
     |(?!(?:import|from|def|class|return|global|nonlocal|del|assert|raise|async|with|while|if|for|print|yield|lambda)\b)
      [A-Za-z]+:?(?:\ +[\w:,.!]+)+\s*(?:$|\n))""", re.VERBOSE)
 _DEFINES = re.compile(r"^(?:async\s+def|def|class)\s+(\w+)", re.MULTILINE)
@@ -560,7 +567,7 @@ def code_blocks(text: str) -> list[str]:
     if text.lstrip().startswith("<think"):
         text = _said(text) if "</think" in text else ""
     text = re.sub(r"(?m)^([^`\n]*[^`\s]|[ \t]*```[^`\n]+)[ \t]*(```)[ \t]*$", r"\1\n\2", text)
-    blocks, fence, body, outside = [], None, [], [""]
+    blocks, fence, body, outside, tagged = [], None, [], [""], False
     for line in (text + "\n\0").split("\n"):  # \0: the end, which closes a block
         match = _FENCE.match(line)
         if fence is None:
@@ -574,7 +581,9 @@ def code_blocks(text: str) -> list[str]:
             code = "\n".join([first] * bool(_CODE.match(first)) + body)
             untagged = not info or not python and _CODE.match(info)
             title = next((above for above in reversed(outside) if above.strip()), "")
-            likely = python or untagged and not _OUTPUT.match(code) and not _TITLE.match(title)
+            tagged = tagged or bool(python)
+            bare = tagged and not re.search(r"[=(:]|\bimport\b", code)  # a word after a block tagged as Python
+            likely = python or untagged and not bare and not _OUTPUT.match(code) and not _TITLE.match(title)
             if line != "\0" or code.strip():
                 blocks.append((bool(likely), code))
             fence = None
@@ -678,7 +687,8 @@ def check_tests(tests: list[dict], where: str = "tests") -> None:
         _require(test, dict, here, "a dict")
         keys = sorted(test.keys() & {"assert", "input", "output"})
         if keys not in (["assert"], ["input", "output"]):
-            raise ValueError(f"{here} must have the key 'assert', or the keys 'input' and 'output'; it has {list(test)}")
+            has = f"it has {list(test)}"
+            raise ValueError(f"{here} must have the key 'assert', or the keys 'input' and 'output'; {has}")
         for key in keys:
             _require(test[key], str, f"{here}[{key!r}]", "a string")
         try:
@@ -708,7 +718,8 @@ def _check(programs, tests, timeout, memory_mb, workers) -> list[tuple]:
         check_tests(own, f"tests[{i}]")
         statements = [(test.get("assert", "").strip(), j) for j, test in enumerate(own)]
         asserts = tuple((statement, _names(statement), j) for statement, j in statements if _names(statement))
-        jobs.append((tuple(blocks), tuple((t["input"], t["output"]) for t in own if t.get("output", "").strip()), asserts))
+        stdin = tuple((test["input"], test["output"]) for test in own if test.get("output", "").strip())
+        jobs.append((tuple(blocks), stdin, asserts))
     return jobs
 
 
@@ -735,7 +746,8 @@ def _names(statement: str) -> tuple[str, ...]:
     constant = [call for call in calls if all(isinstance(argument, ast.Constant) for argument in call.args)]
     imported = [alias.name for node in kinds.get(ast.Import, []) for alias in node.names]
     imported += [node.module or "." for node in kinds.get(ast.ImportFrom, [])]
-    imported += [str(call.args[0].value) for call in constant if call.args and getattr(call.func, "id", "") == "__import__"]
+    named = [call for call in constant if call.args and getattr(call.func, "id", "") == "__import__"]
+    imported += [str(call.args[0].value) for call in named]
     for module in (name.partition(".")[0] for name in imported):
         if module not in sys.stdlib_module_names:
             raise ValueError(f"no {module!r}: the standard library is all that programs and tests have")
@@ -805,7 +817,8 @@ def _run_stdin(blocks: tuple, tests: tuple, limits: dict) -> list[tuple[str, str
     """
     if 1 < len(tests) <= _TOGETHER and sum(len(text) for test in tests for text in test) < 1 << 18:
         # Little time: loops that never end will cost it again.
-        end, wrong = _play_tests(blocks, tests, limits | {"timeout": limits["timeout"] / 8, "wall": 2 * limits["timeout"]})
+        short = limits | {"timeout": limits["timeout"] / 8, "wall": 2 * limits["timeout"]}
+        end, wrong = _play_tests(blocks, tests, short)
         if end[0] == "compile_error" or end[0] == "passed" and not any(wrong):
             return [end] * len(tests)
         first = next((i for i, detail in enumerate(wrong) if detail), 0)
@@ -862,7 +875,7 @@ def _run_asserts(blocks: tuple, asserts: tuple, limits: dict, where: str) -> lis
 
 
 def _run(contents: list[bytes], outputs: int, keep: int, limits: dict) -> tuple[tuple[str, str], list[bytes]]:
-    """One run -> how the program ended (outcome, detail), and the first `keep` bytes of each output or of the report."""
+    """One run -> how the program ended (outcome, detail), the first `keep` bytes of each output or of the report."""
     job = limits | {"output": (16 << 20) + keep, "outputs": outputs}
     reply, errors, printed = _ask(job, contents + [b""] * (1 + outputs), keep)
     detail = (errors[-400:].decode("utf-8", "replace").splitlines() or [""])[-1][:200]
@@ -897,7 +910,8 @@ def _ask(job: dict, contents: list[bytes], keep: int) -> tuple[dict, bytes, list
                 files[-1].seek(0)
             helper = _take(fresh=attempt > 0)
             try:
-                reply = helper.exchange({**job, "layers": helper.layers}, [file.fileno() for file in files], job["wall"] + _PATIENCE)
+                numbers = [file.fileno() for file in files]
+                reply = helper.exchange({**job, "layers": helper.layers}, numbers, job["wall"] + _PATIENCE)
             except BaseException:
                 helper.close()
                 raise
@@ -1221,9 +1235,10 @@ def _describe(value) -> str:
 
 
 def _answer(names: dict) -> None:
-    """Does what the judge asks with the program's names and objects, a line of JSON each way, until the judge has ended.
+    """Does what the judge asks with the program's names and objects, a line of JSON each way, until it has ended.
 
-    [what, target, ...]: the value of a name, an attribute, a call.  Only plain values cross; of an object its number."""
+    [what, target, ...]: the value of a name, an attribute, a call.  Only plain values cross; of an object its number.
+    """
     kept = {}  # the objects that the judge knows, by number
     with open(3, "rb") as requests, open(3, "wb", closefd=False) as replies:
         for request in requests:
@@ -1327,7 +1342,7 @@ class _Unsupported(BaseException):
 
 
 class _Object:
-    """An object of the program, in the judge: called and asked by name, never compared, or it would say what is equal."""
+    """An object of the program, in the judge: called and asked by name.  Compared it would say itself what is equal."""
 
     def __init__(self, ask, number) -> None:
         vars(self).update(_ask=ask, _number=number)
@@ -1363,7 +1378,7 @@ def _method(name: str):
     return method
 
 
-for _name in ("len iter next getitem setitem delitem str repr add sub mul truediv neg abs int float enter exit".split()):
+for _name in "len iter next getitem setitem delitem str repr add sub mul truediv neg abs int float enter exit".split():
     setattr(_Object, f"__{_name}__", _method(f"__{_name}__"))
 
 

@@ -1147,8 +1147,9 @@ def test_metrics_of_a_step(straight):
         assert 0 <= line["sampler_gap"] < 1e-5, "float32: the sampler is the scorer"
     assert [line["learning_rate"] for line in found] == pytest.approx([2.5e-3] + [5e-3] * 4)
     assert all(a["planner_tokens"] < b["planner_tokens"] for a, b in zip(found, found[1:]))
-    group = lines(straight(), "samples.jsonl")[:4]
-    assert [len(r["outputs"]) for r in group] == [3] * 4 and {r["step"] for r in group} == {0}
+    groups = lines(straight(), "samples.jsonl")
+    assert [len(r["outputs"]) for r in groups] == [3] * 12, "1 + K runs of each trace"
+    assert [r["step"] for r in groups] == [0] * 4 + [2] * 4 + [4] * 4, "one group every save_every steps"
 
 
 def test_traces_that_are_cut_are_not_learned_on_request(run_dir, lottery):
@@ -1279,6 +1280,7 @@ def test_settings_that_cannot_work(run_dir, key, value):
     ({"mode": "rm_only", "executor_temperature": 0.5}, "--mode rm_only"),
     ({"mode": "rm_only", "exec_score": "coderl"}, "--mode rm_only"),
     ({"clip_low": 0.1}, "--inner_epochs 1"), ({"clip_high": 0.3}, "--inner_epochs 1"), ({"lora_alpha": 8.0}, "--lora_rank"),
+    ({"eval_problems": 3}, "--eval_every"),
     ({"exec_score": "pass_rate"}, "math"), ({"warmup": 9}, "--steps 5")],
     ids=lambda x: "" if isinstance(x, str) else " ".join(map(str, x.values())))
 def test_flags_without_effect_are_refused_with_their_reason(run_dir, options, reason):
@@ -1292,7 +1294,7 @@ def test_flags_without_effect_are_refused_with_their_reason(run_dir, options, re
 
 @pytest.mark.parametrize("options", [
     {"mode": "uplift_only", "w_r": 0.3, "repeats": 2}, {"inner_epochs": 2, "clip_low": 0.1, "clip_high": 0.3},
-    {"lora_rank": 2, "lora_alpha": 8.0}, {"mode": "rm_only", "w_e": 0.5, "repeats": 3}, {"warmup": 5}])
+    {"lora_rank": 2, "lora_alpha": 8.0}, {"eval_every": 5, "eval_problems": 3}, {"mode": "rm_only", "w_e": 0.5, "repeats": 3}, {"warmup": 5}])
 def test_flags_with_an_effect_are_not_refused(options):
     """And a default that is spelt out changes nothing."""
     tracelift.check_train(settings(**options))
@@ -1531,12 +1533,13 @@ def test_a_planner_is_evaluated_with_its_own_tokenizer(run_dir, monkeypatch, lot
 
 @pytest.mark.parametrize("name, text, says", [
     ("results.json", "{", "delete it"), ("results.json", '{"rows": {}}', "delete it"), ("results.json", "[1]", "delete it"),
-    ("metrics.jsonl", '{"step": 0}\n{"step": 1, "rew', "delete that line"), ("metrics.jsonl", "", "damaged"),
-    ("settings.json", "{", "damaged")])
+    ("results.json", "\udcff", "delete it"), ("metrics.jsonl", '{"step": 0}\n{"step": 1, "rew', "delete that line"),
+    ("metrics.jsonl", "", "damaged"), ("metrics.jsonl", "7\n", "damaged"), ("metrics.jsonl", "\udcff\n", "damaged"),
+    ("metrics.jsonl", '{"step": 0}\n', "damaged"), ("settings.json", "{", "damaged")])
 def test_damaged_files_of_a_planner_are_one_line(run_dir, lottery, name, text, says):
     """Half a line, an empty file: the path and what to do, no traceback."""
     out = train(settings(run_dir, steps=1, mode="exec_only"))
-    (out / name).write_text(text)
+    (out / name).write_text(text, errors="surrogateescape")          # \udcff: a byte that is no UTF-8
     with pytest.raises(UserError, match=re.escape(str(out / name)) + ".*" + says) as error:
         tracelift.evaluate(evaluation(run_dir))
     assert "\n" not in str(error.value)
@@ -1908,7 +1911,7 @@ def test_run_sh_asks_first_whether_it_can_run(tmp_path):
     env = {**os.environ, "SKIP_INSTALL": "1", "RUN": str(tmp_path / "run"), "MODES": "exec_only best",
            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", ROOT / "run.sh"], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "there is no best" in done.stderr and "exec_only" in done.stderr
+    assert done.returncode == 2 and "--mode 'best'" in done.stderr and "exec_only" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -187,6 +187,7 @@ def test_spellings_and_units_that_mean_the_same(prediction, reference):
     ('5 south', '5 north'), ('P(A)=0.5', 'P(B)=0.5'), ('x_1=3', 'x_2=3'), ('f(2)=7', 'f(3)=7'),
     ('\\overline{12}', '12'), ('0.\\overline{3}', '0.3'), ('0.333...', '0.333'), ('12...', '12'), ('0.3̅', '0.3'),
     ('5 billionths', '5'), ('5‰', '5'), ('5 basis points', '5'), ('10 3', '10'), ('10/3/2', '10/3'),
+    ("- 24 apples", "-24"), ("- 24 apples", "24"),
 ])
 def test_what_makes_another_number_of_it(prediction, reference):
     assert not math_equal(prediction, reference) and not math_equal(reference, prediction)
@@ -277,7 +278,9 @@ def test_fuzzed_texts(count):
     ("```py\nx = 1\n```\nRun:\n```sh\npython a.py\n```", "x = 1"), ("```\nx = 1\n```\n```\n[1, 2]\n```", "x = 1"),
     ("```\nx = 1\n```\n```\n$ python a.py\n```", "x = 1"), ("```\nx = 1\n```\n```\n>>> x\n1\n```", "x = 1"),
     ("```python\nx = 1\n```\n**Expected output:**\n```\ny = 2\n```", "x = 1"), ("```python\nx = 1\n```\n```markdown\n# y\n```", "x = 1"),
-    ("```python\nx = 1\n```\n```\nHello World\n```", "x = 1"), ("```json\n{}\n```", "{}"),
+    ("```python\nx = 1\n```\n```\nHello World\n```", "x = 1"), ("```python\nx = 1\n```\n```\n4 5 6\n```", "x = 1"),
+    ("```python\nx = 1\n```\n```\nhello\n```", "x = 1"), ("```python\nx = 1\n```\n```\n# Notes\n\nsome words here\n```", "x = 1"),
+    ("```cpp\nint x;\n```\n```py\nx = 1\n```", "x = 1"), ("```python\nx = 1\n```\n```cpp\nint x;\n```", "x = 1"), ("```json\n{}\n```", "{}"),
     ("```python import sys\nprint(1)\n```", "import sys\nprint(1)"), ("```print(1)\n```", "print(1)"),
     ('```python title="a.py"\nx = 1\n```', "x = 1"), ("```{.python .numberLines}\nx = 1\n```", "x = 1"),
     ("```python\nx = 1```", "x = 1"), ("```python\nx = 1\nprint(x)```\nDone.", "x = 1\nprint(x)"), ("```python print(5)```", "print(5)"),
