@@ -1480,9 +1480,9 @@ def parse_settings(cls, argv: list[str], prog: str):
 
 
 def run_command(main, argv=None) -> None:
-    """Runs `main(argv)`. A mistake of the user, a full disk, numbers that are not finite, too little memory or a sandbox
-    that cannot start become one line on stderr and exit code 2; SIGTERM and Ctrl-C end it like an error, so that nothing
-    is left half done, with exit code 130."""
+    """Runs `main(argv)`. A mistake of the user, a full disk, numbers that are not finite, too little memory or a
+    sandbox that cannot start become one line on stderr and exit code 2; SIGTERM and Ctrl-C end it like an error, so that
+    nothing is left half done, with exit code 130."""
     _stop_on_signals()
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -1506,8 +1506,8 @@ def run_command(main, argv=None) -> None:
 
 
 def _stop_on_signals() -> None:
-    """SIGTERM and Ctrl-C raise KeyboardInterrupt, once: a second one would end what the first began to put in order. A
-    Ctrl-C that the shell wants ignored (a job in the background) stays ignored."""
+    """SIGTERM and Ctrl-C raise KeyboardInterrupt, once: a second one would end what the first began to put in order.
+    A Ctrl-C that the shell wants ignored (a job in the background) stays ignored."""
     def stop(*_):
         for number in caught:
             signal.signal(number, signal.SIG_IGN)
@@ -1542,7 +1542,7 @@ def write_atomic(path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = text.encode("utf-8")  # may raise, so before there is a file
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+    with naming(path), tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
         try:
             f.write(content)
             f.flush()
@@ -1552,6 +1552,17 @@ def write_atomic(path, text: str) -> None:
         except BaseException:
             os.unlink(f.name)
             raise
+
+
+@contextmanager
+def naming(path):
+    """Errors of the system inside name this file; that of a full disk, for one, names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -1681,6 +1692,12 @@ def fingerprint(path) -> str:
         content = file.read_bytes()
         total.update(f"{file.name} {len(content)}\n".encode() + content)
     return total.hexdigest()
+
+
+def fingerprints(run_dir, *names: str) -> dict[str, str]:
+    """The `inputs` of a stage: {name: `fingerprint`} of these files of a run. One that is missing is left out: whoever
+    reads it says so better."""
+    return {name: fingerprint(Path(run_dir) / name) for name in names if (Path(run_dir) / name).is_file()}
 
 
 def environment() -> dict:

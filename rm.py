@@ -163,7 +163,8 @@ def load_folder(cls, folder: Path) -> RubricRewardModel:
             state.update(load_file(shard))
         rm.load_state_dict(state, strict=True)
     except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{folder}: the weights do not fit ({' '.join(str(error).split())[:300]}); delete the folder and "
+                        "run rm.py again") from None
     return rm
 
 
@@ -349,7 +350,7 @@ def main(argv) -> None:
     if (out / "config.json").exists() and not (out / "settings.json").exists():
         print(f"{out}: a reward model that was put there, not trained here; it is used as it is")
         return
-    inputs = {"groups/train.jsonl": data.fingerprint(Path(s.run_dir) / "groups" / "train.jsonl")}
+    inputs = data.fingerprints(s.run_dir, "groups/train.jsonl", "groups/heldout.jsonl", "base/base.json")
     with data.stage_folder(out, s, inputs) as work:
         if work is not None:
             train_reward_model(s, work)

@@ -473,9 +473,18 @@ def training_run(s: TrainSettings):
     """A training, begun or continued; without steps where its planner is there already. Saved when the block ends."""
     check_train(s)
     inputs = inputs_of(s)
-    reopen(planner_folder(s), s, inputs)
-    with data.stage_folder(planner_folder(s), s, inputs) as work:
-        run = TrainingRun(s, work)
+    out = planner_folder(s)
+    finished = reopen(out, s, inputs)
+    with data.stage_folder(out, s, inputs) as work:
+        try:
+            run = TrainingRun(s, work)
+        except BaseException:
+            if finished:                                                  # it cannot go on: it stays what it was
+                data.write_atomic(work / "settings.json", finished)
+                os.replace(work, out)
+            raise
+        if finished:
+            (work / "results.json").unlink(missing_ok=True)
         try:
             yield run
             if work is not None:
@@ -485,25 +494,29 @@ def training_run(s: TrainSettings):
         except FloatingPointError as error:
             # What can no longer be computed is the planner: all else is as it was when it was loaded and tried.
             diverged = "logits" in str(error) and run.state["step"] > 0
-            why = f"step {run.state['step']}: the planner's logits are not finite; {executor.DIVERGED}"
-            raise FloatingPointError(f"{why if diverged else error}; {run.saved()}") from None
+            if diverged:
+                error = f"after step {run.state['step'] - 1}: the planner's logits are not finite; {executor.DIVERGED}"
+            raise FloatingPointError(f"{error}; {run.saved()}") from None
         except (OSError, verify.SandboxError) as error:
             raise type(error)(f"{error}; {run.saved()}") from error
 
 
 def inputs_of(s: TrainSettings) -> dict[str, str]:
     """Fingerprints of what a training reads: made anew with other settings, it would be another training."""
-    run_dir, names = Path(s.run_dir), ["base/base.json"]
+    names = ["groups/train.jsonl", "base/base.json"]
     if "rm" in REWARDS[s.mode].needs:
-        names += ["rm/config.json", "rm/metrics.json"]
-    inputs = {name: data.fingerprint(run_dir / name) for name in names if (run_dir / name).exists()}
-    return {"groups/train.jsonl": data.fingerprint(run_dir / "groups" / "train.jsonl"), **inputs}
+        names += ["rm/config.json", "rm/metrics.json"]                    # none beside one that was put there
+    inputs = data.fingerprints(s.run_dir, *names)
+    if s.init and (Path(s.init) / "settings.json").is_file():
+        inputs["--init"] = data.fingerprint(Path(s.init) / "settings.json")
+    return inputs
 
 
-def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> None:
-    """Makes a finished training, whose last checkpoint is kept, an unfinished one where more steps are asked for."""
+def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> str:
+    """Makes a finished training, whose last checkpoint is kept, an unfinished one where more steps are asked for.
+    Returns the settings.json that it had, "" where it stays as it is."""
     if not out.exists():
-        return
+        return ""
     data.compare_made(out, s, inputs)
     done = data.read_settings(out).get("steps")
     if type(done) is not int:
@@ -513,8 +526,10 @@ def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> None:
         if not (out / "checkpoint.pt").exists():
             raise UserError(f"--steps {s.steps}: {out}/checkpoint.pt is gone, so its training cannot go on; give "
                             "another --name")
-        (out / "results.json").unlink(missing_ok=True)
+        had = (out / "settings.json").read_text(encoding="utf-8")
         os.replace(out, out.with_name(out.name + ".partial"))
+        return had
+    return ""
 
 
 def refuse_fewer_steps(s: TrainSettings, done: int) -> None:
@@ -681,7 +696,7 @@ class TrainingRun:
                  "logs": logs}
         temporary = self.work / "checkpoint.tmp"
         try:
-            with open(temporary, "wb") as f:
+            with data.naming(temporary), open(temporary, "wb") as f:
                 torch.save(saved, f)
                 f.flush()
                 os.fsync(f.fileno())
@@ -725,7 +740,7 @@ class TrainingRun:
 
     def save_planner(self) -> None:
         """Model and tokenizer as a Hugging Face folder; of a LoRA training merged, and its adapter."""
-        executor.require_finite(self.planner, f"step {self.state['step']}")
+        executor.check_alive(self.planner, f"step {self.state['step'] - 1}")
         with executor.saving(self.work):
             if self.lora:
                 self.lora.save(self.work, self.base)
@@ -876,7 +891,7 @@ def drop_half_line(path: Path) -> None:
 
 def append_jsonl(path: Path, records: list[dict]) -> None:
     """Appends records; a reader of a running training sees whole lines."""
-    with open(path, "a", encoding="utf-8") as f:
+    with data.naming(path), open(path, "a", encoding="utf-8") as f:
         f.write("".join(json.dumps(r) + "\n" for r in records))
 
 
@@ -951,8 +966,7 @@ def evaluate(s: EvalSettings) -> dict[str, dict]:
     for folder in planners:
         data.read_settings(folder)                                        # without them nobody knows how it was trained
     model, tokenizer = executor.load_for(run_dir, base, device)
-    read = {f"groups/{split}.jsonl": data.fingerprint(run_dir / "groups" / f"{split}.jsonl") for split in splits}
-    read["base/base.json"] = data.fingerprint(run_dir / "base" / "base.json")
+    read = data.fingerprints(run_dir, *(f"groups/{split}.jsonl" for split in splits), "base/base.json")
     results = {}
     for folder in tqdm([run_dir / "base", *sorted(run_dir.glob("int")), *planners], desc="evaluate"):
         how = sampling_settings(folder, run_dir)
@@ -971,7 +985,8 @@ def evaluate(s: EvalSettings) -> dict[str, dict]:
                         f"{name} T=0": success_of(frozen, problems, [p.reference_reasoning for p in problems], name)
                         for name, problems in splits.items()}
             name = {"base": "base planner", "int": "InT"}.get(folder.name, folder.name)
-            rows[name] = evaluate_planner(base if folder.name == "base" else folder, run_dir, splits, frozen, how, s.seed)
+            own = base if folder.name == "base" else folder
+            rows[name] = evaluate_planner(own, run_dir, splits, frozen, how, s.seed)
             if folder in planners:
                 rows[name]["cost"] = training_cost(folder / "metrics.jsonl")
             known = {"settings": asked, "rows": rows}
@@ -1396,7 +1411,7 @@ def intervene(s: IntSettings) -> Path:
     interventions.jsonl, int.json."""
     data.check_settings(s)
     run_dir = Path(s.run_dir)
-    inputs = {"groups/train.jsonl": data.fingerprint(run_dir / "groups" / "train.jsonl")}
+    inputs = data.fingerprints(run_dir, "groups/train.jsonl", "base/base.json")
     with data.stage_folder(run_dir / "int", s, inputs) as work:
         if work is not None:
             learn_interventions(s, run_dir, work)
@@ -1449,6 +1464,8 @@ def read_interventions(work: Path) -> tuple[dict, list[dict]]:
         records = data.read_records(work / "interventions.jsonl", wanted) if report["failed_traces"] else []
     except UserError as error:
         raise UserError(f"{error}; {mend}") from None
+    if len(records) != report["failed_traces"]:
+        raise UserError(f"{work}/interventions.jsonl: {len(records)} of {report['failed_traces']} lines are there; {mend}")
     return report, [record for _, record in records]
 
 

@@ -24,7 +24,7 @@ def measured(log: Path, metric: str) -> dict[int, float]:
             if record.get(metric) is not None:
                 values[int(record["step"]) + 1] = float(record[metric])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SystemExit(f"error: {log}:{number}: damaged ({error!r}); delete this line") from None
+            raise ValueError(f"{log}:{number}: damaged ({error!r}); delete this line") from None
     return values
 
 
@@ -75,7 +75,11 @@ def main(argv) -> int:
     figure = Figure(figsize=(3.4 * columns, 2.9), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     panels = [(run_dir, metric) for run_dir in args.run_dirs for metric in args.metrics]
-    drawn = [draw(axis, run_dir, metric) for axis, (run_dir, metric) in zip(axes, panels)]
+    try:
+        drawn = [draw(axis, run_dir, metric) for axis, (run_dir, metric) in zip(axes, panels)]
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if not all(drawn):
         empty = panels[drawn.index(0)]
         print(f"error: {empty[0]}: no planner-*/metrics.jsonl with {empty[1]}; train one first", file=sys.stderr)
