@@ -927,7 +927,7 @@ def sampling_settings(folder: Path, run_dir: Path) -> Settings:
     made = [path for path in folders if (path / "settings.json").exists()]
     known = data.read_settings(made[0]) if made else {}
     names = {f.name for f in fields(Settings)} - {"run_dir", "device", "seed"}
-    return known_settings(Settings, {name: known[name] for name in names if name in known}, folder)
+    return known_settings(Settings, {name: known[name] for name in names if name in known}, made[0] if made else folder)
 
 
 def known_settings(cls, known: dict, folder: Path):
@@ -1105,7 +1105,7 @@ def inspect(s: InspectSettings) -> str:
     base = executor.base_of(run_dir)
     folder = run_dir / (s.planner or "base")
     if not folder.is_dir():
-        raise UserError(f"--planner {s.planner}: there is no {folder}")
+        raise UserError(f"--planner {s.planner}: there is no folder {folder}; leave it out, or name one that is there")
     how = replace(sampling_settings(folder, run_dir), seed=s.seed)
     planner, own_tokenizer = load_planner(folder if s.planner else base, run_dir, device)
     frozen = frozen_executor(*executor.load_for(run_dir, base, device), how)
@@ -1240,8 +1240,10 @@ class Collector:
 
 def begin_trace(tokenizer, beginning: str) -> list[int]:
     """Token ids of the beginning of a completion. Control tokens that it spells are letters, as in every prompt."""
-    template = str(getattr(tokenizer, "chat_template", None) or "")
-    return data.encode_letters(tokenizer, data.OPEN + beginning, template)
+    text, template = data.OPEN + beginning, getattr(tokenizer, "chat_template", None)
+    if not template:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return data.encode_letters(tokenizer, text, str(template))
 
 
 def states_answer(problem: Problem, step: str) -> bool:
