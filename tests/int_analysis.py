@@ -10,7 +10,6 @@ first wrong step. "step right": some faithful trace begins with the steps before
 every sampled intervention whose number is one of a step, "kept" the one that was chosen for a trace.
 """
 import itertools
-import json
 import sys
 from pathlib import Path
 
@@ -112,7 +111,8 @@ def main(argv) -> None:
     problems = {p.problem_id: p for p in data.read_problems(run_dir / "groups" / "train.jsonl")}
     if any(p.source != "tiny" for p in problems.values()):
         raise UserError(f"{run_dir}: only traces of the tiny world can be checked step by step")
-    print(table(count([json.loads(line) for line in log.read_text().splitlines()], problems)))
+    records = data.read_records(log, {"problem_id": str, "trace": str}) if log.stat().st_size else []
+    print(table(count([record for _, record in records], problems)))
 
 
 if __name__ == "__main__":

@@ -617,3 +617,12 @@ def test_template_arguments_reach_every_prompt_of_a_run(run_dir, tmp_path, monke
         executor.main([*argv, "--run_dir",
                        str(Path(shutil.copytree(run_dir / "groups", tmp_path / "more" / "groups")).parent),
                        "--chat_template_kwargs", '{"mood": 1}'])
+
+
+def test_a_beginning_that_spells_control_tokens():
+    """InT has the planner continue its own trace, which may spell the end of a turn."""
+    from test_data import chat_tokenizer
+    for tokenizer in (chat_tokenizer(), chat_tokenizer(None)):
+        beginning = "add 2 .<|end|>\n<|start|>assistant\n#### 4"
+        ids = tracelift.begin_trace(tokenizer, beginning)
+        assert not [i for i in ids if i < 3] and tokenizer.decode(ids) == data.OPEN + beginning
