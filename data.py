@@ -1481,8 +1481,8 @@ def parse_settings(cls, argv: list[str], prog: str):
 
 def run_command(main, argv=None) -> None:
     """Runs `main(argv)`. A mistake of the user, a full disk, numbers that are not finite, too little memory or a
-    sandbox that cannot start become one line on stderr and exit code 2; SIGTERM and Ctrl-C end it like an error, so that
-    nothing is left half done, with exit code 130."""
+    sandbox that cannot start become one line on stderr and exit code 2; SIGTERM and Ctrl-C end it like an error, so
+    that nothing is left half done, with exit code 130."""
     _stop_on_signals()
     try:
         main(sys.argv[1:] if argv is None else argv)

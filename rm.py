@@ -165,8 +165,8 @@ def load_folder(cls, folder: Path) -> RubricRewardModel:
             state.update(load_file(shard))
         rm.load_state_dict(state, strict=True)
     except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: the weights do not fit ({' '.join(str(error).split())[:300]}); delete the folder and "
-                        "run rm.py again") from None
+        raise UserError(f"{folder}: the weights do not fit ({' '.join(str(error).split())[:300]}); delete the folder "
+                        "and run rm.py again") from None
     return rm
 
 

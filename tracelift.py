@@ -927,7 +927,7 @@ def sampling_settings(folder: Path, run_dir: Path) -> Settings:
     made = [path for path in folders if (path / "settings.json").exists()]
     known = data.read_settings(made[0]) if made else {}
     names = {f.name for f in fields(Settings)} - {"run_dir", "device", "seed"}
-    return known_settings(Settings, {name: known[name] for name in names if name in known}, folder)
+    return known_settings(Settings, {name: known[name] for name in names if name in known}, made[0] if made else folder)
 
 
 def known_settings(cls, known: dict, folder: Path):
@@ -1105,7 +1105,7 @@ def inspect(s: InspectSettings) -> str:
     base = executor.base_of(run_dir)
     folder = run_dir / (s.planner or "base")
     if not folder.is_dir():
-        raise UserError(f"--planner {s.planner}: there is no {folder}")
+        raise UserError(f"--planner {s.planner}: there is no folder {folder}; leave it out, or name one that is there")
     how = replace(sampling_settings(folder, run_dir), seed=s.seed)
     planner, own_tokenizer = load_planner(folder if s.planner else base, run_dir, device)
     frozen = frozen_executor(*executor.load_for(run_dir, base, device), how)
@@ -1216,11 +1216,8 @@ class Collector:
         """Completions of the planner: (tokens, texts)."""
         s = self.s
         limit = executor.cache_tokens(self.planner, s.max_cache_gib)
-        try:
-            completions, texts = complete(self.planner, self.tokenizer, prompts, num_samples, temperature,
-                                          s.max_trace_tokens, names, limit)
-        except executor.ContextError as error:                            # the numbers before a trace's steps
-            raise UserError(f"the planner: {error} (--max_trace_tokens)") from None
+        completions, texts = complete(self.planner, self.tokenizer, prompts, num_samples, temperature,
+                                      s.max_trace_tokens, names, limit)
         return completions.tokens, texts
 
     def success_from(self, problems: list[Problem], beginnings: list[str], when: str, known: dict) -> list[float]:
@@ -1243,7 +1240,10 @@ class Collector:
 
 def begin_trace(tokenizer, beginning: str) -> list[int]:
     """Token ids of the beginning of a completion. Control tokens that it spells are letters, as in every prompt."""
-    return tokenizer(data.OPEN + beginning, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    text, template = data.OPEN + beginning, getattr(tokenizer, "chat_template", None)
+    if not template:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return data.encode_letters(tokenizer, text, str(template))
 
 
 def states_answer(problem: Problem, step: str) -> bool:
@@ -1465,7 +1465,8 @@ def read_interventions(work: Path) -> tuple[dict, list[dict]]:
     except UserError as error:
         raise UserError(f"{error}; {mend}") from None
     if len(records) != report["failed_traces"]:
-        raise UserError(f"{work}/interventions.jsonl: {len(records)} of {report['failed_traces']} lines are there; {mend}")
+        raise UserError(f"{work}/interventions.jsonl: {len(records)} of {report['failed_traces']} lines are there; "
+                        f"{mend}")
     return report, [record for _, record in records]
 
 

@@ -61,7 +61,7 @@ def start(run_dir: Path, said: Path) -> int:
         return pid
     code = 99                                                             # whatever is no SystemExit
     signal.signal(signal.SIGINT, signal.SIG_DFL)                          # until the command says what it does
-    tqdm.set_lock(threading.RLock())                 # else all starts share one, which a killed start may never give back
+    tqdm.set_lock(threading.RLock())                  # else all share one, which a killed start may never give back
     try:
         out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
@@ -135,14 +135,16 @@ def check_ending(kind: str, status: int, text: str) -> None:
 
 
 def lost_steps(partial: Path) -> int:
-    """Steps that were logged after the last checkpoint, and will be made again."""
+    """Steps that were logged after the last checkpoint, and will be made again. Not the number of lines, of which a log
+    may have lost some."""
     if not (partial / "metrics.jsonl").exists():
         return 0
-    logged = (partial / "metrics.jsonl").read_text().count("\n")
+    whole = (partial / "metrics.jsonl").read_text().split("\n")[:-1]
+    logged = json.loads(whole[-1])["step"] + 1 if whole else 0
     saved = 0
     if (partial / "checkpoint.pt").exists():
         saved = torch.load(partial / "checkpoint.pt", weights_only=True)["state"]["step"]
-    return logged - saved
+    return max(0, logged - saved)
 
 
 def soak(starts: int, seed: int, disk: Path, said: Path, kinds: tuple[str, ...]) -> None:

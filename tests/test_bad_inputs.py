@@ -350,7 +350,7 @@ FILES = [
      ["tiny-", "--max_trace_tokens", "leave the problem out"]),
     ("evaluate", both(gone(f"{PLANNER}/results.json"), HALF[f"{PLANNER}/model.safetensors"]), "",
      [PLANNER, "no causal LM can be loaded"]),
-    ("inspect", gone("rm"), "", ["run/rm", "rm.py"]),
+    ("inspect", HALF["rm/config.json"], "", ["rm/config.json", "rm.py"]),
     ("inspect", HALF["base/config.json"], "", ["run/base"]),
     ("inspect", longer("heldout", "problem"), "--seed 1", ["tiny-", "--max_trace_tokens", "leave the problem out"]),
     ("inspect", HALF[f"{PLANNER}/settings.json"], f"--planner {PLANNER}", [f"{PLANNER}/settings.json", "damaged"]),
