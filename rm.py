@@ -91,16 +91,18 @@ class RubricRewardModel(nn.Module):
     def score(self, texts: list[str], batch_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores (B,) in [0, 1] and expected labels (B, D) in [0, 4], on the CPU. FloatingPointError when not finite:
         a broken reward model must not become a reward."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        score, dimensions = torch.zeros(len(texts)), torch.zeros(len(texts), len(self.dimension_names))
+        # Each distinct text once: the rows of a batch differ by rounding, and equal traces must get equal rewards.
+        order = sorted(set(texts), key=lambda text: (len(text), text))
+        place = {text: i for i, text in enumerate(order)}
+        score, dimensions = torch.zeros(len(order)), torch.zeros(len(order), len(self.dimension_names))
         for i in range(0, len(order), batch_size):
-            part = order[i:i + batch_size]
-            label_logits, total_logit = self(*self.encode([texts[j] for j in part]))
+            label_logits, total_logit = self(*self.encode(order[i:i + batch_size]))
             total, expected = self.scores(label_logits, total_logit)
-            score[part], dimensions[part] = total.cpu(), expected.cpu()
+            score[i:i + batch_size], dimensions[i:i + batch_size] = total.cpu(), expected.cpu()
         if not torch.isfinite(score).all():
             raise FloatingPointError("the reward model gave a score that is not finite")
-        return score, dimensions
+        rows = [place[text] for text in texts]
+        return score[rows], dimensions[rows]
 
     def save_pretrained(self, folder) -> None:
         """config.json, model.safetensors and the tokenizer."""

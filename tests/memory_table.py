@@ -112,19 +112,16 @@ def memory(s: Shape, rank: int = 16, fused: bool = True) -> dict[str, dict[str, 
 
 
 def table(rank: int = 16) -> str:
-    """The README's table, as Markdown. GiB, all of it computed."""
-    head = ["Qwen2.5", "all weights: planner, gradient and AdamW in float32, copies by autocast, bfloat16 executor",
-            f"`--lora_rank {rank}`: bfloat16 backbone, adapter with gradient and AdamW",
-            "reward model: loaded / while it is trained", "keys and values of 65,536 tokens",
-            "tokens in 1 GiB of keys and values"]
+    """The README's table, as Markdown. GiB, all of it computed. All weights: planner, gradient and AdamW in float32,
+    copies by autocast, bfloat16 executor. LoRA: bfloat16 backbone, adapter with gradient and AdamW."""
+    head = ["Qwen2.5", "all weights", f"`--lora_rank {rank}`", "reward model: loaded / trained", "cache, 65,536 tokens"]
     lines = [row(head), "|---" * len(head) + "|"]
     for name, shape in QWEN.items():
         parts = memory(shape, rank)
         gib = {title: f"{sum(own.values()) / GIB:.1f}" for title, own in parts.items()}
         token = cache_bytes(shape, 1)
         judge = f"{gib['reward model loaded']} / {gib['reward model trained']}"
-        cache = [f"{65536 * token / GIB:.2f}", f"{GIB // token:,}"]
-        lines.append(row([name, gib["all weights"], gib["LoRA"], judge, *cache]))
+        lines.append(row([name, gib["all weights"], gib["LoRA"], judge, f"{65536 * token / GIB:.2f}"]))
     return "\n".join(lines) + "\n"
 
 

@@ -545,3 +545,14 @@ def test_math_and_code_in_one_run_are_refused(tmp_path):
         data.write_groups(tmp_path / "groups" / f"{split}.jsonl", mixed)
     with pytest.raises(UserError, match="math and code"):
         train(settings(tmp_path), tmp_path / "rm")
+
+
+def test_equal_texts_get_equal_scores(model, texts):
+    """Bit for bit, wherever they stand: a group of equal traces must have no advantage, and rows of one batch differ by
+    rounding."""
+    many = [texts[i % 3] for i in range(40)] + texts[:7]
+    score, dimensions = model.score(many)
+    for text in set(many):
+        rows = [i for i, other in enumerate(many) if other == text]
+        assert len(set(score[rows].tolist())) == 1 and len(set(map(tuple, dimensions[rows].tolist()))) == 1
+    assert len(set(score.tolist())) > 2
