@@ -126,9 +126,8 @@ def save_folder(rm: RubricRewardModel, folder: Path) -> None:
         "rm_num_labels": NUM_LABELS, "rm_use_total_head": True}
     data.write_atomic(folder / "config.json", json.dumps(config, indent=1, default=str))
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in rm.state_dict().items()}
-    with executor.saving(folder):
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        rm.tokenizer.save_pretrained(folder)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    rm.tokenizer.save_pretrained(folder)
 
 
 def read_config(folder: Path) -> dict:
@@ -338,8 +337,9 @@ def train_reward_model(s: RMSettings, work: Path) -> dict:
         rm.eval().score(rows[0].texts[:1])
     except FloatingPointError as error:
         raise FloatingPointError(f"reward model, after step {total - 1}: {error}; {executor.DIVERGED}") from None
-    rm.save_pretrained(work)                                              # before it is measured: an error there must
-    metrics = {"steps": total, "train_loss": sum(losses[-20:]) / len(losses[-20:])}            # not cost the training
+    with executor.saving(work):                                           # before it is measured: an error there must
+        rm.save_pretrained(work)                                          # not cost the training
+    metrics = {"steps": total, "train_loss": sum(losses[-20:]) / len(losses[-20:])}
     metrics |= measure_ranking(rm, heldout)
     data.write_atomic(work / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
