@@ -35,6 +35,7 @@ else
 fi
 
 if [ "$command" = test ]; then                    # two halves side by side, one thread each
+  set -m                                          # else the half in the background would not know Ctrl-C
   half=(tests/test_tracelift.py tests/test_verify.py) log=$(mktemp) status=0
   "$python" -m pytest -q "${half[@]}" >"$log" 2>&1 &
   trap 'kill %1 2>/dev/null || true' EXIT
