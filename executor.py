@@ -172,9 +172,9 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
                                    b b b b |  . .        b b b b | y y
                                    b b b b |  . .        b b b b | y v        E: end of sequence
 
-    draws (R, >= max_new_tokens) in [0, 1) are the rows' own random numbers, one per token: what a row becomes depends
-    neither on the batch nor on its place in it. Without them they are drawn from `generator` beforehand; at temperature
-    0 there is no need of either. Any id of `eos_id` ends a row. A batch has at most `max_cache_tokens` rows x slots,
+    draws (R, >= max_new_tokens) in [0, 1) are the rows' own random numbers, one per token: what a row becomes depends,
+    but for rounding, neither on the batch nor on its place in it. Without them they are drawn from `generator`
+    beforehand; at temperature 0 there is no need of either. Any id of `eos_id` ends a row. A batch has at most `max_cache_tokens` rows x slots,
     or one prompt.
     ValueError for arguments that make no sense, ContextError for a prompt whose completion would not fit the context,
     FloatingPointError for logits that are not finite."""
@@ -653,8 +653,8 @@ def load_tokenizer(path_or_name: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_name)
     except Exception as error:                                     # tokenizers raises Exception itself
-        raise UserError(f"{path_or_name}: no tokenizer can be loaded ({_first_line(error)}); --model must be a Hugging "
-                        "Face folder with tokenizer.json, or a name on a hub that can be reached") from None
+        raise UserError(f"{path_or_name}: no tokenizer can be loaded ({_first_line(error)}); --model or --init must be "
+                        "a Hugging Face folder with tokenizer.json, or a name on a hub that can be reached") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path_or_name}: the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
     try:
@@ -846,8 +846,8 @@ def saving(folder):
     except OSError:
         raise
     except Exception as error:                                     # SafetensorError, RuntimeError, Exception itself
-        raise OSError(f"{folder}: cannot be saved ({_first_line(error)}); make room on the disk, then the same command "
-                      "goes on") from None
+        raise OSError(f"{folder}: cannot be saved ({_first_line(error)}); if the disk is full make room on it, then "
+                      "the same command goes on") from None
 
 
 # --------------------------------------------------------------------------------------------------- 6. LoRA

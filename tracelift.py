@@ -953,7 +953,8 @@ def load_planner(folder, run_dir, device):
 
 def evaluate(s: EvalSettings) -> dict[str, dict]:
     """Measures every planner of a run on held-out problems, greedy and at temperature 1, beside the base planner, the
-    reference traces and no trace. A folder that holds results.json is measured already. Writes results.md."""
+    reference traces and no trace. A folder whose results.json tells of the same settings, problems and base model is
+    measured already. Writes results.md."""
     data.check_settings(s)
     run_dir, device = Path(s.run_dir), executor.pick_device(s.device)
     base = executor.base_of(run_dir)
@@ -1154,8 +1155,8 @@ def reward_settings(folder: Path) -> TrainSettings:
     known = data.read_settings(folder) if (folder / "settings.json").exists() else {}
     if "mode" not in known:
         return TrainSettings()
-    return known_settings(TrainSettings, {name: known[name] for name in ("repeats", "w_e", "w_r", "temperature", "scale")
-                                          if name in known}, folder)
+    names = ("repeats", "w_e", "w_r", "temperature", "scale")
+    return known_settings(TrainSettings, {name: known[name] for name in names if name in known}, folder)
 
 
 def token_lines(planner, tokenizer, batch: Batch, advantage: list[float], temperature: float) -> list[str]:
