@@ -1009,6 +1009,21 @@ def test_save_merged_and_for_peft(tiny, model, tmp_path):
             assert torch.equal(again(IDS).logits, changed(IDS).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_merged_in_place(model, tmp_path, dtype):
+    """A plain model that computes the same, with the weights that `save` writes; also of a backbone without a head."""
+    changed, lora = adapted(copy.deepcopy(model).to(dtype).model)
+    want = changed(IDS).last_hidden_state
+    lora.save(tmp_path, "base")
+    lora.merge()
+    assert changed.state_dict().keys() == model.model.state_dict().keys()
+    assert not any(layer._forward_hooks for layer in changed.modules())
+    assert executor._distance(want, changed(IDS).last_hidden_state) < (1e-5 if dtype == torch.float32 else 0.05)
+    saved = type(changed).from_pretrained(tmp_path, dtype=dtype)
+    assert all(torch.equal(x, saved.state_dict()[name]) and x.dtype == dtype for name, x in changed.state_dict().items())
+
+
 def test_an_adapter_says_how_much_it_reaches(model):
     lora = executor.Lora(copy.deepcopy(model), 3, 6.0)
     every = sum(p.numel() for p in model.parameters())
