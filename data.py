@@ -245,6 +245,22 @@ def encode_letters(tokenizer, text: str, template: str) -> list[int]:
     return [token for ids in encoded for token in ids]
 
 
+SENTENCE = "Mia has 12 coins .\nShe buys 5 more, so she's got: 12 + 5 = 17"
+
+
+def check_tokenizer(tokenizer, folder) -> None:
+    """UserError where it does not cut a sentence as tokenizer.json of the folder says: for some model types transformers
+    builds its own tokenizer from the vocabulary, whatever the file says."""
+    from tokenizers import Tokenizer
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        return
+    wanted = Tokenizer.from_file(str(file)).encode(SENTENCE, add_special_tokens=False).ids
+    if tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] != wanted:
+        raise UserError(f"{file}: transformers reads another tokenizer from this folder; set tokenizer_class in "
+                        "tokenizer_config.json (PreTrainedTokenizerFast takes the file as it is)")
+
+
 def split_steps(problem: Problem, reasoning: str) -> list[str]:
     """The steps of a trace: equations or plan steps in the tiny world, else sentences and lines."""
     parts = source_of(problem).step_end.split(reasoning)

@@ -648,7 +648,6 @@ def load(path_or_name: str, device=None, dtype=None):
 
 def load_tokenizer(path_or_name: str):
     """The tokenizer of a model. UserError for one that cannot be used, or that is not the one in the folder."""
-    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_name)
@@ -658,22 +657,13 @@ def load_tokenizer(path_or_name: str):
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path_or_name}: the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
     try:
-        data.encode_prompt(tokenizer, SENTENCE)
-        data.encode_prompt(tokenizer, SENTENCE + tokenizer.eos_token)              # cut up, around the user's text
+        data.encode_prompt(tokenizer, data.SENTENCE)
+        data.encode_prompt(tokenizer, data.SENTENCE + tokenizer.eos_token)         # cut up, around the user's text
     except Exception as error:                                     # a template is a program of its own
         raise UserError(f"{path_or_name}: the tokenizer's chat template cannot render one user message "
                         f"({_first_line(error)})") from None
-    # For some model types transformers builds its own tokenizer from the vocabulary, whatever the file says.
-    file = Path(path_or_name) / "tokenizer.json"
-    if file.is_file():
-        wanted = Tokenizer.from_file(str(file)).encode(SENTENCE, add_special_tokens=False).ids
-        if tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] != wanted:
-            raise UserError(f"{file}: transformers reads another tokenizer from this folder; set tokenizer_class in "
-                            "tokenizer_config.json (PreTrainedTokenizerFast takes the file as it is)")
+    data.check_tokenizer(tokenizer, path_or_name)
     return tokenizer
-
-
-SENTENCE = "Mia has 12 coins .\nShe buys 5 more, so she's got: 12 + 5 = 17"
 
 
 def _first_line(error) -> str:

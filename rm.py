@@ -164,11 +164,12 @@ def load_folder(cls, folder: Path) -> RubricRewardModel:
     kinds = {tensor.dtype for name, tensor in state.items() if name.startswith("model.")}
     dtype = torch.bfloat16 if kinds == {torch.bfloat16} else torch.float32
     try:
-        model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=dtype, attn_implementation="sdpa")
+        model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:                                            # tokenizers raises Exception itself
         raise UserError(f"{folder}: no backbone or tokenizer can be loaded ({' '.join(str(error).split())[:200]}); "
                         "delete the folder and run rm.py again") from None
+    data.check_tokenizer(tokenizer, folder)
     rm = cls(model, tokenizer, config["rm_dimension_names"], config["rm_dimension_weights"])
     try:
         rm.load_state_dict(state, strict=True)
@@ -272,6 +273,30 @@ def measure_ranking(rm, groups: list[dict]) -> dict:
             "pair_accuracy_by_kind": {kind: sum(won) / len(won) for kind, won in sorted(by_kind.items())}}
 
 
+@torch.no_grad()
+def check_backbone(rm: RubricRewardModel) -> None:
+    """UserError, before anything is trained, for a backbone that could not be loaded again (an encoder or a pooler
+    belongs to it), or in which the padding behind a text changes its score."""
+    from transformers import AutoModel
+    refused = f"{rm.model.config.model_type} models cannot be the backbone of a reward model"
+    try:
+        with torch.device("meta"):                                        # names, no numbers
+            wanted = AutoModel.from_config(rm.model.config).state_dict()
+    except ValueError:
+        raise UserError(f"{refused}: transformers has no base model of theirs") from None
+    differ = sorted(wanted.keys() ^ rm.model.state_dict().keys())
+    if differ:
+        raise UserError(f"{refused}: transformers would load it with other weights, such as {differ[0]}")
+    ids = executor._some_ids(rm.model, 12).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    with executor.in_float32(rm.model):
+        rounding = 1e-3 if rm.model.dtype == torch.float32 else 0.1       # of one that is too large for float32
+        alone, padded = rm(ids[1:, :5], mask[1:, :5])[0], rm(ids, mask)[0][1:]
+    if not executor._distance(alone, padded) < rounding:
+        raise UserError(f"{refused}: padding behind a text changes what they compute")
+
+
 @dataclass(frozen=True)
 class RMSettings:
     """Settings of `python rm.py`."""
@@ -310,11 +335,12 @@ def train_reward_model(s: RMSettings, work: Path) -> dict:
     base, tokenizer = executor.load(executor.base_of(s.run_dir), device, None if s.lora_rank else torch.float32)
     if s.checkpointing:
         executor.enable_checkpointing(base)
-    if s.lora_rank:
-        lora = executor.Lora(base.base_model, s.lora_rank, s.lora_alpha, seed=s.seed)
-        print(f"LoRA: the adapted layers hold {lora.share:.0%} of the backbone's weights")
     rm = RubricRewardModel(base.base_model, tokenizer, names).to(device)
     del base                                                              # its head: 2 GiB at 7B
+    check_backbone(rm)
+    if s.lora_rank:
+        lora = executor.Lora(rm.model, s.lora_rank, s.lora_alpha, seed=s.seed)
+        print(f"LoRA: the adapted layers hold {lora.share:.0%} of the backbone's weights")
     for group, own in zip(groups + heldout, rows):
         try:
             rm.encode(own.texts)

@@ -602,7 +602,7 @@ def test_template_arguments_reach_every_prompt_of_a_run(run_dir, tmp_path, monke
     real, seen = data.encode_prompt, []
 
     def spy(tokenizer, prompt, *more):
-        if not prompt.startswith(executor.SENTENCE):                       # of `load`, about the template itself
+        if not prompt.startswith(data.SENTENCE):                       # of `load`, about the template itself
             seen.append(tokenizer.chat_template)
         return real(tokenizer, prompt, *more)
     monkeypatch.setattr(data, "encode_prompt", spy)

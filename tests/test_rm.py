@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import data
@@ -151,6 +152,14 @@ def test_no_folder_and_no_weights_are_user_errors(folder, tmp_path):
         RubricRewardModel.from_pretrained(tmp_path / "nothing", CPU)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError):
+        RubricRewardModel.from_pretrained(folder, CPU)
+
+
+def test_a_tokenizer_that_took_the_place_of_another_is_found(folder, monkeypatch):
+    """As transformers does for some model types (Qwen2), without a word: every score would be of other text."""
+    other = executor.tiny_tokenizer(["quite other words"])
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: other)
+    with pytest.raises(UserError, match="reads another tokenizer"):
         RubricRewardModel.from_pretrained(folder, CPU)
 
 
