@@ -68,7 +68,7 @@ case $preset in
     rm="--epochs 1 --groups_per_batch 2 --learning_rate 2e-5 --max_heldout 80 --checkpointing 1"
     int="--problems 200 --group_size 4 --proposals 8 --max_trace_tokens 256 --max_answer_tokens $answer
          --epochs 2 --learning_rate 1e-5 --checkpointing 1"
-    train="--steps 100 --problems_per_step 8 --learning_rate 1e-6 --warmup 10 --micro_batch 8 --checkpointing 1
+    train="--steps 100 --problems_per_step 8 --learning_rate 1e-6 --warmup 10 --micro_tokens 4096 --checkpointing 1
            --max_trace_tokens 256 --max_answer_tokens $answer"
     evaluate="--problems $([ "$preset" = code ] && echo 80 || echo 200)" ;;
   paper-math | paper-code)                        # the public values, never run here. With all weights in float32 a
@@ -80,7 +80,7 @@ case $preset in
     rm="--epochs 3 --groups_per_batch 2 --learning_rate 1e-5 --max_heldout 200 --checkpointing 1"   # LoRA at 1e-4
     int="--problems 200 --group_size 4 --max_trace_tokens 512 --max_answer_tokens 512 --learning_rate 1e-6
          --executor_temperature 0.5 --checkpointing 1"
-    train="--steps 600 --group_size 4 --temperature 0.7 --executor_temperature 0.5 --warmup 10 --micro_batch 4
+    train="--steps 600 --group_size 4 --temperature 0.7 --executor_temperature 0.5 --warmup 10 --micro_tokens 4096
            --checkpointing 1 --max_trace_tokens 512 --max_answer_tokens 512"
     if [ "$preset" = paper-math ]; then
       train="$train --mode tracelift --problems_per_step 2 --lora_rank 16 --lora_alpha 32 --learning_rate 5e-6"
