@@ -227,20 +227,12 @@ class Batch:
     sampled: torch.Tensor         # (M,) log-probs of the targets when they were sampled
 
     def parts(self, micro_tokens: int, first: torch.Tensor | None = None) -> list[Part]:
-        """Pieces of at most `micro_tokens` tokens, padding included, or of one sequence. Long sequences come before
-        short ones, those of `first` (B,) bool before all others. All at once, and sorted out on the CPU: between two
-        pieces the host would wait for a GPU."""
+        """Pieces as `cut_by_tokens` cuts them. All at once, and sorted out on the CPU: between two pieces the host
+        would wait for a GPU."""
         number = self.scored.flatten().cumsum(dim=0).view_as(self.scored) - 1    # (B, T): which of the M, where scored
-        first = torch.zeros(len(self.lengths)) if first is None else first
-        chunks = [[]]
-        for b in sorted(range(len(self.lengths)), key=lambda b: (not first[b], -self.lengths[b])):
-            longest = max(self.lengths[other] for other in [*chunks[-1], b])
-            if chunks[-1] and longest * (len(chunks[-1]) + 1) > micro_tokens:
-                chunks.append([])
-            chunks[-1].append(b)
         parts = []
-        for chunk in chunks:
-            rows, longest = torch.tensor(sorted(chunk)), max(self.lengths[b] for b in chunk)
+        for chunk in cut_by_tokens(self.lengths, micro_tokens, first):
+            rows, longest = torch.tensor(chunk), max(self.lengths[b] for b in chunk)
             scored = self.scored[rows, :longest]
             places = (rows, number[rows, :longest][scored], scored.flatten().nonzero()[:, 0])
             own, tokens, at = [place.to(self.ids.device, non_blocking=True) for place in places]
@@ -829,6 +821,21 @@ def sample_names(problems: list[Problem], num_samples: int, when: str) -> list[s
             names.append(f"trace {when} {problem.problem_id} {seen[problem.problem_id]}")
             seen[problem.problem_id] += 1
     return names
+
+
+def cut_by_tokens(lengths: list[int], micro_tokens: int, first=None) -> list[list[int]]:
+    """Numbers of sequences of these lengths (B), in lists of at most `micro_tokens` tokens, padding included, or of one
+    sequence. Long ones come before short ones, so that little is padding; those of `first` (B,) bool before all others,
+    so that the rest makes pieces without gradient."""
+    first = torch.zeros(len(lengths)) if first is None else first
+    chunks, longest = [[]], 0
+    for b in sorted(range(len(lengths)), key=lambda b: (not first[b], -lengths[b])):
+        if chunks[-1] and max(longest, lengths[b]) * (len(chunks[-1]) + 1) > micro_tokens:
+            chunks.append([])
+            longest = 0
+        chunks[-1].append(b)
+        longest = max(longest, lengths[b])
+    return [sorted(chunk) for chunk in chunks]
 
 
 class Health:
