@@ -310,10 +310,10 @@ def test_hostile_text_takes_linear_time(piece):
     assert len(data.stated_calculations(piece * 7)) <= 13          # warm
     seconds = []
     for length in (4_000, 40_000):
-        begin = time.perf_counter()
+        begin = time.process_time()                                # what other processes take does not count
         data.stated_calculations((piece * length)[:length])
-        seconds.append(time.perf_counter() - begin)
-    assert seconds[1] < max(35 * seconds[0], 0.3), seconds         # quadratic: 100 times
+        seconds.append(time.process_time() - begin)
+    assert seconds[1] < max(40 * seconds[0], 0.3), seconds         # quadratic: 100 times
 
 
 @pytest.mark.parametrize("task_type", TASKS)

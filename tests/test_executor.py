@@ -513,7 +513,8 @@ def compare_gradient(model):
 def compare_score(model, folder):
     """A reward model on this backbone: ragged rows, padded on the right, against each row alone and against its heads on
     the last hidden state that transformers gives of the whole model; then saved and loaded."""
-    judge = rm.RubricRewardModel(model.base_model, executor.tiny_tokenizer(["a b"]), ["clear", "right"]).eval()
+    tokenizer = executor.tiny_tokenizer(["a b"])
+    judge = rm.RubricRewardModel(model.base_model, tokenizer, ["clear", "right"]).eval()
     rm.check_backbone(judge)
     for head in (*judge.dimension_heads, judge.total_head):
         torch.nn.init.normal_(head.weight, std=0.3)
@@ -528,7 +529,9 @@ def compare_score(model, folder):
         for found in (labels[n:n + 1], total[n:n + 1]), judge(alone, torch.ones_like(alone)):
             assert all(torch.allclose(f, w, atol=1e-4 * float(labels.abs().max())) for f, w in zip(found, wanted))
     judge.save_pretrained(folder)
-    again = rm.RubricRewardModel.from_pretrained(folder)(ids, mask)
+    with pytest.MonkeyPatch.context() as patch:                    # of Qwen2 transformers would build its own
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: tokenizer)
+        again = rm.RubricRewardModel.from_pretrained(folder)(ids, mask)
     assert torch.equal(again[0], labels) and torch.equal(again[1], total)
 
 
