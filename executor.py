@@ -305,7 +305,7 @@ class Executor:
         for problem, trace, K in zip(problems, traces, repeats, strict=True):
             name = f"alone {self.seed} {problem.problem_id}"
             if trace is not None:
-                sample = seen.get(problem.problem_id, 0)
+                sample = seen.get(problem.problem_id, problem.first_sample)
                 seen[problem.problem_id] = sample + 1
                 name = f"run {self.seed} {when} {problem.problem_id} {sample}"
             names += [f"{name} {k}" for k in range(K)]

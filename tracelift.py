@@ -37,7 +37,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Callable
@@ -329,7 +329,7 @@ def train(s: TrainSettings) -> Path:
         for step in run.steps():
             # 1. Rollout: the planner writes G traces for each of N problems.
             run.phase("rollout")
-            problems = problems_of_step(run.problems, step, s.problems_per_step, s.seed)
+            problems = run.share(problems_of_step(run.problems, step, s.problems_per_step, s.seed))
             batch = rollout(run.planner, run.tokenizer, problems, s.group_size, s.temperature, s.max_trace_tokens,
                             when=f"{s.seed} {step}", max_cache_tokens=run.max_cache_tokens,
                             learn_truncated=s.truncated == "use")
@@ -348,13 +348,14 @@ def train(s: TrainSettings) -> Path:
 
             # 4. Update: raise the log-probs of sampled tokens where A > 0, lower them where A < 0.
             run.phase("update")
+            num_tokens = run.num_tokens(batch)                            # M; several processes: those of all
             old, ref = run.old_and_reference_logp(batch)                  # None: on-policy (rho is 1); no KL
             updates = []
             for _ in range(s.inner_epochs):
                 health = accumulate_gradient(
                     run.planner, batch, reward, advantage, old, ref, s.group_size, s.micro_batch, s.weights,
-                    s.max_trace_tokens, temperature=s.temperature, clip_low=s.clip_low, clip_high=s.clip_high,
-                    beta=s.beta, scale=s.scale == "std")
+                    s.max_trace_tokens, num_tokens, s.problems_per_step * s.group_size, temperature=s.temperature,
+                    clip_low=s.clip_low, clip_high=s.clip_high, beta=s.beta, scale=s.scale == "std")
                 health["grad_norm"] = run.update_weights(step)
                 updates.append(health)
 
@@ -377,8 +378,8 @@ def problems_of_step(problems: list[Problem], step: int, problems_per_step: int,
 
 def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: torch.Tensor,
                         old: torch.Tensor | None, ref: torch.Tensor | None, group_size: int, micro_batch: int,
-                        weights: str, max_len: int, *, temperature: float, clip_low: float, clip_high: float,
-                        beta: float, scale: bool) -> dict:
+                        weights: str, max_len: int, num_tokens: int, num_sequences: int, *, temperature: float,
+                        clip_low: float, clip_high: float, beta: float, scale: bool) -> dict:
     """Adds the gradient of one update to planner's .grad. Returns means over the M tokens: loss (their weighted sum),
     entropy of the next-token distribution, sampler_gap, and None where not measured: kl, the estimate of KL(planner ||
     reference), and clip_share, of tokens where the clip stops the gradient. reward, advantage (B,); old, ref: log-probs
@@ -391,11 +392,15 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
     The loss takes all B rewards, not advantages: each token works out its own group from them, so a micro-batch may cut
     through a group. The advantages here only tell which micro-batches have no gradient, and so no backward pass: those
     where all are 0, without KL. Where no group has spread, .grad stays None, and the optimizer, with its momentum,
-    leaves the planner as it is."""
+    leaves the planner as it is.
+
+    num_tokens and num_sequences are M and B of the whole step. Where several processes share it, a batch is only a part
+    of them, and so are the gradient and the means, which add up over the processes."""
     device = batch.ids.device
-    weight = kernels.token_weights(batch.scored, weights, max_len)[batch.scored].to(device)    # (M,): of the whole step
+    weight = kernels.token_weights(batch.scored, weights, max_len, num_tokens, num_sequences)  # (B, T)
+    weight = weight[batch.scored].to(device)                                                   # (M,)
     reward = reward.to(device)
-    health = Health(tokens=len(batch.target), clip_low=clip_low, clip_high=clip_high)
+    health = Health(num_tokens, clip_low, clip_high)
     planner.train(getattr(planner, "recomputes_activations", False))      # which works in training mode only
     for part in batch.parts(micro_batch):
         has_tokens = batch.scored[part.rows].any(dim=1)                   # no: cut, and --truncated mask
@@ -471,13 +476,23 @@ def check_train(s: TrainSettings) -> None:
 @contextmanager
 def training_run(s: TrainSettings):
     """A training, begun or continued; without steps where its planner is there already. Saved when the block ends."""
+    ranks = Ranks()
     check_train(s)
+    if s.problems_per_step < ranks.count:
+        raise UserError(f"--problems_per_step {s.problems_per_step}: fewer than the {ranks.count} processes of "
+                        "torchrun, of which each takes whole problems; raise it, or lower --nproc_per_node")
     inputs = inputs_of(s)
     out = planner_folder(s)
-    finished = reopen(out, s, inputs)
-    with data.stage_folder(out, s, inputs) as work:
+    finished, folder = "", nullcontext()
+    if ranks.rank == 0:                                                   # it alone writes
+        finished = reopen(out, s, inputs)
+        folder = data.stage_folder(out, s, inputs)
+    with folder as work:
+        work = ranks.exchange(work)[0]                                    # from here on there is something to read
         try:
-            run = TrainingRun(s, work)
+            run = TrainingRun(s, work, ranks)
+            if work is not None:
+                ranks.check_equal(inputs, run.state["step"], run.planner)
         except BaseException:
             if finished:                                                  # it cannot go on: it stays what it was
                 data.write_atomic(work / "settings.json", finished)
@@ -487,7 +502,7 @@ def training_run(s: TrainSettings):
             (work / "results.json").unlink(missing_ok=True)
         try:
             yield run
-            if work is not None:
+            if work is not None and ranks.rank == 0:
                 run.save_planner()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped; {run.saved()}") from None
@@ -541,11 +556,11 @@ def refuse_fewer_steps(s: TrainSettings, done: int) -> None:
 class TrainingRun:
     """The roles of one training (planner, executor, reference policy, reward model), its logs and its checkpoint."""
 
-    def __init__(self, s: TrainSettings, work: Path | None):
-        self.s, self.work = s, work
+    def __init__(self, s: TrainSettings, work: Path | None, ranks: "Ranks"):
+        self.s, self.work, self.ranks = s, work, ranks
         if work is None:
             return
-        self.device = executor.pick_device(s.device)
+        self.device = ranks.pick_device(s.device)
         try:
             kernels.check(self.device)
         except (RuntimeError, ValueError) as error:
@@ -574,7 +589,7 @@ class TrainingRun:
         self.state = {"step": 0, "seconds": 0.0, "planner_tokens": 0}
         if (work / "checkpoint.pt").exists():
             self.load_checkpoint()
-        else:                                                             # nothing to continue from: begin afresh
+        elif ranks.rank == 0:                                             # nothing to continue from: begin afresh
             for name in LOGS:
                 (work / name).write_text("")
         self.running, self.seconds = "", {}
@@ -612,12 +627,21 @@ class TrainingRun:
         if self.work is None:
             return
         begin, end = self.state["step"], self.s.steps
-        self.bar = tqdm(range(begin, end), initial=begin, total=end, desc=self.work.stem, mininterval=5)
+        self.bar = tqdm(range(begin, end), initial=begin, total=end, desc=self.work.stem, mininterval=5,
+                        disable=self.ranks.rank > 0)
         for step in self.bar:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.s.learning_rate * min(1.0, (step + 1) / max(1, self.s.warmup))
             self.seconds = {}
             yield step
+
+    def share(self, problems: list[Problem]) -> list[Problem]:
+        """Of a step's N problems those that this process tries: all, unless torchrun has started several."""
+        return self.ranks.share(problems, self.s.group_size)
+
+    def num_tokens(self, batch: Batch) -> int:
+        """Tokens in the loss of a step, whose mean it is: M, of all processes."""
+        return sum(self.ranks.exchange(len(batch.target)))
 
     def phase(self, name: str) -> None:
         """From here on the time counts for this phase."""
@@ -639,7 +663,8 @@ class TrainingRun:
 
     def update_weights(self, step: int) -> float:
         """One step of the optimizer. Returns the gradient's norm before clipping. FloatingPointError when it is not
-        finite."""
+        finite. Several processes take the same step, with the gradient of all."""
+        self.ranks.sum_gradients(trained(self.planner).values())
         norm = torch.nn.utils.clip_grad_norm_(self.planner.parameters(), self.s.grad_clip).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"step {step}: the gradient is not finite; {executor.DIVERGED}")
@@ -648,24 +673,31 @@ class TrainingRun:
         return norm
 
     def log(self, step: int, batch: Batch, rewards: list[Reward], runs: list, updates: list[dict]) -> None:
-        """One line of metrics, and about every save_every steps a group to read and a checkpoint."""
+        """One line of metrics, and about every save_every steps a group to read and a checkpoint. Rank 0 writes, what
+        all have measured; the seconds are its own, and its waiting for the others is in those of the update."""
         self.phase("")
         s, state = self.s, self.state
+        outcomes = self.ranks.join(outcomes_of(batch, rewards, runs))
+        updates = self.ranks.add_up(updates)
+        self.ranks.pool(self.executor, batch.problems)
         state["step"] = step + 1
-        state["seconds"] += sum(self.seconds.values())
-        state["planner_tokens"] += sum(map(len, batch.completions.tokens))
-        line = {"step": step, **summarize(rewards, runs, batch, s.group_size)}
-        line |= {key: mean(update[key] for update in updates) for key in updates[0]}
+        if self.ranks.rank > 0:
+            return
         spent = sum(self.seconds.values())
-        line |= {"learning_rate": self.optimizer.param_groups[0]["lr"],
-                 "tokens_per_second": sum(map(len, batch.completions.tokens)) / spent, **self.executor.spent,
-                 "planner_tokens": state["planner_tokens"], "seconds": state["seconds"], **self.seconds}
+        tokens = sum(o.tokens for o in outcomes)
+        state["seconds"] += spent
+        state["planner_tokens"] += tokens
+        line = {"step": step, **summarize(outcomes, s.group_size)}
+        line |= {key: mean(update[key] for update in updates) for key in updates[0]}
+        line |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / spent,
+                 **self.executor.spent, "planner_tokens": state["planner_tokens"], "ranks": self.ranks.count,
+                 "seconds": state["seconds"], **self.seconds}
         last = step + 1 == s.steps
         if s.eval_every and ((step + 1) % s.eval_every == 0 or last):
             line["heldout_success"] = self.heldout_success()
         append_jsonl(self.work / "metrics.jsonl", [line])
         if step % s.save_every == 0:
-            append_jsonl(self.work / "samples.jsonl", samples(step, rewards, batch, runs, s.group_size))
+            append_jsonl(self.work / "samples.jsonl", samples(step, outcomes[:s.group_size]))
         if (step + 1) % s.save_every == 0 or last:
             self.save_checkpoint()
         shown = {key: line[key] for key in ("reward", "success", "uplift") if line[key] is not None}
@@ -715,7 +747,7 @@ class TrainingRun:
                 for name, parameter in trained(self.planner).items():
                     parameter.copy_(saved["planner"][name])
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.executor.load_state(saved["executor"])
+            self.executor.load_state(self.ranks.own_part(saved["executor"]))
             self.state, logs = saved["state"], saved["logs"]
             refuse_fewer_steps(self.s, self.state["step"])
         except UserError:
@@ -723,6 +755,8 @@ class TrainingRun:
         except Exception as error:                                        # torch's and pickle's are of all kinds
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{path}: cannot be read ({reason}); delete it to begin again") from None
+        if self.ranks.rank > 0:
+            return
         for name, size in logs.items():
             have = os.path.getsize(self.work / name) if (self.work / name).exists() else 0
             if have < size:
@@ -798,7 +832,8 @@ def sample_names(problems: list[Problem], num_samples: int, when: str) -> list[s
     seen, names = Counter(), []
     for problem in problems:
         for _ in range(num_samples):
-            names.append(f"trace {when} {problem.problem_id} {seen[problem.problem_id]}")
+            number = problem.first_sample + seen[problem.problem_id]
+            names.append(f"trace {when} {problem.problem_id} {number}")
             seen[problem.problem_id] += 1
     return names
 
@@ -847,16 +882,35 @@ def mean(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def summarize(rewards: list[Reward], runs: list[list[Run]], batch: Batch, group_size: int) -> dict:
+@dataclass
+class Outcome:
+    """What became of one trace, to be written down."""
+    problem: Problem
+    trace: str
+    closed: bool                  # as in Batch, like `truncated`
+    truncated: bool
+    tokens: int                   # of the completion
+    reward: Reward
+    runs: list[Run]
+
+
+def outcomes_of(batch: Batch, rewards: list[Reward], runs: list[list[Run]]) -> list[Outcome]:
+    """One record for each of the B traces."""
+    lengths = map(len, batch.completions.tokens)
+    columns = (batch.problems, batch.traces, batch.closed, batch.truncated, lengths, rewards, runs)
+    return [Outcome(*row) for row in zip(*columns, strict=True)]
+
+
+def summarize(outcomes: list[Outcome], group_size: int) -> dict:
     """Metrics of a step over its B traces; None where the mode or the data does not tell."""
+    rewards = [o.reward for o in outcomes]
     totals = [r.total for r in rewards]
     groups = [totals[i:i + group_size] for i in range(0, len(totals), group_size)]
     baselines = [r.without_trace / r.repeats for r in rewards if r.without_trace is not None]
-    checks = [c for c in map(data.check_trace, batch.problems, batch.traces) if c is not None]
-    lengths = [len(tokens) for tokens in batch.completions.tokens]
+    checks = [c for c in (data.check_trace(o.problem, o.trace) for o in outcomes) if c is not None]
     return {
         "reward": mean(totals),
-        "success": mean(own[0].ok if own else None for own in runs),      # of the one run that is e2e
+        "success": mean(o.runs[0].ok if o.runs else None for o in outcomes),   # of the one run that is e2e
         "e2e": mean(r.e2e for r in rewards),                              # its score: partial for programs
         "uplift": mean(r.uplift for r in rewards),                        # success with minus without the trace
         "rm": mean(r.rm for r in rewards),                                # reward model score
@@ -865,19 +919,16 @@ def summarize(rewards: list[Reward], runs: list[list[Run]], batch: Batch, group_
         "leak": mean(leak for _, leak in checks),                         # tiny world: states a result or the code
         "groups_without_spread": mean(max(g) == min(g) for g in groups),  # all rewards equal: no gradient
         "reward_spread": mean(statistics.pstdev(g) for g in groups),      # standard deviation inside a group
-        "unclosed": mean(not closed for closed in batch.closed),          # no </reasoning>
-        "truncated": mean(batch.truncated),                               # cut at the limit
-        "trace_tokens": mean(lengths),
-        "longest_trace": max(lengths)}
+        "unclosed": mean(not o.closed for o in outcomes),                 # no </reasoning>
+        "truncated": mean(o.truncated for o in outcomes),                 # cut at the limit
+        "trace_tokens": mean(o.tokens for o in outcomes),
+        "longest_trace": max(o.tokens for o in outcomes)}
 
 
-def samples(step: int, rewards: list[Reward], batch: Batch, runs: list[list[Run]], group_size: int) -> list[dict]:
-    """The first problem's group, for a person to read."""
-    records = []
-    for i in range(group_size):
-        records.append({"step": step, "problem": batch.problems[i].problem, "trace": batch.traces[i],
-                        **asdict(rewards[i]), "outputs": [run.output for run in runs[i]]})
-    return records
+def samples(step: int, group: list[Outcome]) -> list[dict]:
+    """A problem's group, for a person to read."""
+    return [{"step": step, "problem": o.problem.problem, "trace": o.trace, **asdict(o.reward),
+             "outputs": [run.output for run in o.runs]} for o in group]
 
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -893,6 +944,186 @@ def append_jsonl(path: Path, records: list[dict]) -> None:
     """Appends records; a reader of a running training sees whole lines."""
     with data.naming(path), open(path, "a", encoding="utf-8") as f:
         f.write("".join(json.dumps(r) + "\n" for r in records))
+
+
+# ---- several processes
+#
+# `torchrun --nproc_per_node=R tracelift.py train ...` starts R equal processes, the ranks, also on several machines.
+# Each takes its share of a step's problems from rollout to gradient. Groups stay whole, so rewards and advantages need
+# nobody else; what goes from rank to rank in a step is the number of tokens that the loss is divided by, the gradients,
+# which are summed, and what rank 0 writes down. Weights and optimizer state are whole on every rank, and stay equal:
+# all ranks begin with the same and take the same steps. What is drawn depends on seed, step, problem and sample, not on
+# the rank. A rank that fails says why and ends; torchrun, or a connection that closes, stops the others.
+
+import torch.distributed as dist
+
+BUCKET = 2**24                    # numbers of a gradient that are summed at a time: 64 MiB in float32
+
+
+class Ranks:
+    """The processes that train one planner. Without torchrun there is one, rank 0 of 1, which talks to nobody.
+
+    What all ranks have to call, and in the same order: exchange, and whatever uses it."""
+
+    def __init__(self):
+        self.rank, self.count = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.count = dist.get_rank(), dist.get_world_size()
+
+    def exchange(self, value) -> list:
+        """The values of all ranks, in their order, on every rank. Small ones: they are pickled."""
+        values = [value]
+        if self.count > 1:
+            values = [None] * self.count
+            with self.together():
+                dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self):
+        """For what needs all ranks. ConnectionError where one is gone, unless torchrun, which knows whose fault it is,
+        stops this process first."""
+        try:
+            yield
+        except RuntimeError as error:
+            time.sleep(5)
+            reason = str(error).splitlines()[0]
+            raise ConnectionError(f"rank {self.rank}: another rank failed or cannot be reached ({reason})") from None
+
+    def join(self, rows: list) -> list:
+        """The lists of all ranks, one behind the other."""
+        return [row for rows in self.exchange(rows) for row in rows]
+
+    def share(self, problems: list[Problem], group_size: int) -> list[Problem]:
+        """This rank's part of a step's problems, neighbours; the parts differ by one at most. Where a problem comes
+        twice in the step, its samples are counted over all ranks, since their numbers decide what is drawn."""
+        begin = len(problems) * self.rank // self.count
+        end = len(problems) * (self.rank + 1) // self.count
+        before = Counter(p.problem_id for p in problems[:begin])
+        return [replace(p, first_sample=before[p.problem_id] * group_size) for p in problems[begin:end]]
+
+    def pick_device(self, asked: str) -> torch.device:
+        """executor.pick_device, but for each rank of a machine another GPU."""
+        if self.count > 1:
+            if ":" in asked:
+                raise UserError(f"--device {asked}: would be the same for all processes of torchrun; leave it out")
+            local = int(os.environ.get("LOCAL_RANK", self.rank))
+            if asked != "cpu" and torch.cuda.is_available():
+                if local >= torch.cuda.device_count():
+                    raise UserError(f"rank {self.rank}: no GPU is left for it, this machine has "
+                                    f"{torch.cuda.device_count()}; lower --nproc_per_node")
+                asked = f"cuda:{local}"
+        return executor.pick_device(asked)
+
+    def check_equal(self, inputs: dict[str, str], step: int, planner) -> None:
+        """UserError where ranks begin with different things, as they would on machines with a disk each."""
+        norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in trained(planner).values()]
+        size = math.fsum(norms)
+        for rank, (their_inputs, their_step, their_size) in enumerate(self.exchange((inputs, step, size))):
+            if (their_inputs, their_step) != (inputs, step) or not math.isclose(their_size, size, rel_tol=1e-6):
+                raise UserError(f"rank {rank} has read other files than rank {self.rank}: --run_dir must be one folder "
+                                "that all machines share")
+
+    def sum_gradients(self, parameters) -> None:
+        """Every parameter's gradient becomes the sum over all ranks. On a rank without one (no group with spread, an
+        expert that no token went to) it counts as 0; without one on any rank it stays None, so that the optimizer
+        leaves weight and momentum alone."""
+        if self.count == 1:
+            return
+        parameters = list(parameters)
+        has_one = self.exchange([p.grad is not None for p in parameters])
+        pieces = []
+        for parameter, has in zip(parameters, zip(*has_one)):
+            if any(has):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                pieces += parameter.grad.view(-1).split(BUCKET)
+        for bucket in buckets(pieces, BUCKET):
+            total = torch.cat(bucket)
+            with self.together():
+                dist.all_reduce(total)
+            for piece, summed in zip(bucket, total.split([len(piece) for piece in bucket])):
+                piece.copy_(summed)
+
+    def add_up(self, updates: list[dict]) -> list[dict]:
+        """The health of each update over all ranks, whose means are over the tokens of all, so that they add up; the
+        norm is that of the summed gradient already."""
+        first, *others = self.exchange(updates)
+        for other in others:
+            for own, more in zip(first, other):
+                for name in own.keys() - {"grad_norm"}:
+                    own[name] = None if own[name] is None else own[name] + more[name]
+        return first
+
+    def pool(self, frozen: Executor, problems: list[Problem]) -> None:
+        """After a step, baselines that one rank's executor has measured are known to all; the costs of all are counted
+        on rank 0, whose checkpoint serves any number of ranks."""
+        state, ids = frozen.state(), {p.problem_id for p in problems}
+        new = {name: count for name, count in state["baseline"].items() if name[0] in ids}
+        others = self.exchange((new, state["spent"]))
+        for baseline, _ in reversed(others):                              # measured twice in a step: the lowest rank's
+            state["baseline"] |= baseline
+        state["spent"] = {name: sum(spent[name] for _, spent in others) for name in state["spent"]}
+        frozen.load_state(self.own_part(state))
+
+    def own_part(self, state: dict) -> dict:
+        """Of an executor's state what this rank goes on with: all baselines, but costs on rank 0 only."""
+        spent = {name: count if self.rank == 0 else 0 for name, count in state["spent"].items()}
+        return {**state, "spent": spent}
+
+
+def buckets(pieces: list[torch.Tensor], limit: int):
+    """Lists of neighbouring pieces, together of at most `limit` numbers."""
+    bucket, size = [], 0
+    for piece in pieces:
+        if bucket and size + len(piece) > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(piece)
+        size += len(piece)
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def torchrun():
+    """Ranks that have found each other, where torchrun has started this process; else the only one. The first rank
+    speaks for all, unless another one alone has failed."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Ranks()
+        return
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"WORLD_SIZE is set, but the processes do not find each other ({reason}); start them with "
+                        "torchrun, or unset it") from None
+    ranks = Ranks()
+    with open(os.devnull, "w") as nothing, redirect_stdout(sys.stdout if ranks.rank == 0 else nothing):
+        try:
+            try:
+                yield ranks
+            except Exception:
+                if ranks.rank > 0:
+                    time.sleep(2)                     # rank 0 may say the same: then torchrun stops this one meanwhile
+                    print(file=sys.stderr)            # rank 0's progress bar may be on this line
+                raise
+        except KeyboardInterrupt:
+            if ranks.rank > 0:
+                sys.exit(130)
+            raise
+    dist.destroy_process_group()
+
+
+def settings_of_rank_0(ranks: Ranks, argv: list[str]) -> TrainSettings | None:
+    """Rank 0 reads the command line for all, so that a mistake in it is said once; the others then get None."""
+    s = None
+    try:
+        if ranks.rank == 0:
+            s = data.parse_settings(TrainSettings, argv, "tracelift.py train")
+    finally:
+        s = ranks.exchange(s)[0]
+    return s
 
 
 # ------------------------------------------------------------------------------------------ 7. evaluation, inspect
@@ -1477,9 +1708,13 @@ def read_interventions(work: Path) -> tuple[dict, list[dict]]:
 def main(argv) -> None:
     """The commands train, int, evaluate and inspect."""
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if command != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"tracelift.py {command} is one process; start it without torchrun")
     if command == "train":
-        s = data.parse_settings(TrainSettings, rest, "tracelift.py train")
-        print(f"{train(s)}: trained\nnext: python tracelift.py evaluate --run_dir {s.run_dir}")
+        with torchrun() as ranks:
+            s = settings_of_rank_0(ranks, rest)
+            if s is not None:
+                print(f"{train(s)}: trained\nnext: python tracelift.py evaluate --run_dir {s.run_dir}")
     elif command == "int":
         s = data.parse_settings(IntSettings, rest, "tracelift.py int")
         folder = intervene(s)
