@@ -22,7 +22,7 @@ The walk, top-down: this file to the fence; data.py, section 1 (what each role r
 sections 1 and 2 (decoding, the frozen executor); kernels/reference.py (advantage and loss).
 
     python tracelift.py int      --run_dir runs/tiny-math            # optional warm start; then train --init .../int
-    python tracelift.py train    --run_dir runs/tiny-math --mode tracelift --seed 0
+    python tracelift.py train    --run_dir runs/tiny-math --mode tracelift --seed 0      # several GPUs: section 6
     python tracelift.py evaluate --run_dir runs/tiny-math            # every planner of the run -> results.md
     python tracelift.py inspect  --run_dir runs/tiny-math            # a problem's traces, rewards and tokens
 """
@@ -673,8 +673,9 @@ class TrainingRun:
         return norm
 
     def log(self, step: int, batch: Batch, rewards: list[Reward], runs: list, updates: list[dict]) -> None:
-        """One line of metrics, and about every save_every steps a group to read and a checkpoint. Rank 0 writes, what
-        all have measured; the seconds are its own, and its waiting for the others is in those of the update."""
+        """One line of metrics, and about every save_every steps a group to read and a checkpoint. Of several processes
+        the first writes, what all have measured, and evaluates, while the others begin the next step; the seconds are
+        its own, those of the update with its waiting for the others' rollouts."""
         self.phase("")
         s, state = self.s, self.state
         outcomes = self.ranks.join(outcomes_of(batch, rewards, runs))
@@ -1016,7 +1017,7 @@ class Ranks:
         return executor.pick_device(asked)
 
     def check_equal(self, inputs: dict[str, str], step: int, planner) -> None:
-        """UserError where ranks begin with different things, as they would on machines with a disk each."""
+        """UserError where ranks begin with different things, as machines do that have a run folder each."""
         norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in trained(planner).values()]
         size = math.fsum(norms)
         for rank, (their_inputs, their_step, their_size) in enumerate(self.exchange((inputs, step, size))):
@@ -1025,9 +1026,9 @@ class Ranks:
                                 "that all machines share")
 
     def sum_gradients(self, parameters) -> None:
-        """Every parameter's gradient becomes the sum over all ranks. On a rank without one (no group with spread, an
-        expert that no token went to) it counts as 0; without one on any rank it stays None, so that the optimizer
-        leaves weight and momentum alone."""
+        """Every parameter's gradient becomes the sum over all ranks, BUCKET numbers at a time. On a rank without one
+        (no group with spread, an expert that no token went to) it counts as 0; without one on any rank it stays None,
+        so that the optimizer leaves weight and momentum alone."""
         if self.count == 1:
             return
         parameters = list(parameters)
