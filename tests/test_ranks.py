@@ -31,7 +31,7 @@ from tracelift import Ranks, problems_of_step, sample_names
 
 ROOT = Path(tracelift.__file__).resolve().parent
 FLAGS = ("--device cpu --mode uplift_only --group_size 4 --repeats 2 --max_trace_tokens 10 --max_answer_tokens 6 "
-         "--learning_rate 5e-3 --warmup 1 --save_every 2 --micro_batch 3").split()
+         "--learning_rate 5e-3 --warmup 1 --save_every 2 --micro_tokens 99").split()
 
 
 @pytest.fixture(scope="module")
@@ -354,15 +354,26 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch):
 
 # ---------------------------------------------------------------- torchrun itself
 
-def torchrun(count, run_dir, *flags, script="tracelift.py", **more):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={free_port()}"]
-    command += [str(script), "train", *FLAGS, "--run_dir", str(run_dir), *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+@pytest.fixture
+def torchrun():
+    """Starts the command. What a failed test leaves running is stopped, and torchrun stops its ranks."""
+    started = []
+
+    def start(count, run_dir, *flags, script="tracelift.py"):
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}",
+                   f"--master_port={free_port()}", str(script), "train", *FLAGS, "--run_dir", str(run_dir), *flags]
+        started.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--eval_every 1", "--lora_rank 2 --eval_every 2"])
-def test_the_command(run_dir, flags):
+def test_the_command(torchrun, run_dir, flags):
     """As the README has it: trained, said once, and evaluated without torchrun."""
     flags = ["--steps", "2", "--problems_per_step", "3", *flags.split()]
     for _ in range(2):                                                              # the second time it is there
@@ -378,10 +389,10 @@ def test_the_command(run_dir, flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_torchrun_says_what_is_saved(run_dir, number):
+def test_a_stopped_torchrun_says_what_is_saved(torchrun, run_dir, number):
     """Ctrl-C and SIGTERM reach all ranks through torchrun. Then one process goes on."""
     flags = ["--problems_per_step", "2", "--save_every", "1"]
-    process = torchrun(2, run_dir, "--steps", "100000", *flags, start_new_session=True)
+    process = torchrun(2, run_dir, "--steps", "100000", *flags)
     log = run_dir / "planner-uplift_only-seed0.partial" / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
         time.sleep(0.05)
@@ -414,7 +425,7 @@ data.run_command(tracelift.main, sys.argv[1:-1])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fails", ["1", "01"])
-def test_a_rank_that_fails_under_torchrun(run_dir, tmp_path, fails):
+def test_a_rank_that_fails_under_torchrun(torchrun, run_dir, tmp_path, fails):
     """Its line is printed; if all fail alike, that of rank 0 is. The others are stopped, long before the half hour
     after which a collective gives up."""
     (tmp_path / "fragile.py").write_text(FRAGILE)
