@@ -994,6 +994,7 @@ def append_jsonl(path: Path, records: list[dict]) -> None:
 import torch.distributed as dist
 
 BUCKET = 2**24                    # numbers of a gradient that are summed at a time: 64 MiB in float32
+PATIENCE = 5                      # seconds in which torchrun stops a process after another one has ended
 
 
 class Ranks:
@@ -1022,7 +1023,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            time.sleep(5)
+            time.sleep(PATIENCE)
             reason = str(error).splitlines()[0]
             raise ConnectionError(f"rank {self.rank}: another rank failed or cannot be reached ({reason})") from None
 
@@ -1123,8 +1124,8 @@ def buckets(pieces: list[torch.Tensor], limit: int):
 
 @contextmanager
 def torchrun():
-    """Ranks that have found each other, where torchrun has started this process; else the only one. The first rank
-    speaks for all, unless another one alone has failed."""
+    """Ranks that have found each other, where torchrun has started this process; else the only one. Rank 0 speaks for
+    all: of the others only a line on why one of them failed is seen, and only if rank 0 did not fail too."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Ranks()
         return
@@ -1141,7 +1142,7 @@ def torchrun():
                 yield ranks
             except Exception:
                 if ranks.rank > 0:
-                    time.sleep(2)                     # rank 0 may say the same: then torchrun stops this one meanwhile
+                    time.sleep(PATIENCE)              # rank 0 may have ended with the same line, which is enough
                     print(file=sys.stderr)            # rank 0's progress bar may be on this line
                 raise
         except KeyboardInterrupt:
