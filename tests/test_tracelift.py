@@ -562,7 +562,8 @@ for path in "triton", "linear":
     health = tracelift.accumulate_gradient(planner, batch, *arguments, **options)
     sys.stdout.buffer.write(pickle.dumps((health, {n: p.grad for n, p in planner.named_parameters()})))
     planner.zero_grad(set_to_none=True)
-assert calls == ["triton"] * 4 + ["linear"] * 4, calls           # micro-batches
+parts = len(batch.parts(arguments[5]))
+assert parts > 2 and calls == ["triton"] * parts + ["linear"] * parts, calls
 """
 
 
@@ -573,9 +574,10 @@ def test_the_fused_paths_agree_with_the_reference(models, sampled):
     batch = masked(sampled[0], [b not in (0, 3, 6) for b in range(12)])          # the interpreter is slow
     reward = sampled[1]
     options = dict(temperature=0.9, beta=0.2, clip_low=0.1, clip_high=0.2, scale=True)
-    old = completion_logp(models[0], batch, 0.9, 99) + 0.1
+    old = completion_logp(models[0], batch, 0.9, 9999) + 0.1
     planner = copy.deepcopy(models[0])
-    arguments = (reward, advantages(reward), old, old - 0.3, 4, 3, "dapo", 24, len(batch.target), len(batch.ids))
+    arguments = (reward, advantages(reward), old, old - 0.3, 4, 3 * max(batch.lengths), "dapo", 24, len(batch.target),
+                 len(batch.ids))
     work = pickle.dumps((planner, batch, arguments, options))
     done = subprocess.run([sys.executable, "-c", FUSED], input=work, capture_output=True, cwd=ROOT,
                           env={**os.environ, "TRITON_INTERPRET": "1"})
@@ -642,12 +644,12 @@ def test_an_update_moves_probability_towards_the_better_traces(models, sampled):
     """The sign of everything."""
     batch, reward = sampled
     planner = copy.deepcopy(models[0])
-    before = completion_logp(planner, batch, 1.0, 99)
+    before = completion_logp(planner, batch, 1.0, 9999)
     accumulated(planner, batch, reward)
     with torch.no_grad():
         for p in planner.parameters():
             p -= 1e-3 * p.grad
-    change = (completion_logp(planner, batch, 1.0, 99) - before).split([len(t) for t in batch.completions.tokens])
+    change = (completion_logp(planner, batch, 1.0, 9999) - before).split([len(t) for t in batch.completions.tokens])
     groups = [reward[n:n + 4].tolist() for n in range(0, 12, 4)]
     advantage = [(r - statistics.mean(g)) / statistics.pstdev(g) for g in groups for r in g]
     assert sum(a * c.sum().item() for a, c in zip(advantage, change)) > 1e-3
