@@ -985,7 +985,7 @@ from types import SimpleNamespace
 
 IN_FLIGHT = 64                                    # requests at once
 PAUSES = (1, 2, 4, 8, 16, 32, 64)                 # seconds before each new try, where the trouble may pass
-TIME_LIMIT = 600.0                                # seconds for an answer; a longer Retry-After is not waited for
+TIME_LIMIT = 600.0                                # seconds for one try; twice that, no new one begins
 KEY = "EXECUTOR_API_KEY"                          # the variable of the environment that holds the server's key
 # Digits, code, and letters that few vocabularies hold: other tokenizers cut it into more or fewer tokens.
 SAMPLE = "Mia has 12345 coins .\n\tdef f(x): return x ** 2  # Żółw, 東京, straightforwardness"
@@ -1059,13 +1059,14 @@ class Server:
         """The JSON object, of at most `most` bytes, that answers a GET or, with a body, a POST. What may pass (429,
         5xx, dropped connections, silence, damaged JSON) is tried again after each of `pauses` seconds, later where
         Retry-After says so. ServerError for the rest, and in the end."""
-        for tries, pause in enumerate((*pauses, None), 1):
+        end = time.monotonic() + 2 * TIME_LIMIT
+        for tries, pause in enumerate((*pauses, math.inf), 1):
             try:
                 return self._try(path, body, most)
             except _Trouble as trouble:
-                if pause is None or trouble.wait > TIME_LIMIT or self._stopped.is_set():
-                    raise self.error(f"{trouble}, tries: {tries}") from None
                 pause = max(pause, trouble.wait)
+                if time.monotonic() + pause > end or self._stopped.is_set():
+                    raise self.error(f"{trouble}, tries: {tries}") from None
                 if not self._told:                                 # once a round, not for each request
                     self._told = True
                     tqdm.write(f"{self.error(str(trouble))}; tries again in {pause:.0f} s", file=sys.stderr)
@@ -1073,8 +1074,8 @@ class Server:
 
     def _try(self, path: str, body: dict | None, most: int) -> dict:
         kind = http.client.HTTPSConnection if self.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self.host, self.port, timeout=30)        # to connect
-        limit, content = TIME_LIMIT if body else 30, b""
+        limit, content = 30.0, b""                                 # seconds to connect, and for a GET
+        connection = kind(self.host, self.port, timeout=limit)
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -1083,6 +1084,7 @@ class Server:
             connection.connect()
             if self._stopped.is_set():
                 raise ConnectionError("hung up")
+            limit = TIME_LIMIT if body else limit
             end = time.monotonic() + limit
             connection.sock.settimeout(limit)                      # of each piece, so the sum has a limit of its own
             connection.request("POST" if body else "GET", self.path + path, json.dumps(body) if body else None, headers)
@@ -1090,7 +1092,9 @@ class Server:
             while len(content) <= most and (piece := response.read1(2**16)):
                 content += piece
                 if time.monotonic() > end:
-                    raise TimeoutError(f"not whole after {limit:g} s")
+                    raise TimeoutError
+        except TimeoutError:
+            raise _Trouble(f"no answer in {limit:g} s") from None
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             raise _Trouble(f"no answer ({type(error).__name__}: {error})") from None
         finally:
