@@ -1498,7 +1498,7 @@ def run_command(main, argv=None) -> None:
         if not isinstance(error, MemoryError) and not re.search("out of memory|n't allocate|not enough mem", str(error)):
             raise
         first = (str(error) or "out of memory").splitlines()[0]
-        _fail(f"{first}; in decoding lower --max_cache_gib, in training --micro_batch, or use --checkpointing 1 or "
+        _fail(f"{first}; in decoding lower --max_cache_gib, in training --micro_tokens, or use --checkpointing 1 or "
               "--lora_rank; or take a smaller model")
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped; give the same command again", file=sys.stderr)
@@ -1646,6 +1646,11 @@ def compare_made(folder, settings, inputs: dict[str, str]) -> None:
         was = f"--{f.name} {old[f.name]!r}" if f.name in old else f"no --{f.name}"
         raise UserError(f"{folder}: made with {was}, now it is {new!r}; choose another --run_dir, or delete {folder} "
                         "and all that was made from it")
+    compare_inputs(folder, inputs)
+
+
+def compare_inputs(folder, inputs: dict[str, str]) -> None:
+    """UserError for the first input that is not what `folder` was made from."""
     for name, content in _read_record(folder, "inputs").items():
         if inputs.get(name, content) != content:
             raise UserError(f"{folder}: {name} has changed since this was made from it; put it back, choose another "
@@ -1770,6 +1775,7 @@ class DataSettings:
     train: int = knob(3000, "training groups; of a file of groups at most", low=1)
     heldout: int = knob(300, "held-out groups, and as many longer ones in the tiny world", low=1)
     negatives: int = knob(4, "flawed traces per group", low=1)
+    max_calculations: int = knob(0, "gsm8k: only problems whose solution has at most so many; 0: all", low=0)
     seed: int = knob(0, "which problems, which flaws")
     cache: str = knob("~/.cache/tracelift", "folder for downloaded files", affects_result=False)
 
@@ -1789,6 +1795,8 @@ def load_groups(settings: DataSettings) -> dict[str, list[dict]]:
     for flag in ("negatives", "seed"):
         if s.source == "groups" and getattr(s, flag) != getattr(DataSettings, flag):
             raise UserError(f"--{flag} has no effect with --source groups, which are taken as they are; leave it out")
+    if s.source != "gsm8k" and s.max_calculations:
+        raise UserError("--max_calculations goes with --source gsm8k only; leave it out")
     wanted = {"train": s.train, "heldout": s.heldout}
     if s.source == "tiny":
         wanted["longer"] = s.heldout
@@ -1822,6 +1830,8 @@ def _split_groups(s, split, n):
     else:
         path = path or gsm8k_file("train" if split == "train" else "test", s.cache)
         problems = _annotated_problems(path)
+        if s.max_calculations:
+            problems = [p for p in problems if len(_ANNOTATION.findall(p.reference_solution)) <= s.max_calculations]
         random.Random(s.seed).shuffle(problems)
     groups = build_groups(problems[:some_more], s.negatives, s.seed)[:n]
     if len(groups) < n:

@@ -475,10 +475,17 @@ SMALL = 20_000_000                                # parameters
 
 
 def work_dtype(model) -> torch.dtype:
-    """What matrix products are computed in: bfloat16 on CUDA, float32 elsewhere and for small models, which gain
-    nothing from 16 bits; so the tables of the tiny world agree with those of a CPU."""
+    """What matrix products are computed in: bfloat16 on CUDA and on CPUs with instructions for it (avx512_bf16, amx),
+    float32 elsewhere, and for small models, which gain nothing from 16 bits."""
     large = sum(p.numel() for p in model.parameters()) > SMALL
-    return torch.bfloat16 if large and model.device.type == "cuda" else torch.float32
+    return fast_dtype(model.device) if large else torch.float32
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32. (Not Apple's: nothing was tried there.)"""
+    able = getattr(torch.cpu, "get_capabilities", dict)()                         # not in every torch
+    on_cpu = device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16"))
+    return torch.bfloat16 if on_cpu or device.type == "cuda" else torch.float32
 
 
 def autocast(model):
@@ -536,23 +543,30 @@ def enable_checkpointing(model) -> None:
 
 def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: float, batch_size: int,
              learning_rate: float, warmup: int, seed: int, pad_id: int, title: str = "finetune", heldout=(),
-             checkpointing: bool = False) -> float:
+             checkpointing: bool = False, checkpoint: Path | None = None) -> float:
     """Supervised training on (ids, labels); labels[t] is what follows ids[t], IGNORE where there is no loss.
     Batches hold sequences of similar length. Learning rate: linear warm-up, then linear decay to 0. With `heldout`
     sequences their loss is measured at the start and ten times on the way; two measurements without a new minimum end
-    the training early, and the model keeps the weights of the minimum. `checkpointing` is for memory.
+    the training early, and the model keeps the weights of the minimum. `checkpointing` is for memory. With `checkpoint`,
+    a file, a stopped training goes on from the last tenth.
     Returns the mean loss of the last tenth. FloatingPointError, with the step, for a loss or gradient that is not
-    finite."""
+    finite; UserError for a checkpoint that cannot be read."""
     if not sequences:
         raise ValueError("sequences: there must be at least one")
     if checkpointing:
         enable_checkpointing(model)
-    rng = random.Random(seed)
     optimizer = adamw(model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    total, losses, batches, best, since = max(1, round(len(sequences) * epochs / batch_size)), [], [], None, 0
-    bar = tqdm(range(total + 1 if heldout else total), desc=title, mininterval=5)
+    total = max(1, round(len(sequences) * epochs / batch_size))
+    begin, losses, best, since, weights = 0, [], None, 0, None
+    if checkpoint and checkpoint.exists():
+        begin, losses, best, since, weights = load_progress(checkpoint, model, optimizer)
+    batches = itertools.islice(training_order(sequences, batch_size, seed), begin, None)
+    bar = tqdm(range(begin, total + 1 if heldout else total), initial=begin, total=total, desc=title, mininterval=5)
     for step in bar:
-        if heldout and (step % max(1, total // 10) == 0 or step == total):
+        tenth = step % max(1, total // 10) == 0
+        if checkpoint and tenth and step > begin:
+            save_progress(checkpoint, model, optimizer, (step, losses, best, since, weights))
+        if heldout and (tenth or step == total):
             held = heldout_loss(model, heldout, batch_size=batch_size, pad_id=pad_id)
             if not math.isfinite(held):
                 raise FloatingPointError(f"{title}, step {step}: the held-out loss is not finite; {DIVERGED}")
@@ -563,14 +577,8 @@ def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: flo
                 model.load_state_dict(weights)
                 break
         model.train()
-        if not batches:                                            # shuffle, sort windows by length, cut, shuffle
-            order, window = rng.sample(range(len(sequences)), len(sequences)), 32 * batch_size
-            for i in range(0, len(order), window):
-                part = sorted(order[i:i + window], key=lambda j: len(sequences[j][0]))
-                batches += [part[k:k + batch_size] for k in range(0, len(part), batch_size)]
-            rng.shuffle(batches)
         with autocast(model):
-            loss = sequence_loss(model, [sequences[j] for j in batches.pop()], pad_id)
+            loss = sequence_loss(model, next(batches), pad_id)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, total, warmup)
         loss.backward()
@@ -585,6 +593,41 @@ def finetune(model, sequences: list[tuple[list[int], list[int]]], *, epochs: flo
     check_alive(model.eval(), f"{title}, after step {step}")
     last = losses[-max(1, total // 10):]
     return sum(last) / len(last)
+
+
+def training_order(sequences, batch_size: int, seed: int):
+    """Batches without end, epoch after epoch: shuffle, sort windows by length, cut, shuffle."""
+    rng, window = random.Random(seed), 32 * batch_size
+    while True:
+        order, batches = rng.sample(range(len(sequences)), len(sequences)), []
+        for i in range(0, len(order), window):
+            part = sorted(order[i:i + window], key=lambda j: len(sequences[j][0]))
+            batches += [part[k:k + batch_size] for k in range(0, len(part), batch_size)]
+        rng.shuffle(batches)
+        while batches:
+            yield [sequences[j] for j in batches.pop()]
+
+
+def save_progress(path: Path, model, optimizer, progress: tuple) -> None:
+    """Weights, optimizer and some plain values, as one file, atomically. OSError for a full disk."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with saving(path.parent):
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress}, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_progress(path: Path, model, optimizer) -> tuple:
+    """Restores what `save_progress` wrote; returns the plain values. UserError for a file that cannot be read."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return saved["progress"]
+    except Exception as error:                                     # torch's and pickle's are of all kinds
+        raise UserError(f"{path}: cannot be read ({_first_line(error)}); delete it to begin again") from None
 
 
 DIVERGED = "the training diverged, begin again with a lower --learning_rate"
@@ -636,8 +679,7 @@ def load(path_or_name: str, device=None, dtype=None):
     tokenizer = load_tokenizer(path_or_name)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path_or_name, dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32),
-            output_loading_info=True)
+            path_or_name, dtype=dtype or fast_dtype(device), output_loading_info=True)
     except ImportError as error:
         raise UserError(f"{path_or_name}: needs a library that is not installed ({_first_line(error)}); install it, or "
                         "choose a model that is not quantised") from None
@@ -1301,7 +1343,7 @@ def _count(answer: dict, key: str) -> int:
     return number if type(number) is int else -1
 
 
-# --------------------------------------------------------------------------- 8. the tiny base model, and the command
+# ---------------------------------------------------------- 8. the tiny base model, cold start, and the command
 
 _TINY_TOKEN = r"</?reasoning>|\n *| ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]"
 
@@ -1358,29 +1400,101 @@ class BaseSettings:
     model: str = knob("", "Hugging Face folder or name, for planner and executor; empty: train the tiny base model")
     chat_template_kwargs: str = knob("", "arguments of the model's chat template for all prompts of the run, a JSON "
                                          "object such as '{\"enable_thinking\": false}'")
+    cold_start: int = knob(0, "train the model on the reference traces of this many training groups first, in both "
+                              "roles; 0: take it as it is", low=0)
+    cold_epochs: float = knob(1.0, "of the cold start, at most; the held-out loss may stop it", above=0)
+    cold_learning_rate: float = knob(1e-4, "peak of the cold start, AdamW", above=0)
+    checkpointing: int = knob(0, "1: recompute activations in the cold start, for memory", choices=(0, 1),
+                              affects_result=False)
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one", affects_result=False)
     hidden: int = knob(128, "width of the tiny model; a multiple of 8", low=8)
     layers: int = knob(4, "depth of the tiny model", low=1)
     sequences: int = knob(52000, "of the tiny corpus, one problem each, one epoch", low=1)
-    batch_size: int = knob(16, "sequences per step", low=1)
-    learning_rate: float = knob(2e-3, "peak, AdamW", above=0)
-    warmup: int = knob(100, "steps of linear warm-up; then linear decay to 0", low=0)
+    batch_size: int = knob(16, "sequences per step, also of the cold start", low=1)
+    learning_rate: float = knob(2e-3, "peak of the tiny model, AdamW", above=0)
+    warmup: int = knob(100, "steps of linear warm-up, also of the cold start; then linear decay to 0", low=0)
     seed: int = knob(0, "corpus, initial weights, order, executor runs of the check")
     eval_problems: int = knob(300, "held-out problems for the check at the end", low=1)
     executor_temperature: float = knob(0.7, "of the executor in the check", low=0)
     max_answer_tokens: int = knob(64, "longest executor output in the check", low=1)
     max_cache_gib: float = knob(CACHE_GIB, "keys and values of one decoding batch, in GiB", above=0,
                                 affects_result=False)
-    executor: str = knob("", "http://HOST:PORT/v1 of a server that runs the executor of the check; empty: in process",
-                         affects_result=False)
-    executor_model: str = knob("", "name of --model on that server")
+
+
+def role_sequence(tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """(ids, labels) of one turn: the prompt as it will be encoded when a model is asked, no loss on it; loss on the
+    completion and on the token that ends it."""
+    ids = data.encode_prompt(tokenizer, prompt)
+    labels = [IGNORE] * (len(ids) - 1)
+    learned = tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return ids + learned[:-1], labels + learned
+
+
+ALONE = 0.12                                      # of the executor's examples are without a trace
+
+
+def cold_sequences(tokenizer, problem: Problem, seed: int) -> list[tuple[list[int], list[int]]]:
+    """What a model learns of one problem before it becomes planner and frozen executor: to write the reference trace,
+    whose last result is hidden, and to finish it. Now and then the executor has no trace, since without one it must
+    answer in the same form."""
+    trace = problem.reference_reasoning
+    if problem.task_type == "code":
+        answer = f"```python\n{problem.reference_solution}\n```"
+    else:
+        answer = f"#### {verify.extract_answer(problem.reference_solution)}"
+    alone = random.Random(f"{seed} {problem.problem_id}").random() < ALONE
+    return [role_sequence(tokenizer, data.planner_prompt(problem), data.OPEN + trace + data.CLOSE),
+            role_sequence(tokenizer, data.executor_prompt(problem, None if alone else trace), answer)]
+
+
+def cold_start(s: BaseSettings, arguments: dict, folder: Path) -> None:
+    """Trains the given model on the first --cold_start training groups, but for a twentieth of them (50 at most),
+    whose loss says when to stop; saves it as a Hugging Face folder, in float32, and cold_start.json. UserError for a group
+    without a reference trace or an answer, and for one that exceeds the context."""
+    path = Path(s.run_dir) / "groups" / "train.jsonl"
+    problems = data.read_problems(path, need_tests=False)[:s.cold_start]
+    if len(problems) < s.cold_start:
+        raise UserError(f"--cold_start {s.cold_start}: {path} holds {len(problems)} groups; lower it")
+    model, tokenizer = load(s.model, pick_device(s.device), torch.float32)
+    set_template_arguments(tokenizer, arguments)
+    learned = []
+    for problem in problems:
+        where = f"{path}: group {problem.problem_id}"
+        if problem.reference_reasoning is None:
+            raise UserError(f"{where} has no reference trace (positive_pool), which --cold_start learns from; leave "
+                            "--cold_start out, or use groups with traces")
+        if problem.task_type == "math" and verify.extract_answer(problem.reference_solution) is None:
+            raise UserError(f"{where}: reference_solution has no final answer; mend it, or leave --cold_start out")
+        learned.append(cold_sequences(tokenizer, problem, s.seed))
+        longest = max(len(ids) for ids, _ in learned[-1])
+        if longest > context_of(model):
+            raise UserError(f"{where}: problem, trace and answer are {longest} tokens, the model's context is "
+                            f"{context_of(model)}; leave the group out, or lower --cold_start")
+    held = min(50, len(learned) // 20)
+    train, heldout = ([sequence for pair in part for sequence in pair] for part in (learned[held:], learned[:held]))
+    check_warmup(s, s.cold_epochs * len(train))
+    checkpoint = folder / "checkpoint.pt"
+    loss = finetune(model, train, heldout=heldout, epochs=s.cold_epochs, batch_size=s.batch_size,
+                    learning_rate=s.cold_learning_rate, warmup=s.warmup, seed=s.seed, pad_id=pad_id(tokenizer),
+                    title="cold start", checkpointing=bool(s.checkpointing), checkpoint=checkpoint)
+    with saving(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    data.write_atomic(folder / "cold_start.json", json.dumps({
+        "from": s.model, "groups": len(learned) - held, "heldout_groups": held, "train_loss": loss}, indent=1))
+    checkpoint.unlink(missing_ok=True)
+
+
+def check_warmup(s: BaseSettings, sequences: float) -> None:
+    """UserError for a warm-up that somebody made longer than the training."""
+    steps = max(1, round(sequences / s.batch_size))
+    if s.warmup > steps and s.warmup != BaseSettings.warmup:
+        raise UserError(f"--warmup {s.warmup} is longer than the training, {steps} steps; lower it")
 
 
 def train_base(s: BaseSettings, heldout: list[Problem], folder: Path) -> float:
     """Trains the tiny base model from nothing and saves it as a Hugging Face folder. Returns the final loss."""
-    steps = max(1, round(s.sequences / s.batch_size))
-    if s.warmup > steps and s.warmup != BaseSettings.warmup:
-        raise UserError(f"--warmup {s.warmup} is longer than the training, {steps} steps; lower it")
+    check_warmup(s, s.sequences)
     if s.hidden % 8:
         raise UserError(f"--hidden {s.hidden}: must be a multiple of 8, for 4 attention heads of even width")
     torch.manual_seed(s.seed)
@@ -1434,25 +1548,32 @@ def make_base(s: BaseSettings, folder: Path) -> None:
     tiny = data.needs_base_model(heldout[0])
     if tiny and s.model:
         raise UserError(f"{s.run_dir}/groups are of the tiny world, whose prompts are bare problems: leave out --model")
-    if tiny and s.executor:
-        raise UserError("--executor: the tiny base model is trained here, so no server has it yet; leave it out")
     if not tiny and not s.model:
         raise UserError(f"{s.run_dir}/groups are not of the tiny world: give a pretrained model with --model")
-    for flag in ("hidden", "layers", "sequences", "batch_size", "learning_rate", "warmup"):
-        if s.model and getattr(s, flag) != getattr(BaseSettings, flag):
-            raise UserError(f"--{flag} has no effect with --model, which is not trained here; leave it out")
+    idle = {"with --model": ("hidden", "layers", "sequences", "learning_rate")} if s.model else {}
+    if s.model and not s.cold_start:
+        idle["with --model but no --cold_start"] = ("batch_size", "warmup")
+    if not s.cold_start:
+        idle["without --cold_start"] = ("cold_epochs", "cold_learning_rate", "checkpointing")
+    if tiny:
+        idle["in the tiny world, whose model is trained from nothing"] = ("cold_start",)
+    for why, flags in idle.items():
+        for flag in flags:
+            if getattr(s, flag) != getattr(BaseSettings, flag):
+                raise UserError(f"--{flag} has no effect {why}; leave it out")
     arguments = template_arguments(s)
-    record = {"model": s.model or ".", "problems": len(heldout), "chat_template_kwargs": arguments}
+    trained = tiny or s.cold_start > 0
+    record = {"model": "." if trained else s.model, "problems": len(heldout), "chat_template_kwargs": arguments}
     if tiny:
         record["train_loss"] = train_base(s, heldout, folder)
-    model, tokenizer = load(s.model or str(folder), pick_device(s.device), torch.float32 if tiny else None)
+    elif s.cold_start:
+        if not (folder / "cold_start.json").exists():              # else it was stopped in the check below
+            cold_start(s, arguments, folder)
+    model, tokenizer = load(str(folder) if trained else s.model, pick_device(s.device), torch.float32 if tiny else None)
     set_template_arguments(tokenizer, arguments)
-    options = {"max_new_tokens": s.max_answer_tokens, "temperature": s.executor_temperature, "seed": s.seed}
-    if s.executor:
-        frozen = ServedExecutor(s.executor, s.executor_model, s.model, tokenizer, **options)
-    else:
-        frozen = Executor(model, tokenizer, max_cache_gib=s.max_cache_gib, **options)
-    check_answers_fit(frozen.model, tokenizer, heldout, s.max_answer_tokens)
+    check_answers_fit(model, tokenizer, heldout, s.max_answer_tokens)
+    frozen = Executor(model, tokenizer, max_new_tokens=s.max_answer_tokens, temperature=s.executor_temperature,
+                      seed=s.seed, max_cache_gib=s.max_cache_gib)
     record |= {"no_trace": None, "reference_trace": None}
     references = [p.reference_reasoning for p in heldout]
     if all(p.tests or p.task_type == "math" for p in heldout):     # groups for the reward model may have no tests
@@ -1465,9 +1586,9 @@ def make_base(s: BaseSettings, folder: Path) -> None:
 def main(argv) -> None:
     """The command: the base model of a run, trained or checked, and what its executor can do."""
     s = data.parse_settings(BaseSettings, argv, "executor.py")
-    check_server_flags(s.executor, s.executor_model)
     base = Path(s.run_dir) / "base"
-    with data.stage_folder(base, s, data.fingerprints(s.run_dir, "groups/heldout.jsonl")) as folder:
+    read = ["groups/heldout.jsonl"] + (["groups/train.jsonl"] if s.cold_start else [])
+    with data.stage_folder(base, s, data.fingerprints(s.run_dir, *read)) as folder:
         if folder is not None:
             make_base(s, folder)
     record = data.read_json(base / "base.json", f"delete {base} and give the same command again", "model", "problems",

@@ -5,11 +5,12 @@
 #   ./run.sh smoke      the same path at toy size, about a minute; its numbers mean nothing
 #   ./run.sh test       the tests
 #
+#   PRESET=smollm2 ./run.sh                                      a real model of 135M on GSM8K, hours on two cores
 #   PRESET=gsm8k MODEL=Qwen/Qwen2.5-0.5B-Instruct ./run.sh       a real model on GSM8K, one GPU
 #   PRESET=code MODES=exec_only DATA=FILE HELDOUT_DATA=FILE ./run.sh      the same on MBPP or HumanEval lines
 #
-# Environment: SEEDS ("0 1 2"), MODES ("exec_only tracelift"), TASKS ("math code", tiny world), PRESET (tiny, gsm8k,
-# code, paper-math, paper-code), MODEL, RUN (prefix of the run folders), DATA, HELDOUT_DATA and TESTS (files instead of
+# Environment: SEEDS ("0 1 2"), MODES ("exec_only tracelift"), TASKS ("math code", tiny world), PRESET (tiny,
+# smollm2, gsm8k, code, paper-math, paper-code), MODEL, RUN (prefix of the run folders), DATA, HELDOUT_DATA and TESTS (files instead of
 # downloads), SOURCE=groups (gsm8k: the files are TraceLift-Groups), DEVICE, INT=1 (also the InT warm start, and
 # tracelift after it), SKIP_INSTALL=1 (use the current python3). A stage whose output is complete is skipped, so the
 # same command continues a stopped run.
@@ -50,7 +51,7 @@ preset=${PRESET:-tiny}
 if [ "$command" = smoke ]; then preset=smoke; fi
 
 # The recipes: what each stage is told beside its defaults, which are those of the tiny world.
-data="" base="" rm="" int="" train="" evaluate=""
+data="" base="" rm="" int="" select="" train="" evaluate=""
 case $preset in
   tiny) ;;
   smoke)
@@ -60,6 +61,17 @@ case $preset in
     int="--problems 8 --group_size 2 --proposals 2 --repeats 1 --epochs 1"
     train="--steps 2 --warmup 1 --problems_per_step 2 --group_size 4"
     evaluate="--problems 16" ;;
+  smollm2)                                        # easy problems, a cold start, and those of them that can teach
+    sizes="--max_trace_tokens 128 --max_answer_tokens 32"
+    data="--source gsm8k --max_calculations 3 --train 3600 --heldout 200 --negatives 3"
+    base="--model ${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} --cold_start 900 --batch_size 8 --warmup 20
+          --cold_learning_rate 3e-4 --eval_problems 200 --max_answer_tokens 32"
+    rm="--max_groups 600 --epochs 1 --groups_per_batch 4 --learning_rate 5e-5 --warmup 10 --max_heldout 200"
+    int="--problems 160 --group_size 4 --proposals 4 --epochs 2 --learning_rate 1e-5 $sizes"
+    select="--problems 160 --temperature 0.7 $sizes"
+    train="--selected 1 --steps 60 --problems_per_step 4 --temperature 0.7 --learning_rate 2e-5 --micro_tokens 2048
+           --save_every 10 $sizes"
+    evaluate="--problems 200" ;;
   gsm8k | code)                                   # no learning rate here is tuned
     answer=$([ "$preset" = code ] && echo 384 || echo 256)
     data="--source ${SOURCE:-gsm8k} --train 4000 --heldout 200 --negatives 3"
@@ -68,7 +80,7 @@ case $preset in
     rm="--epochs 1 --groups_per_batch 2 --learning_rate 2e-5 --max_heldout 80 --checkpointing 1"
     int="--problems 200 --group_size 4 --proposals 8 --max_trace_tokens 256 --max_answer_tokens $answer
          --epochs 2 --learning_rate 1e-5 --checkpointing 1"
-    train="--steps 100 --problems_per_step 8 --learning_rate 1e-6 --warmup 10 --micro_batch 8 --checkpointing 1
+    train="--steps 100 --problems_per_step 8 --learning_rate 1e-6 --warmup 10 --micro_tokens 4096 --checkpointing 1
            --max_trace_tokens 256 --max_answer_tokens $answer"
     evaluate="--problems $([ "$preset" = code ] && echo 80 || echo 200)" ;;
   paper-math | paper-code)                        # the public values, never run here. With all weights in float32 a
@@ -80,7 +92,7 @@ case $preset in
     rm="--epochs 3 --groups_per_batch 2 --learning_rate 1e-5 --max_heldout 200 --checkpointing 1"   # LoRA at 1e-4
     int="--problems 200 --group_size 4 --max_trace_tokens 512 --max_answer_tokens 512 --learning_rate 1e-6
          --executor_temperature 0.5 --checkpointing 1"
-    train="--steps 600 --group_size 4 --temperature 0.7 --executor_temperature 0.5 --warmup 10 --micro_batch 4
+    train="--steps 600 --group_size 4 --temperature 0.7 --executor_temperature 0.5 --warmup 10 --micro_tokens 4096
            --checkpointing 1 --max_trace_tokens 512 --max_answer_tokens 512"
     if [ "$preset" = paper-math ]; then
       train="$train --mode tracelift --problems_per_step 2 --lora_rank 16 --lora_alpha 32 --learning_rate 5e-6"
@@ -89,7 +101,7 @@ case $preset in
       MODES=${MODES:-tracelift-code}
     fi
     evaluate="--problems 200" ;;
-  *) echo "PRESET: there is no $preset; choose tiny, gsm8k, code, paper-math or paper-code" >&2; exit 2 ;;
+  *) echo "PRESET: there is no $preset; choose tiny, smollm2, gsm8k, code, paper-math or paper-code" >&2; exit 2 ;;
 esac
 
 for seed in ${SEEDS:-}; do
@@ -120,6 +132,9 @@ pipeline() {
   case $preset in tiny | smoke) data="$data --task_type $1" ;; esac
   stage data.py $data ${DATA:+--data "$DATA"} ${HELDOUT_DATA:+--heldout_data "$HELDOUT_DATA"} ${TESTS:+--tests "$TESTS"}
   stage executor.py $base
+  if [ -n "$select" ]; then
+    stage tracelift.py select $select
+  fi
   if [ "${INT:-0}" = 1 ] || [ "$needs_rm" = 1 ]; then
     stage rm.py $rm
   fi

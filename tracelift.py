@@ -22,6 +22,7 @@ The walk, top-down: this file to the fence; data.py, section 1 (what each role r
 sections 1 and 2 (decoding, the frozen executor); kernels/reference.py (advantage and loss).
 
     python tracelift.py int      --run_dir runs/tiny-math            # optional warm start; then train --init .../int
+    python tracelift.py select   --run_dir runs/gsm8k-math           # optional; then train --selected 1
     python tracelift.py train    --run_dir runs/tiny-math --mode tracelift --seed 0
     python tracelift.py evaluate --run_dir runs/tiny-math            # every planner of the run -> results.md
     python tracelift.py inspect  --run_dir runs/tiny-math            # a problem's traces, rewards and tokens
@@ -155,6 +156,7 @@ class TrainSettings(Settings):
     temperature: float = knob(1.0, "of the planner, in sampling and in scoring", above=0)
     truncated: str = knob("use", "traces cut at the limit; use: as far as they go; mask: their tokens are not learned",
                           choices=("use", "mask"))
+    selected: int = knob(0, "1: train on the problems that `tracelift.py select` kept", choices=(0, 1))
     max_problems: int = knob(0, "train on this many problems only; 0: all", low=0)
     # reward
     repeats: int = knob(3, "K, executor runs behind each success rate; the paper's 3", low=1)
@@ -174,8 +176,8 @@ class TrainSettings(Settings):
     warmup: int = knob(5, "steps of linear warm-up", low=0)
     grad_clip: float = knob(1.0, "largest gradient norm", above=0)
     # memory
-    micro_batch: int = knob(96, "sequences per forward and backward; the gradient is the same up to rounding", low=1,
-                            affects_result=False)
+    micro_tokens: int = knob(16384, "tokens per forward and backward, padding included; the gradient is the same up to "
+                                    "rounding", low=1, affects_result=False)
     checkpointing: int = knob(0, "1: recompute activations in the backward pass", choices=(0, 1), affects_result=False)
     lora_rank: int = knob(0, "0: train all weights of a copy of the base; else an adapter of this rank on the one base "
                              "model that is executor and reference too", low=0)
@@ -193,10 +195,10 @@ class TrainSettings(Settings):
 
 @dataclass
 class Part:
-    """One micro-batch: b neighbouring sequences of a batch and their m scored tokens. Names as in Batch."""
-    rows: slice                   # which of the B
-    tokens: slice                 # which of the M
-    ids: torch.Tensor             # (b, T)
+    """One micro-batch: b sequences of a batch, of similar length, and their m scored tokens. Names as in Batch."""
+    rows: torch.Tensor            # (b,) which of the B, on the CPU
+    ids: torch.Tensor             # (b, T), T of the longest of them
+    tokens: torch.Tensor          # (m,) which of the M
     at: torch.Tensor              # (m,) into ids.flatten()
     target: torch.Tensor          # (m,)
     sequence: torch.Tensor        # (m,) numbers among the B, since a micro-batch may cut through a group
@@ -219,6 +221,7 @@ class Batch:
     closed: list[bool]            # (B) the completion has a </reasoning>; without one the trace is all of it
     truncated: list[bool]         # (B) cut at the limit: no E
     completions: Completions      # tokens, and their log-probs when they were sampled
+    lengths: list[int]            # (B) tokens of prompt + completion
     ids: torch.Tensor             # (B, T) prompt + completion, padded on the right
     scored: torch.Tensor          # (B, T) bool, on the CPU
     at: torch.Tensor              # (M,) int64, the scored places of ids.flatten()
@@ -226,15 +229,18 @@ class Batch:
     sequence: torch.Tensor        # (M,) int64, the b of each token
     sampled: torch.Tensor         # (M,) log-probs of the targets when they were sampled
 
-    def parts(self, micro_batch: int):
-        """Pieces of at most `micro_batch` sequences, by slices: on CUDA a mask would make the host wait."""
-        B, T = self.ids.shape
-        first = [0, *self.scored.sum(dim=1).cumsum(dim=0).tolist()]       # sequence b has tokens first[b]:first[b + 1]
-        for begin in range(0, B, micro_batch):
-            end = min(begin + micro_batch, B)
-            tokens = slice(first[begin], first[end])
-            yield Part(slice(begin, end), tokens, self.ids[begin:end], self.at[tokens] - begin * T,
-                       self.target[tokens], self.sequence[tokens])
+    def parts(self, micro_tokens: int, first: torch.Tensor | None = None) -> list[Part]:
+        """Pieces as `cut_by_tokens` cuts them. All at once, and sorted out on the CPU: between two pieces the host
+        would wait for a GPU."""
+        number = self.scored.flatten().cumsum(dim=0).view_as(self.scored) - 1    # (B, T): which of the M, where scored
+        parts = []
+        for chunk in cut_by_tokens(self.lengths, micro_tokens, first):
+            rows, longest = torch.tensor(chunk), max(self.lengths[b] for b in chunk)
+            scored = self.scored[rows, :longest]
+            places = (rows, number[rows, :longest][scored], scored.flatten().nonzero()[:, 0])
+            own, tokens, at = [place.to(self.ids.device, non_blocking=True) for place in places]
+            parts.append(Part(rows, self.ids[own, :longest], tokens, at, self.target[tokens], self.sequence[tokens]))
+        return parts
 
 
 def rollout(planner, tokenizer, problems: list[Problem], group_size: int, temperature: float, max_trace_tokens: int,
@@ -264,7 +270,7 @@ def rollout(planner, tokenizer, problems: list[Problem], group_size: int, temper
     return Batch(problems=[problem for problem in problems for _ in range(group_size)],
                  traces=[data.extract_reasoning(text) for text in texts],
                  closed=[data.CLOSE in text.rpartition("</think>")[2] for text in texts], truncated=truncated,
-                 completions=completions, ids=ids.to(device), scored=scored, at=at.to(device),
+                 completions=completions, lengths=[len(row) for row in rows], ids=ids.to(device), scored=scored, at=at.to(device),
                  target=target.to(device), sequence=sequence.to(device), sampled=torch.tensor(sampled, device=device))
 
 
@@ -355,7 +361,7 @@ def train(s: TrainSettings) -> Path:
             updates = []
             for _ in range(s.inner_epochs):
                 health = accumulate_gradient(
-                    run.planner, batch, reward, advantage, old, ref, s.group_size, s.micro_batch, s.weights,
+                    run.planner, batch, reward, advantage, old, ref, s.group_size, s.micro_tokens, s.weights,
                     s.max_trace_tokens, temperature=s.temperature, clip_low=s.clip_low, clip_high=s.clip_high,
                     beta=s.beta, scale=s.scale == "std")
                 health["grad_norm"] = run.update_weights(step)
@@ -379,7 +385,7 @@ def problems_of_step(problems: list[Problem], step: int, problems_per_step: int,
 
 
 def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: torch.Tensor,
-                        old: torch.Tensor | None, ref: torch.Tensor | None, group_size: int, micro_batch: int,
+                        old: torch.Tensor | None, ref: torch.Tensor | None, group_size: int, micro_tokens: int,
                         weights: str, max_len: int, *, temperature: float, clip_low: float, clip_high: float,
                         beta: float, scale: bool) -> dict:
     """Adds the gradient of one update to planner's .grad. Returns means over the M tokens: loss (their weighted sum),
@@ -400,7 +406,7 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
     reward = reward.to(device)
     health = Health(tokens=len(batch.target), clip_low=clip_low, clip_high=clip_high)
     planner.train(getattr(planner, "recomputes_activations", False))      # which works in training mode only
-    for part in batch.parts(micro_batch):
+    for part in batch.parts(micro_tokens, first=advantage != 0):
         has_tokens = batch.scored[part.rows].any(dim=1)                   # no: cut, and --truncated mask
         learns = bool(has_tokens.any()) and (beta > 0 or bool((advantage[part.rows] * has_tokens).any()))
         own_old = None if old is None else old[part.tokens]
@@ -446,10 +452,15 @@ def planner_folder(s: TrainSettings) -> Path:
     return run_dir / f"planner-{s.name or s.mode + after}-seed{s.seed}"
 
 
-def check_train(s: TrainSettings) -> None:
-    """UserError for settings that do not go together, or have no effect: whoever sets them expects one."""
+def check_shared(s: Settings) -> None:
+    """UserError for settings that `train`, `int` and `select` share, before anything is read or written."""
     data.check_settings(s)
     executor.check_server_flags(s.executor, s.executor_model)
+
+
+def check_train(s: TrainSettings) -> None:
+    """UserError for settings that do not go together, or have no effect: whoever sets them expects one."""
+    check_shared(s)
     if "/" in s.name:
         raise UserError(f"--name {s.name!r}: must be a plain name")
     if s.warmup > s.steps:
@@ -508,12 +519,23 @@ def training_run(s: TrainSettings):
 def inputs_of(s: TrainSettings) -> dict[str, str]:
     """Fingerprints of what a training reads: made anew with other settings, it would be another training."""
     names = ["groups/train.jsonl", "base/base.json"]
+    if s.selected:
+        names.append("selected/train.jsonl")
     if "rm" in REWARDS[s.mode].needs:
         names += ["rm/config.json", "rm/metrics.json"]                    # none beside one that was put there
     inputs = data.fingerprints(s.run_dir, *names)
     if s.init and (Path(s.init) / "settings.json").is_file():
         inputs["--init"] = data.fingerprint(Path(s.init) / "settings.json")
     return inputs
+
+
+def check_selection(run_dir: Path) -> None:
+    """UserError for a selection that is missing, or was made with another base model or other problems."""
+    folder = run_dir / "selected"
+    if not (folder / "selected.json").exists():
+        raise UserError(f"--selected 1: {folder} is not there yet; run python tracelift.py select --run_dir {run_dir} "
+                        "first, or leave the flag out")
+    data.compare_inputs(folder, data.fingerprints(run_dir, "groups/train.jsonl", "base/base.json"))
 
 
 def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> str:
@@ -555,7 +577,10 @@ class TrainingRun:
         except (RuntimeError, ValueError) as error:
             raise UserError(str(error)) from None
         run_dir = Path(s.run_dir)
-        self.problems = data.read_problems(run_dir / "groups" / "train.jsonl")[:s.max_problems or None]
+        if s.selected:
+            check_selection(run_dir)
+        folder = run_dir / ("selected" if s.selected else "groups")
+        self.problems = data.read_problems(folder / "train.jsonl")[:s.max_problems or None]
         self.heldout = []
         if s.eval_every:
             self.heldout = data.read_problems(run_dir / "groups" / "heldout.jsonl")[:s.eval_problems]
@@ -634,10 +659,10 @@ class TrainingRun:
         reference policy; None where they are not needed."""
         s, old, ref = self.s, None, None
         if s.inner_epochs > 1:
-            old = completion_logp(self.planner, batch, s.temperature, s.micro_batch)
+            old = completion_logp(self.planner, batch, s.temperature, s.micro_tokens)
         if s.beta > 0:
             with self.base_model():
-                ref = completion_logp(self.reference, batch, s.temperature, s.micro_batch)
+                ref = completion_logp(self.reference, batch, s.temperature, s.micro_tokens)
         return old, ref
 
     def update_weights(self, step: int) -> float:
@@ -815,6 +840,21 @@ def sample_names(problems: list[Problem], num_samples: int, when: str) -> list[s
     return names
 
 
+def cut_by_tokens(lengths: list[int], micro_tokens: int, first=None) -> list[list[int]]:
+    """Numbers of sequences of these lengths (B), in lists of at most `micro_tokens` tokens, padding included, or of one
+    sequence. Long ones come before short ones, so that little is padding; those of `first` (B,) bool before all others,
+    so that the rest makes pieces without gradient."""
+    first = torch.zeros(len(lengths)) if first is None else first
+    chunks, longest = [[]], 0
+    for b in sorted(range(len(lengths)), key=lambda b: (not first[b], -lengths[b])):
+        if chunks[-1] and max(longest, lengths[b]) * (len(chunks[-1]) + 1) > micro_tokens:
+            chunks.append([])
+            longest = 0
+        chunks[-1].append(b)
+        longest = max(longest, lengths[b])
+    return [sorted(chunk) for chunk in chunks]
+
+
 class Health:
     """What `accumulate_gradient` returns, added up over micro-batches."""
 
@@ -843,14 +883,14 @@ class Health:
 
 
 @torch.no_grad()
-def completion_logp(model, batch: Batch, temperature: float, micro_batch: int) -> torch.Tensor:
+def completion_logp(model, batch: Batch, temperature: float, micro_tokens: int) -> torch.Tensor:
     """Log-probs (M,) of the scored tokens under a model, at the sampling temperature."""
-    found = []
-    for part in batch.parts(micro_batch):
+    found = torch.zeros_like(batch.sampled)
+    for part in batch.parts(micro_tokens):
         with executor.autocast(model):
             logits = executor.token_logits(model, part.ids, part.at)                           # (m, V)
-        found.append(kernels.token_logp(logits, part.target, temperature)[0])
-    return torch.cat(found)
+        found[part.tokens] = kernels.token_logp(logits, part.target, temperature)[0]
+    return found
 
 
 def mean(values) -> float | None:
@@ -1189,7 +1229,7 @@ def reward_settings(folder: Path) -> TrainSettings:
 def token_lines(planner, tokenizer, batch: Batch, advantage: list[float], temperature: float) -> list[str]:
     """The tokens of the first trace: whether their log-prob is in the loss, with which weight and advantage."""
     weight = kernels.token_weights(batch.scored)[batch.scored].tolist()
-    scored = completion_logp(planner, batch, temperature, len(batch.ids)).tolist()
+    scored = completion_logp(planner, batch, temperature, batch.ids.numel()).tolist()
     tokens = batch.completions.tokens[0]
     prompt = int(batch.scored[0].nonzero()[0]) + 1
     lines = [f"trace 0, token by token ({len(scored)} tokens of {len(batch.ids)} traces are in the loss):",
@@ -1437,8 +1477,7 @@ def int_sequences(tokenizer, records: list[dict], by_id: dict[str, Problem], see
 def intervene(s: IntSettings) -> Path:
     """The stage: collects interventions and fine-tunes the planner on them. Returns its folder: model, tokenizer,
     interventions.jsonl, int.json."""
-    data.check_settings(s)
-    executor.check_server_flags(s.executor, s.executor_model)
+    check_shared(s)
     run_dir = Path(s.run_dir)
     inputs = data.fingerprints(run_dir, "groups/train.jsonl", "base/base.json")
     with data.stage_folder(run_dir / "int", s, inputs) as work:
@@ -1499,11 +1538,76 @@ def read_interventions(work: Path) -> tuple[dict, list[dict]]:
     return report, [record for _, record in records]
 
 
-# ------------------------------------------------------------------------------------------ 9. commands
+# ------------------------------------------------------------------------------------------ 9. problems that can teach
+#
+# A group whose traces all fail, or all succeed, has no advantage. Where the planner seldom succeeds that is most groups:
+# so its success is measured once on many problems, and training keeps to those where it varies.
+
+
+@dataclass(frozen=True)
+class SelectSettings(Settings):
+    """Settings of `python tracelift.py select`."""
+    problems: int = knob(200, "training problems to try, the last ones: a cold start learns from the first", low=1)
+    group_size: int = knob(8, "traces per problem, one executor run each", low=2)
+    temperature: float = knob(1.0, "of the planner", above=0)
+    lowest: float = knob(0.1, "least success of a problem that is kept", low=0, affects_result=False)
+    highest: float = knob(0.9, "largest success of one; other bounds need no new traces", low=0, affects_result=False)
+
+
+def select(s: SelectSettings) -> dict:
+    """Tries the base planner on training problems and keeps those whose success lies between the bounds, for
+    `train --selected 1`. Held-out problems are in another file. Returns the record, RUN_DIR/selected/selected.json.
+    UserError when none is left."""
+    check_shared(s)
+    run_dir = Path(s.run_dir)
+    out = run_dir / "selected"
+    with data.stage_folder(out, s, data.fingerprints(run_dir, "groups/train.jsonl", "base/base.json")) as work:
+        if work is not None:
+            try_problems(s, run_dir, work)
+    tries = [record for _, record in data.read_records(out / "tries.jsonl", {"problem_id": str, "successes": int})]
+    rates = {record["problem_id"]: record["successes"] / s.group_size for record in tries}
+    kept = [name for name, rate in rates.items() if s.lowest <= rate <= s.highest]
+    record = {"problems": len(rates), "lowest": s.lowest, "highest": s.highest, "kept": len(kept),
+              "below": sum(rate < s.lowest for rate in rates.values()),
+              "above": sum(rate > s.highest for rate in rates.values()),
+              "with_spread": sum(0 < rate < 1 for rate in rates.values()), "success": mean(rates.values())}
+    if not kept:
+        raise UserError(f"--lowest {s.lowest:g}, --highest {s.highest:g}: no problem of {len(rates)} lies between them, "
+                        f"{record['below']} lie below and {record['above']} above; give other bounds")
+    groups = {group["problem_id"]: group for group in data.read_groups(run_dir / "groups" / "train.jsonl")}
+    data.write_groups(out / "train.jsonl", [groups[name] for name in kept])
+    data.write_atomic(out / "selected.json", json.dumps(record, indent=1))
+    return record
+
+
+def try_problems(s: SelectSettings, run_dir: Path, work: Path) -> None:
+    """Writes tries.jsonl, a line a problem; goes on behind the lines that a stopped try has left."""
+    log, path = work / "tries.jsonl", run_dir / "groups" / "train.jsonl"
+    drop_half_line(log)
+    problems = data.read_problems(path)
+    if len(problems) < s.problems:
+        raise UserError(f"--problems {s.problems}: {path} holds {len(problems)}; lower it")
+    problems, device, base = problems[-s.problems:], executor.pick_device(s.device), executor.base_of(run_dir)
+    planner, tokenizer = executor.load_for(run_dir, base, device, torch.float32)
+    frozen = frozen_executor(run_dir, device, s)
+    check_lengths(problems, who_reads(planner, tokenizer, frozen, s))
+    limit = executor.cache_tokens(planner, s.max_cache_gib)
+    done = {json.loads(line)["problem_id"] for line in log.read_text().splitlines()}
+    left = [problem for problem in problems if problem.problem_id not in done]
+    for i in tqdm(range(0, len(left), 8), desc="select"):
+        some = left[i:i + 8]
+        batch = rollout(planner, tokenizer, some, s.group_size, s.temperature, s.max_trace_tokens, f"{s.seed} select",
+                        limit)
+        ok = frozen.success(batch.problems, batch.traces, 1, "select")
+        successes = [sum(ok[n * s.group_size:(n + 1) * s.group_size]) for n in range(len(some))]
+        append_jsonl(log, [{"problem_id": problem.problem_id, "successes": n} for problem, n in zip(some, successes)])
+
+
+# ------------------------------------------------------------------------------------------ 10. commands
 
 
 def main(argv) -> None:
-    """The commands train, int, evaluate and inspect."""
+    """The commands train, int, select, evaluate and inspect."""
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
     if command == "train":
         s = data.parse_settings(TrainSettings, rest, "tracelift.py train")
@@ -1518,6 +1622,12 @@ def main(argv) -> None:
             print("no intervention was kept: this planner is the base planner")
         print(f"{folder}: {report['with_intervention']} of {report['failed_traces']} failed traces with an intervention"
               f"\nnext: python tracelift.py train --run_dir {s.run_dir} --init {folder}")
+    elif command == "select":
+        s = data.parse_settings(SelectSettings, rest, "tracelift.py select")
+        r = select(s)
+        print(f"{s.run_dir}/selected: {r['kept']} of {r['problems']} problems kept, {r['below']} below --lowest, "
+              f"{r['above']} above --highest; success {r['success']:.3f}, {r['with_spread']} with spread\n"
+              f"next: python tracelift.py train --run_dir {s.run_dir} --selected 1")
     elif command == "evaluate":
         s = data.parse_settings(EvalSettings, rest, "tracelift.py evaluate")
         print(table(evaluate(s)))
@@ -1528,7 +1638,7 @@ def main(argv) -> None:
     elif command in ("-h", "--help"):
         print(__doc__)
     else:
-        raise UserError(f"tracelift.py {command}: choose train, int, evaluate or inspect; each has --help")
+        raise UserError(f"tracelift.py {command}: choose train, int, select, evaluate or inspect; each has --help")
 
 
 if __name__ == "__main__":

@@ -61,12 +61,12 @@ class Size:
     group_size: int
     trace_tokens: int
     answer_tokens: int
-    micro_batch: int
+    micro_tokens: int
     steps: int                                            # of the part step; the first one warms up
 
 
-REAL = Size(False, memory_table.QWEN["0.5B"], (8, 64, 256), 128, 32, 128, 8, 12, 8, 8, 256, 256, 8, 3)
-TOY = Size(True, Shape(600, 32, 2, 4, 2, 64, True), (2, 4), 12, 2, 6, 2, 3, 2, 2, 8, 8, 2, 2)
+REAL = Size(False, memory_table.QWEN["0.5B"], (8, 64, 256), 128, 32, 128, 8, 12, 8, 8, 256, 256, 4096, 3)
+TOY = Size(True, Shape(600, 32, 2, 4, 2, 64, True), (2, 4), 12, 2, 6, 2, 3, 2, 2, 8, 8, 64, 2)
 
 
 def synchronize() -> None:
@@ -532,7 +532,7 @@ def measured_run(tracelift, keep: bool):
 
 
 PHASES = ("rollout", "reward", "update")
-SHOWN_SIZES = ("problems", "group_size", "trace_tokens", "answer_tokens", "micro_batch")
+SHOWN_SIZES = ("problems", "group_size", "trace_tokens", "answer_tokens", "micro_tokens")
 
 
 def train_measured(flags: list[str], keep: bool) -> list[dict]:
@@ -658,7 +658,7 @@ def coin_as_verifier():
 def step_flags(size: Size, run_dir: Path, name: str, device) -> list[str]:
     """Flags of a training as run.sh's recipe for GSM8K has them."""
     settings = {"run_dir": run_dir, "device": device.type, "name": name, "steps": size.steps, "warmup": 1}
-    settings |= {"problems_per_step": size.problems, "group_size": size.group_size, "micro_batch": size.micro_batch}
+    settings |= {"problems_per_step": size.problems, "group_size": size.group_size, "micro_tokens": size.micro_tokens}
     settings |= {"max_trace_tokens": size.trace_tokens, "max_answer_tokens": size.answer_tokens}
     settings |= {"learning_rate": 1e-6, "checkpointing": 1}
     return [f"--{key}={value}" for key, value in settings.items()]

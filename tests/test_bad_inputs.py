@@ -560,8 +560,8 @@ def test_a_ctrl_c_that_the_shell_wants_ignored(monkeypatch, capsys):
 
 @pytest.mark.parametrize("error, words", [
     (RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory: you tried"),
-     ["can't allocate", "--micro_batch"]), (MemoryError(), ["out of memory", "--max_cache_gib"]),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate"), ["CUDA out of memory", "--micro_batch"]),
+     ["can't allocate", "--micro_tokens"]), (MemoryError(), ["out of memory", "--max_cache_gib"]),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate"), ["CUDA out of memory", "--micro_tokens"]),
     (verify.SandboxError("no\nsandbox"), ["no sandbox"]), (OSError(28, "No space left on device", "x.pt"),
                                                            ["x.pt", "make room"]),
     (PermissionError(13, "Permission denied", "runs"),

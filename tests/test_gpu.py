@@ -279,11 +279,12 @@ reward = torch.arange(8.0) % 2
 advantage = kernels.group_advantage(reward, 2)
 
 
-def waits(micro_batch):
+def waits(rows):
+    micro_tokens = rows * batch.ids.shape[1]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        tracelift.accumulate_gradient(planner, batch, reward, advantage, None, None, 2, micro_batch, "dapo", 16,
+        tracelift.accumulate_gradient(planner, batch, reward, advantage, None, None, 2, micro_tokens, "dapo", 16,
                                       temperature=1.0, clip_low=0.2, clip_high=0.2, beta=0.0, scale=True)
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing CUDA operation" in str(w.message) for w in caught)

@@ -26,7 +26,7 @@ import tracelift
 import verify
 from data import UserError
 from executor import Executor, ServedExecutor, ServerError
-from tracelift import EvalSettings, InspectSettings, IntSettings, TrainSettings, train
+from tracelift import EvalSettings, InspectSettings, IntSettings, SelectSettings, TrainSettings, train
 
 NAME, SECRET = "base", "sk-4/7+secret"
 
@@ -480,7 +480,7 @@ def test_a_url_in_parts(url, parts):
 
 @pytest.mark.parametrize("changes", [{"executor": ""}, {"executor_model": ""}])
 def test_one_flag_without_the_other_is_refused(run_dir, stub, changes):
-    for call, cls in ((train, TrainSettings), (tracelift.intervene, IntSettings)):
+    for call, cls in ((train, TrainSettings), (tracelift.intervene, IntSettings), (tracelift.select, SelectSettings)):
         flags = {"executor": stub.url, "executor_model": NAME, **changes}
         with pytest.raises(UserError, match="--executor and --executor_model go together"):
             call(cls(run_dir=str(run_dir), device="cpu", **flags))
@@ -638,15 +638,7 @@ def test_interventions_are_tried_on_the_server(run_dir, stub):
     assert data.read_settings(run_dir / "int")["executor_model"] == NAME
 
 
-def test_the_check_of_a_pretrained_model_on_a_server(prepared, stub, tmp_path, capsys):
-    """`python executor.py --model ... --executor ...`; the tiny base model is on no server yet."""
-    (tmp_path / "run" / "groups").mkdir(parents=True)
-    record = {"source": "mine", "task_type": "math", "reference_solution": "2", "positive_pool": [], "negative_bank": []}
-    (tmp_path / "run" / "groups" / "heldout.jsonl").write_text("".join(
-        json.dumps({"problem_id": f"m{i}", "problem": f"{i} + {2 - i}", **record}) + "\n" for i in range(2)))
-    flags = ["--executor", stub.url, "--executor_model", NAME, "--device", "cpu", "--eval_problems", "2"]
-    executor.main(["--run_dir", str(tmp_path / "run"), "--model", str(prepared[0] / "base"), *flags])
-    assert "no trace: " in capsys.readouterr().out and len(stub.bodies) == 3 + 2
-    shutil.copytree(prepared[0] / "groups", tmp_path / "tiny" / "groups")
-    with pytest.raises(UserError, match="no server has it yet"):
-        executor.main(["--run_dir", str(tmp_path / "tiny"), *flags])
+def test_problems_are_selected_on_the_server(run_dir, stub):
+    tracelift.select(SelectSettings(run_dir=str(run_dir), device="cpu", problems=3, group_size=2, max_trace_tokens=8,
+                                    max_answer_tokens=6, lowest=0.0, highest=1.0, executor=stub.url, executor_model=NAME))
+    assert len(stub.bodies) == 3 + 6

@@ -93,7 +93,7 @@ def models(prepared):
 
 def settings(run_dir="", **changes):
     small = dict(device="cpu", steps=5, problems_per_step=2, group_size=4, repeats=2, learning_rate=5e-3, warmup=2,
-                 micro_batch=3, max_trace_tokens=10, max_answer_tokens=6, save_every=2, run_dir=str(run_dir))
+                 micro_tokens=90, max_trace_tokens=10, max_answer_tokens=6, save_every=2, run_dir=str(run_dir))
     small |= changes
     if small["steps"] < small["warmup"] and "warmup" not in changes:
         small["warmup"] = small["steps"]
@@ -320,18 +320,35 @@ def test_the_loss_covers_the_sampled_tokens_and_nothing_else(models, crafted, pa
     assert batch.sampled.tolist() == pytest.approx(sum((logprobs[b] for b in learned), []))
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 8, 99])
-def test_parts_are_slices_of_the_batch(crafted, micro_batch):
+@pytest.mark.parametrize("micro_tokens", [1, 60, 130, 9999])
+def test_parts_hold_every_token_once(crafted, micro_tokens):
     """A token lost at an edge, or one of another sequence, and the gradient is of other text."""
     batch = crafted(learn_truncated=False)[0]
-    found = list(batch.parts(micro_batch))
-    assert [part.rows.start for part in found] == list(range(0, 8, micro_batch))
-    for part in found:
-        assert torch.equal(part.ids, batch.ids[part.rows]) and len(part.ids) <= micro_batch
-        assert torch.equal(part.ids.flatten()[part.at + 1], part.target) and len(part.at) == len(part.sequence)
-    for name in "target", "sequence":
-        assert torch.equal(torch.cat([getattr(part, name) for part in found]), getattr(batch, name))
-    assert [i for part in found for i in range(*part.tokens.indices(999))] == list(range(len(batch.target)))
+    first = torch.tensor([False, True] * 4)
+    for parts in batch.parts(micro_tokens), batch.parts(micro_tokens, first):
+        for part in parts:
+            lengths = [batch.lengths[b] for b in part.rows.tolist()]
+            assert part.ids.shape == (len(lengths), max(lengths)), "not padded beyond its own longest"
+            assert part.ids.numel() <= micro_tokens or len(lengths) == 1
+            assert torch.equal(part.ids, batch.ids[part.rows, :max(lengths)])
+            assert torch.equal(part.ids.flatten()[part.at + 1], part.target) and len(part.at) == len(part.sequence)
+            assert torch.equal(part.rows[part.at // max(lengths)], part.sequence)
+            for name in "target", "sequence":
+                assert torch.equal(getattr(part, name), getattr(batch, name)[part.tokens])
+        assert sorted(b for part in parts for b in part.rows.tolist()) == list(range(8))
+        assert sorted(i for part in parts for i in part.tokens.tolist()) == list(range(len(batch.target)))
+    assert (len(parts) == 1) == (micro_tokens == 9999)
+    kinds = [set(first[part.rows].tolist()) for part in parts]            # such as {True}, {True, False}, {False}
+    assert sorted(kinds, key=lambda kind: (False in kind) + (True not in kind)) == kinds and kinds.count({True, False}) <= 1
+    one = batch.parts(9999)[0]
+    assert torch.equal(one.ids, batch.ids) and torch.equal(one.at, batch.at), "all in one: the batch as it is"
+
+
+def test_parts_are_sorted_by_length(crafted):
+    """Else most of a micro-batch is padding."""
+    batch = crafted()[0]
+    lengths = [batch.lengths[b] for part in batch.parts(1) for b in part.rows.tolist()]
+    assert lengths == sorted(batch.lengths, reverse=True) and len(set(lengths)) > 2
 
 
 def test_unclosed_completions_are_used_and_counted(models, crafted):
@@ -401,9 +418,9 @@ def test_scored_logprobs_are_the_sampled_ones(models, temperature):
     planner, tokenizer, problems = models
     batch = rolled(planner, tokenizer, problems[:4], temperature=temperature, length=20)
     assert batch.sampled.tolist() == sum(batch.completions.logprobs, [])
-    for micro_batch in 1, 3, 99:
-        torch.testing.assert_close(completion_logp(planner, batch, temperature, micro_batch), batch.sampled, atol=1e-4, rtol=0)
-    wrong = completion_logp(planner, batch, 1.0, 99)
+    for micro_tokens in 1, 150, 9999:
+        torch.testing.assert_close(completion_logp(planner, batch, temperature, micro_tokens), batch.sampled, atol=1e-4, rtol=0)
+    wrong = completion_logp(planner, batch, 1.0, 9999)
     assert (wrong - batch.sampled).abs().mean() > 0.05, "or the temperature would go unnoticed"
 
 
@@ -432,10 +449,10 @@ def advantages(reward, scale="std"):
     return kernels.group_advantage(reward, 4, scale=scale == "std")
 
 
-def accumulated(planner, batch, reward, old=None, ref=None, *, micro_batch=100, weights="dapo", scale="std", **changes):
+def accumulated(planner, batch, reward, old=None, ref=None, *, micro_tokens=9999, weights="dapo", scale="std", **changes):
     """accumulate_gradient as `train` calls it."""
     loss = {"temperature": 1.0, "clip_low": 0.2, "clip_high": 0.2, "beta": 0.0} | changes
-    return accumulate_gradient(planner, batch, reward, advantages(reward, scale), old, ref, 4, micro_batch, weights, 24,
+    return accumulate_gradient(planner, batch, reward, advantages(reward, scale), old, ref, 4, micro_tokens, weights, 24,
                                scale=scale == "std", **loss)
 
 
@@ -483,7 +500,7 @@ def test_gradient_is_the_textbook_one_whatever_the_micro_batch(models, sampled, 
     batch, reward = sampled
     options = CASES[case]
     noise = torch.Generator().manual_seed(2)
-    logp = completion_logp(models[0], batch, options.get("temperature", 1.0), 99)
+    logp = completion_logp(models[0], batch, options.get("temperature", 1.0), 9999)
     old = logp + 0.3 * torch.randn(logp.shape, generator=noise) if case in ("old", "all") else None
     ref = logp + 0.5 * torch.randn(logp.shape, generator=noise) if "beta" in options else None
     want, slow = gradient(models[0], lambda m: textbook(m, batch, reward, old, ref, **options))
@@ -491,9 +508,9 @@ def test_gradient_is_the_textbook_one_whatever_the_micro_batch(models, sampled, 
     assert slow.norm() > 1e-3
     assert (fast - slow).norm() < 1e-5 * slow.norm()
     assert health["loss"] == pytest.approx(want, abs=1e-5)
-    for micro_batch in (1, 5):
-        again, part = gradient(models[0], lambda m: accumulated(m, batch, reward, old, ref, micro_batch=micro_batch, **options))
-        assert (part - fast).norm() < 1e-6 * fast.norm()
+    for micro_tokens in (1, 200):
+        again, part = gradient(models[0], lambda m: accumulated(m, batch, reward, old, ref, micro_tokens=micro_tokens, **options))
+        assert (part - fast).norm() < 3e-6 * fast.norm()
         assert again == pytest.approx(health, abs=1e-5), "metrics are of all micro-batches, not of the last"
 
 
@@ -513,8 +530,8 @@ def test_cut_traces_left_out_of_the_loss(models, sampled, weights):
     cut = masked(batch, [b in (0, 4, 5, 6, 7, 9) for b in range(12)])
     want, slow = gradient(models[0], lambda m: textbook(m, cut, reward, weights=weights))
     assert slow.norm() > 1e-3
-    for micro_batch in (1, 4, 12):
-        health, fast = gradient(models[0], lambda m: accumulated(m, cut, reward, weights=weights, micro_batch=micro_batch))
+    for micro_tokens in (1, 150, 9999):
+        health, fast = gradient(models[0], lambda m: accumulated(m, cut, reward, weights=weights, micro_tokens=micro_tokens))
         assert (fast - slow).norm() < 1e-5 * slow.norm() and health["loss"] == pytest.approx(want, abs=1e-5)
         assert 0 < health["entropy"] < 5 and health["sampler_gap"] < 1e-4
 
@@ -524,8 +541,8 @@ def test_all_traces_cut_teach_nothing(models, sampled, beta):
     """Not even a gradient of zeros, with which AdamW's momentum and weight decay would move the planner."""
     batch = masked(sampled[0], [True] * 12)
     planner, nothing = copy.deepcopy(models[0]), torch.zeros(0)
-    assert completion_logp(planner, batch, 1.0, 5).shape == (0,)
-    health = accumulated(planner, batch, sampled[1], nothing, nothing if beta else None, micro_batch=5, beta=beta)
+    assert completion_logp(planner, batch, 1.0, 200).shape == (0,)
+    health = accumulated(planner, batch, sampled[1], nothing, nothing if beta else None, micro_tokens=200, beta=beta)
     assert all(p.grad is None for p in planner.parameters())
     assert health["loss"] == health["entropy"] == health["sampler_gap"] == health["clip_share"] == 0
 
@@ -544,7 +561,8 @@ for path in "triton", "linear":
     health = tracelift.accumulate_gradient(planner, batch, *arguments, **options)
     sys.stdout.buffer.write(pickle.dumps((health, {n: p.grad for n, p in planner.named_parameters()})))
     planner.zero_grad(set_to_none=True)
-assert calls == ["triton"] * 4 + ["linear"] * 4, calls           # micro-batches
+parts = len(batch.parts(arguments[5]))
+assert parts > 2 and calls == ["triton"] * parts + ["linear"] * parts, calls
 """
 
 
@@ -555,9 +573,9 @@ def test_the_fused_paths_agree_with_the_reference(models, sampled):
     batch = masked(sampled[0], [b not in (0, 3, 6) for b in range(12)])          # the interpreter is slow
     reward = sampled[1]
     options = dict(temperature=0.9, beta=0.2, clip_low=0.1, clip_high=0.2, scale=True)
-    old = completion_logp(models[0], batch, 0.9, 99) + 0.1
+    old = completion_logp(models[0], batch, 0.9, 9999) + 0.1
     planner = copy.deepcopy(models[0])
-    arguments = (reward, advantages(reward), old, old - 0.3, 4, 3, "dapo", 24)
+    arguments = (reward, advantages(reward), old, old - 0.3, 4, 3 * max(batch.lengths), "dapo", 24)
     work = pickle.dumps((planner, batch, arguments, options))
     done = subprocess.run([sys.executable, "-c", FUSED], input=work, capture_output=True, cwd=ROOT,
                           env={**os.environ, "TRITON_INTERPRET": "1"})
@@ -579,7 +597,7 @@ def test_equal_rewards_give_exactly_no_gradient(models, sampled, value):
     health = accumulated(planner, batch, torch.full((12,), value))
     assert all(p.grad is None for p in planner.parameters()), "not even a zero, which would move Adam's momentum"
     assert health["loss"] == 0 and health["entropy"] > 0
-    logp = completion_logp(models[0], batch, 1.0, 99)
+    logp = completion_logp(models[0], batch, 1.0, 9999)
     accumulated(planner, batch, torch.full((12,), value), None, logp - 0.5, beta=0.1)
     assert sum(p.grad.norm() for p in planner.parameters()) > 1e-3, "the KL term has one whatever the rewards"
 
@@ -589,9 +607,9 @@ def test_groups_without_spread_cost_no_backward_pass(models, sampled, monkeypatc
     batch, passes, backward = sampled[0], [], torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: passes.append(1) or backward(loss))
     reward = torch.tensor([0.5] * 4 + [0.0, 1.0, 0.0, 0.0] + [1.0] * 4)
-    (want, whole), all_at_once = gradient(models[0], lambda m: accumulated(m, batch, reward, micro_batch=12)), len(passes)
-    health, skipped = gradient(models[0], lambda m: accumulated(m, batch, reward, micro_batch=4))
-    assert (all_at_once, len(passes)) == (1, 2)
+    (want, whole), all_at_once = gradient(models[0], lambda m: accumulated(m, batch, reward)), len(passes)
+    health, skipped = gradient(models[0], lambda m: accumulated(m, batch, reward, micro_tokens=1))
+    assert (all_at_once, len(passes)) == (1, 1 + 4)
     assert whole.norm() > 1e-3 and (skipped - whole).norm() < 1e-6 * whole.norm()
     assert health == pytest.approx(want, abs=1e-6)
 
@@ -624,12 +642,12 @@ def test_an_update_moves_probability_towards_the_better_traces(models, sampled):
     """The sign of everything."""
     batch, reward = sampled
     planner = copy.deepcopy(models[0])
-    before = completion_logp(planner, batch, 1.0, 99)
+    before = completion_logp(planner, batch, 1.0, 9999)
     accumulated(planner, batch, reward)
     with torch.no_grad():
         for p in planner.parameters():
             p -= 1e-3 * p.grad
-    change = (completion_logp(planner, batch, 1.0, 99) - before).split([len(t) for t in batch.completions.tokens])
+    change = (completion_logp(planner, batch, 1.0, 9999) - before).split([len(t) for t in batch.completions.tokens])
     groups = [reward[n:n + 4].tolist() for n in range(0, 12, 4)]
     advantage = [(r - statistics.mean(g)) / statistics.pstdev(g) for g in groups for r in g]
     assert sum(a * c.sum().item() for a, c in zip(advantage, change)) > 1e-3
@@ -640,7 +658,7 @@ def test_clipped_tokens_are_counted_and_pushed_no_further(models, sampled):
     batch, reward = sampled
     lengths = [len(t) for t in batch.completions.tokens]
     better = [reward[b] > reward[b - b % 4:b - b % 4 + 4].mean() for b in range(12)]
-    logp = completion_logp(models[0], batch, 1.0, 99)
+    logp = completion_logp(models[0], batch, 1.0, 9999)
     for shift, clipped in ((-math.log(1.5), better), (math.log(1.5), [not x for x in better])):
         health, grad = gradient(models[0], lambda m: accumulated(m, batch, reward, logp + shift))
         share = sum(n for n, c in zip(lengths, clipped) if c) / sum(lengths)
@@ -653,7 +671,7 @@ def test_clipped_tokens_are_counted_and_pushed_no_further(models, sampled):
 def test_kl_to_itself_is_zero(models, sampled):
     """beta must not pull on a planner that is still the reference."""
     batch, reward = sampled
-    ref = completion_logp(models[0], batch, 1.0, 99)
+    ref = completion_logp(models[0], batch, 1.0, 9999)
     health, grad = gradient(models[0], lambda m: accumulated(m, batch, reward, None, ref, beta=0.7))
     _, free = gradient(models[0], lambda m: accumulated(m, batch, reward))
     assert abs(health["kl"]) < 1e-6 and (grad - free).norm() < 1e-4 * free.norm()
@@ -664,7 +682,7 @@ def test_kl_to_itself_is_zero(models, sampled):
 def test_the_kl_term_pulls_back_to_the_reference(models, sampled):
     """Its derivative in a log-prob is beta (logp - ref), the reverse KL's, on-policy too."""
     batch = sampled[0]
-    logp = completion_logp(models[0], batch, 1.0, 99)
+    logp = completion_logp(models[0], batch, 1.0, 9999)
     ref = logp + 0.5 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(3))
     _, fast = gradient(models[0], lambda m: accumulated(m, batch, torch.zeros(12), None, ref, beta=0.4))
 
@@ -679,7 +697,7 @@ def test_the_kl_term_pulls_back_to_the_reference(models, sampled):
 def test_the_sampler_gap_tells_a_mismatch(models, sampled):
     """Rounding of float32 where all is well; another temperature, and it shows."""
     batch, reward = sampled
-    assert 0 <= accumulated(copy.deepcopy(models[0]), batch, reward, micro_batch=5)["sampler_gap"] < 1e-5
+    assert 0 <= accumulated(copy.deepcopy(models[0]), batch, reward, micro_tokens=200)["sampler_gap"] < 1e-5
     assert accumulated(copy.deepcopy(models[0]), batch, reward, temperature=0.8)["sampler_gap"] > 0.05
 
 
@@ -797,7 +815,7 @@ def test_a_finished_planner_is_not_trained_again(run_dir, monkeypatch, lottery):
     for key, value in (("learning_rate", 1e-9), ("repeats", 3), ("truncated", "mask")):
         with pytest.raises(UserError, match=f"--{key} "):
             train(settings(run_dir, **{"steps": 1, key: value}))
-    for key, value in (("micro_batch", 1), ("save_every", 7), ("max_cache_gib", 1.0)):
+    for key, value in (("micro_tokens", 1), ("save_every", 7), ("max_cache_gib", 1.0)):
         assert train(settings(run_dir, **{"steps": 1, key: value})) == out, "where, how fast, in how much memory"
 
 
@@ -1220,7 +1238,7 @@ def test_a_few_steps_raise_the_probability_of_what_is_rewarded(run_dir, monkeypa
         share = [statistics.mean([i % 2 == parity for i in tokenizer(t)["input_ids"]] or [0]) for t in traces]
         return [Reward(None, None, None, None, None, float(x)) for x in share], [[] for _ in traces]
     monkeypatch.setattr(tracelift, "measure_rewards", rigged)
-    out = train(settings(run_dir, steps=20, group_size=8, mode="exec_only", learning_rate=1e-2, micro_batch=16))
+    out = train(settings(run_dir, steps=20, group_size=8, mode="exec_only", learning_rate=1e-2, micro_tokens=600))
     assert probability(out, parity) > probability(run_dir / "base", parity) + 0.2
     reward = [line["reward"] for line in lines(out)]
     assert statistics.mean(reward[-5:]) > statistics.mean(reward[:3]) + 0.1
@@ -1261,7 +1279,7 @@ def test_programs_without_reference_traces(prepared, tmp_path):
 
 @pytest.mark.parametrize("key, value", [
     ("mode", "execonly"), ("steps", 0), ("group_size", 1), ("problems_per_step", 0), ("repeats", 0), ("temperature", 0.0),
-    ("scale", "mad"), ("weights", "mean"), ("exec_score", "f1"), ("inner_epochs", 0), ("save_every", 0), ("micro_batch", 0),
+    ("scale", "mad"), ("weights", "mean"), ("exec_score", "f1"), ("inner_epochs", 0), ("save_every", 0), ("micro_tokens", 0),
     ("name", "a/b"), ("truncated", "drop"), ("eval_every", -1), ("eval_problems", 0), ("beta", -1.0), ("clip_low", -0.1),
     ("learning_rate", -1.0), ("max_trace_tokens", 0), ("max_answer_tokens", 0), ("executor_temperature", -1.0),
     ("max_problems", -1), ("seed", -1), ("max_cache_gib", 0.0)])

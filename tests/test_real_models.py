@@ -1,0 +1,331 @@
+"""What a pretrained model needs before GRPO can teach it: a cold start, and problems on which it sometimes succeeds.
+
+    python -m pytest tests/test_real_models.py
+"""
+import json
+import shutil
+import zlib
+
+import pytest
+import torch
+
+import data
+import executor
+import tracelift
+import verify
+from data import UserError
+
+NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal")
+
+
+def question(i):
+    """One GSM8K line of two calculations, none like another."""
+    a, b, c = 3 + i, 2 + i % 5, 1 + i % 3
+    name = NAMES[i % len(NAMES)]
+    text = f"{name} has {a} bags of {b} nuts and eats {c}. How many nuts has {name} now?"
+    return {"question": text, "answer": f"There are {a}*{b} = <<{a}*{b}={a * b}>>{a * b} nuts in the bags.\n"
+            f"Then {a * b}-{c} = <<{a * b}-{c}={a * b - c}>>{a * b - c} nuts are left.\n#### {a * b - c}"}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """(run folder with groups of 20 + 4 such problems, a random model whose tokenizer covers them)."""
+    folder = tmp_path_factory.mktemp("real")
+    files = [write(folder / "train.jsonl", map(question, range(20))), write(folder / "test.jsonl", map(question, range(20, 24)))]
+    data.main(["--run_dir", str(folder / "run"), "--source", "gsm8k", "--train", "20", "--heldout", "4", "--negatives", "1",
+               "--data", files[0], "--heldout_data", files[1]])
+    problems = [p for split in ("train", "heldout") for p in data.read_problems(folder / "run" / "groups" / f"{split}.jsonl")]
+    texts = [text for p in problems for text in (data.planner_prompt(p), data.executor_prompt(p, p.reference_reasoning),
+                                                 data.OPEN + p.reference_reasoning + data.CLOSE, "####")]
+    tokenizer = executor.tiny_tokenizer(texts)
+    torch.manual_seed(0)
+    executor.tiny_model(len(tokenizer), hidden=32, layers=2).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "run", folder / "model"
+
+
+@pytest.fixture
+def run_dir(begun, tmp_path):
+    return shutil.copytree(begun[0], tmp_path / "run")
+
+
+def base_flags(run_dir, model, *more):
+    return ["--run_dir", str(run_dir), "--model", str(model), "--device", "cpu", "--eval_problems", "2",
+            "--max_answer_tokens", "4", *more]
+
+
+COLD = ("--cold_start", "20", "--cold_epochs", "6", "--batch_size", "4", "--warmup", "2", "--cold_learning_rate", "1e-2")
+
+
+# ---------------------------------------------------------------- cold start
+
+def test_a_sequence_is_what_will_be_asked_and_what_should_be_answered(begun):
+    """Prompts exactly as they are encoded later; no loss on them; loss on the answer and on its end."""
+    _, tokenizer = executor.load(str(begun[1]), "cpu")
+    problems = data.read_problems(begun[0] / "groups" / "train.jsonl")
+    alone = 0
+    for problem in problems:
+        trace = problem.reference_reasoning
+        (planner, wrote), (asked, finished) = executor.cold_sequences(tokenizer, problem, 0)
+        prompt = data.encode_prompt(tokenizer, data.planner_prompt(problem))
+        learned = tokenizer(f"<reasoning>{trace}</reasoning>")["input_ids"] + [tokenizer.eos_token_id]
+        assert planner == prompt + learned[:-1] and wrote == [executor.IGNORE] * (len(prompt) - 1) + learned
+        assert data.extract_reasoning(tokenizer.decode(learned, skip_special_tokens=True)) == trace
+        assert "= ?" in trace
+        answer = [label for label in finished if label != executor.IGNORE]
+        number = tokenizer.decode(answer[:-1])
+        assert verify.math_equal(verify.extract_answer(number), problem.reference_solution)
+        prompts = [data.encode_prompt(tokenizer, data.executor_prompt(problem, t)) for t in (trace, None)]
+        begins = [asked[:len(p)] == p and len(asked) == len(finished) == len(p) + len(answer) - 1 for p in prompts]
+        assert begins.count(True) == 1
+        alone += begins[1]
+    assert 0 < alone < 10
+
+
+def test_programs_are_answered_in_a_block(monkeypatch):
+    monkeypatch.setattr(executor, "role_sequence", lambda tokenizer, prompt, completion: completion)
+    problem = data.Problem("c", "mine", "code", "set x to 3", "x = 3", [{"assert": "assert x == 3"}], "Assign it.")
+    wrote, finished = executor.cold_sequences(None, problem, 0)
+    assert wrote == "<reasoning>Assign it.</reasoning>"
+    assert verify.run_programs([verify.code_blocks(finished)], [problem.tests])[0].ok
+
+
+def test_a_cold_start_is_learned_and_becomes_both_roles(begun, run_dir):
+    """Its loss falls on problems that it has not seen; planner and executor are then the saved model."""
+    executor.main(base_flags(run_dir, begun[1], *COLD))
+    base = run_dir / "base"
+    record = json.loads((base / "cold_start.json").read_text())
+    assert (record["groups"], record["heldout_groups"], record["from"]) == (19, 1, str(begun[1]))
+    assert executor.base_of(run_dir) == str(base) and not (base / "checkpoint.pt").exists()
+    assert json.loads((base / "base.json").read_text())["model"] == "."
+    heldout = data.read_problems(run_dir / "groups" / "heldout.jsonl")
+    losses = []
+    for folder in begun[1], base:
+        model, tokenizer = executor.load(str(folder), "cpu")
+        sequences = [s for problem in heldout for s in executor.cold_sequences(tokenizer, problem, 0)]
+        losses.append(executor.heldout_loss(model, sequences, batch_size=4, pad_id=0))
+    assert losses[1] < 0.6 * losses[0]
+    with pytest.raises(UserError, match="--cold_start"):                  # another model would come out
+        executor.main(base_flags(run_dir, begun[1], *COLD, "--cold_start", "19"))
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_a_stopped_cold_start_goes_on_bit_for_bit(begun, run_dir, tmp_path, monkeypatch, stop_at):
+    """Weights, optimizer, order of the batches, the held-out minimum: all of it comes from the checkpoint."""
+    undisturbed = shutil.copytree(run_dir, tmp_path / "other")
+    executor.main(base_flags(undisturbed, begun[1], *COLD))
+    saved, save = [], executor.save_progress
+
+    def stop(path, *rest):
+        save(path, *rest)
+        saved.append(rest[-1][0])
+        if len(saved) == stop_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(executor, "save_progress", stop)
+    with pytest.raises(KeyboardInterrupt):
+        executor.main(base_flags(run_dir, begun[1], *COLD))
+    monkeypatch.setattr(executor, "save_progress", save)
+    assert (run_dir / "base.partial" / "checkpoint.pt").exists() and saved[-1] > 0
+    steps, loss = [], executor.sequence_loss
+    monkeypatch.setattr(executor, "sequence_loss", lambda *a: steps.append(torch.is_grad_enabled()) or loss(*a))
+    executor.main(base_flags(run_dir, begun[1], *COLD))
+    assert 0 < sum(steps) <= 57 - saved[-1], "goes on, not begins anew"
+    for name in "model.safetensors", "base.json", "cold_start.json":
+        assert (run_dir / "base" / name).read_bytes() == (undisturbed / "base" / name).read_bytes()
+
+
+def test_a_damaged_checkpoint_is_named(begun, run_dir, monkeypatch):
+    def stop(path, *rest):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(executor, "save_progress", stop)
+    with pytest.raises(KeyboardInterrupt):
+        executor.main(base_flags(run_dir, begun[1], *COLD))
+    with pytest.raises(UserError, match=r"base.partial/checkpoint.pt: cannot be read .*delete it"):
+        executor.main(base_flags(run_dir, begun[1], *COLD))
+
+
+def without_traces(groups):
+    groups[2]["positive_pool"] = []
+
+
+def without_answer(groups):
+    groups[1]["reference_solution"] = "who knows"
+
+
+@pytest.mark.parametrize("damage, more, said", [
+    (without_traces, COLD, r"train.jsonl: group gsm8k-train-\d+ has no reference trace .*leave --cold_start out"),
+    (without_answer, COLD, r"train.jsonl: group gsm8k-train-\d+: reference_solution has no final answer"),
+    (None, (*COLD, "--cold_start", "21"), "--cold_start 21: .*train.jsonl holds 20 groups"),
+    (None, (*COLD, "--warmup", "90"), "--warmup 90 is longer than the training, 57 steps"),
+    (None, ("--cold_epochs", "2"), "--cold_epochs has no effect without --cold_start"),
+    (None, ("--cold_learning_rate", "2"), "--cold_learning_rate has no effect without --cold_start"),
+    (None, ("--checkpointing", "1"), "--checkpointing has no effect without --cold_start"),
+    (None, ("--batch_size", "2"), "--batch_size has no effect with --model but no --cold_start"),
+    (None, (*COLD, "--learning_rate", "1e-5"), "--learning_rate has no effect with --model"),
+    (None, (*COLD, "--hidden", "64"), "--hidden has no effect with --model")])
+def test_a_cold_start_that_cannot_be(begun, run_dir, damage, more, said):
+    path = run_dir / "groups" / "train.jsonl"
+    if damage:
+        groups = data.read_groups(path)
+        damage(groups)
+        data.write_groups(path, groups)
+    with pytest.raises(UserError, match=said):
+        executor.main(base_flags(run_dir, begun[1], *more))
+    assert not (run_dir / "base").exists()
+
+
+def test_the_tiny_world_has_no_cold_start(tmp_path):
+    data.main(["--run_dir", str(tmp_path), "--train", "3", "--heldout", "3"])
+    with pytest.raises(UserError, match="--cold_start has no effect in the tiny world"):
+        executor.main(["--run_dir", str(tmp_path), "--cold_start", "2"])
+
+
+def test_bfloat16_where_the_hardware_multiplies_it(monkeypatch):
+    """On CPUs too, for pretrained models; small ones stay in float32."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for able, wanted in (({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16),
+                         ({"avx512_bf16": False, "avx2": True}, torch.float32), ({}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
+        assert executor.fast_dtype(cpu) == wanted and executor.fast_dtype(gpu) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert executor.work_dtype(torch.nn.Linear(4, 4)) == torch.float32
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)     # an older torch
+    assert executor.fast_dtype(cpu) == torch.float32
+
+
+def test_only_easy_problems(begun, tmp_path):
+    """--max_calculations counts what a solution annotates."""
+    hard = {"question": "Ina adds 1 and 2 and 3 and 4 nuts. How many?",
+            "answer": "1+2=<<1+2=3>>3\n3+3=<<3+3=6>>6\n6+4=<<6+4=10>>10 nuts\n#### 10"}
+    rows = [question(i) for i in range(3)] + [hard]
+    train = write(tmp_path / "a.jsonl", rows)
+    flags = ["--source", "gsm8k", "--heldout", "2", "--negatives", "1", "--data", train, "--heldout_data",
+             write(tmp_path / "b.jsonl", map(question, range(3, 8)))]
+    data.main([*flags, "--run_dir", str(tmp_path / "easy"), "--train", "3", "--max_calculations", "2"])
+    kept = data.read_groups(tmp_path / "easy" / "groups" / "train.jsonl")
+    assert sorted(group["problem"] for group in kept) == sorted(row["question"] for row in rows[:3])
+    with pytest.raises(UserError, match="gives only 3 groups"):
+        data.main([*flags, "--run_dir", str(tmp_path / "too"), "--train", "4", "--max_calculations", "2"])
+    with pytest.raises(UserError, match="--max_calculations goes with --source gsm8k"):
+        data.main(["--run_dir", str(tmp_path / "tiny"), "--max_calculations", "2"])
+
+
+# ---------------------------------------------------------------- problems that can teach
+
+@pytest.fixture
+def based(begun, run_dir, monkeypatch):
+    """A run with its base model. Random models never succeed: here an output passes now and then, and for some problems
+    never or always."""
+    executor.main(base_flags(run_dir, begun[1]))
+
+    def lots(output, reference):
+        number = int(reference.rpartition("#### ")[2])
+        return number % 5 == 0 or number % 5 > 1 and zlib.crc32(output.encode()) % 2 == 0
+
+    monkeypatch.setattr(verify, "extract_answer", lambda output: output)
+    monkeypatch.setattr(verify, "math_equal", lots)
+    return run_dir
+
+
+def select_flags(run_dir, *more):
+    return ["select", "--run_dir", str(run_dir), "--device", "cpu", "--problems", "14", "--group_size", "3",
+            "--max_trace_tokens", "6", "--max_answer_tokens", "4", *more]
+
+
+def kept_in(run_dir):
+    return [group["problem_id"] for group in data.read_groups(run_dir / "selected" / "train.jsonl")]
+
+
+def test_problems_between_the_bounds_are_kept_and_counted(based, monkeypatch, capsys):
+    tracelift.main(select_flags(based))
+    said = capsys.readouterr().out
+    record = json.loads((based / "selected" / "selected.json").read_text())
+    tries = [json.loads(line) for line in (based / "selected" / "tries.jsonl").read_text().splitlines()]
+    ids = [problem.problem_id for problem in data.read_problems(based / "groups" / "train.jsonl")]
+    assert [t["problem_id"] for t in tries] == ids[-14:], "the last ones: the first are for a cold start"
+    between = [t["problem_id"] for t in tries if 0 < t["successes"] < 3]
+    assert kept_in(based) == between and 0 < len(between) < 14
+    assert record["kept"] == record["with_spread"] == len(between)
+    assert record["below"] == sum(t["successes"] == 0 for t in tries) > 0
+    assert record["above"] == sum(t["successes"] == 3 for t in tries) > 0
+    assert record["success"] == pytest.approx(sum(t["successes"] for t in tries) / 42)
+    assert f"{len(between)} of 14 problems kept" in said
+    heldout = {p.problem for p in data.read_problems(based / "groups" / "heldout.jsonl")}
+    assert not heldout & {p.problem for p in data.read_problems(based / "selected" / "train.jsonl")}
+
+    monkeypatch.setattr(tracelift, "rollout", None)                       # other bounds: nothing is sampled again
+    tracelift.main(select_flags(based, "--lowest", "0.5", "--highest", "1"))
+    assert kept_in(based) == [t["problem_id"] for t in tries if t["successes"] >= 2]
+    with pytest.raises(UserError, match="--lowest 0.4, --highest 0.5: no problem of 14 lies between them, .*other bounds"):
+        tracelift.main(select_flags(based, "--lowest", "0.4", "--highest", "0.5"))
+    with pytest.raises(UserError, match="selected: made with --group_size 3, now it is 4"):
+        tracelift.main(select_flags(based, "--group_size", "4"))
+
+
+def test_a_stopped_selection_goes_on(based, tmp_path, monkeypatch):
+    undisturbed = shutil.copytree(based, tmp_path / "other")
+    tracelift.main(select_flags(undisturbed))
+    rollout, calls = tracelift.rollout, []
+
+    def stop(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rollout(*args, **options)
+
+    monkeypatch.setattr(tracelift, "rollout", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tracelift.main(select_flags(based))
+    with open(based / "selected.partial" / "tries.jsonl", "a") as f:
+        f.write('{"problem_id": "gsm8k-tr')                               # the power went
+    tracelift.main(select_flags(based))
+    assert len(calls) == 3
+    for name in "tries.jsonl", "train.jsonl", "selected.json":
+        assert (based / "selected" / name).read_bytes() == (undisturbed / "selected" / name).read_bytes()
+
+
+def train_flags(run_dir, *more):
+    return ["train", "--run_dir", str(run_dir), "--device", "cpu", "--mode", "exec_only", "--steps", "2", "--warmup", "1",
+            "--problems_per_step", "2", "--group_size", "3", "--max_trace_tokens", "6", "--max_answer_tokens", "4",
+            "--save_every", "1", "--selected", "1", *more]
+
+
+def test_training_keeps_to_the_selection(based):
+    with pytest.raises(UserError, match="selected is not there yet; run python tracelift.py select"):
+        tracelift.main(train_flags(based))
+    tracelift.main(select_flags(based))
+    tracelift.main(train_flags(based))
+    texts = {p.problem for p in data.read_problems(based / "selected" / "train.jsonl")}
+    planner = based / "planner-exec_only-seed0"
+    assert {json.loads(line)["problem"] for line in (planner / "samples.jsonl").read_text().splitlines()} <= texts
+    tracelift.main(select_flags(based, "--lowest", "0", "--highest", "1"))
+    with pytest.raises(UserError, match="selected/train.jsonl has changed since this was made"):
+        tracelift.main(train_flags(based, "--steps", "3"))
+
+
+def test_a_selection_belongs_to_its_base_model(based, begun, tmp_path):
+    """Made with another base model it says nothing of this one."""
+    tracelift.main(select_flags(based))
+    record = based / "base" / "base.json"
+    record.write_text(record.read_text().replace("null", "0.5").replace('"problems": 2', '"problems": 3'))
+    with pytest.raises(UserError, match="selected: base/base.json has changed since this was made from it; .*delete"):
+        tracelift.main(train_flags(based))
+    with pytest.raises(UserError, match="selected: base/base.json has changed"):
+        tracelift.main(select_flags(based))
+
+
+@pytest.mark.parametrize("more, said", [
+    (("--problems", "21"), "--problems 21: .*train.jsonl holds 20; lower it"),
+    (("--group_size", "1"), "group_size"), (("--lowest", "-1"), "lowest")])
+def test_a_selection_that_cannot_be(based, more, said):
+    with pytest.raises(UserError, match=said):
+        tracelift.main(select_flags(based, *more))
+    assert not (based / "selected").exists()
