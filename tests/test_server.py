@@ -602,7 +602,7 @@ def test_the_commands_use_the_server(run_dir, stub, monkeypatch):
     loaded = []
     real = executor.load
     monkeypatch.setattr(executor, "load", lambda *args: loaded.append(args[0]) or real(*args))
-    out = train(settings(run_dir, stub, steps=1, lora_rank=2))
+    out = train(settings(run_dir, stub, steps=1))
     assert [Path(name).name for name in loaded] == ["base"], "the planner"
     made = data.read_settings(out)
     assert (made["executor"], made["executor_model"]) == (stub.url, NAME)
@@ -617,8 +617,9 @@ def test_the_commands_use_the_server(run_dir, stub, monkeypatch):
     said = tracelift.inspect(InspectSettings(run_dir=str(run_dir), device="cpu", planner=out.name, traces=2))
     assert "[Executor.run, verify]" in said and len(stub.bodies) > 3
     with pytest.raises(UserError, match="made with --executor_model 'base', now it is 'other'"):
-        train(settings(run_dir, stub, steps=1, lora_rank=2, executor_model="other"))
-    assert train(settings(run_dir, stub, steps=1, lora_rank=2, executor="http://127.0.0.1:9/v1")) == out
+        train(settings(run_dir, stub, steps=1, executor_model="other"))
+    assert train(settings(run_dir, stub, steps=1, executor="http://127.0.0.1:9/v1")) == out
+    assert lines(train(settings(run_dir, stub, steps=1, lora_rank=2, name="adapter"))) != []
 
 
 def test_a_server_that_nothing_here_was_trained_with_has_no_effect(run_dir):
