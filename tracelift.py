@@ -136,6 +136,9 @@ class Settings:
     max_answer_tokens: int = knob(64, "longest executor output", low=1)
     max_cache_gib: float = knob(executor.CACHE_GIB, "keys and values of one decoding batch, GiB", above=0,
                                 affects_result=False)
+    executor: str = knob("", "http://HOST:PORT/v1 of a server that runs the executor; empty: in process",
+                         affects_result=False)
+    executor_model: str = knob("", "name of the run's base model on that server")
 
 
 @dataclass(frozen=True)
@@ -454,9 +457,15 @@ def planner_folder(s: TrainSettings) -> Path:
     return run_dir / f"planner-{s.name or s.mode + after}-seed{s.seed}"
 
 
+def check_shared(s: Settings) -> None:
+    """UserError for settings that `train`, `int` and `select` share, before anything is read or written."""
+    data.check_settings(s)
+    executor.check_server_flags(s.executor, s.executor_model)
+
+
 def check_train(s: TrainSettings) -> None:
     """UserError for settings that do not go together, or have no effect: whoever sets them expects one."""
-    data.check_settings(s)
+    check_shared(s)
     if "/" in s.name:
         raise UserError(f"--name {s.name!r}: must be a plain name")
     if s.warmup > s.steps:
@@ -617,20 +626,19 @@ class TrainingRun:
 
     def load_roles(self, base: str) -> None:
         """The planner, a copy of the base model or of --init; the frozen executor; with KL the reference policy. With
-        LoRA they are one model, which is the base model while the adapter is off."""
+        LoRA they are one model, which is the base model while the adapter is off; an executor on a server is none of
+        them."""
         s = self.s
-        self.base, self.lora = base, None
+        self.base, self.lora, loaded = base, None, None
         if s.lora_rank:
-            self.planner, self.tokenizer = executor.load_for(s.run_dir, base, self.device)
-            model, tokenizer = self.planner, self.tokenizer
+            self.planner, self.tokenizer = loaded = executor.load_for(s.run_dir, base, self.device)
         else:
             self.planner, self.tokenizer = executor.load_for(s.run_dir, s.init or base, self.device, torch.float32)
-            model, tokenizer = executor.load_for(s.run_dir, base, self.device)
         executor.check_head(self.planner)
         self.reference = self.planner
         if s.beta and not s.lora_rank:
             self.reference = executor.freeze(copy.deepcopy(self.planner))
-        self.executor = frozen_executor(model, tokenizer, s, s.exec_score)
+        self.executor = frozen_executor(s.run_dir, self.device, s, s.exec_score, loaded)
         if s.lora_rank:
             self.lora = executor.Lora(self.planner, s.lora_rank, s.lora_alpha, seed=s.seed)
             print(f"LoRA: the adapted layers hold {self.lora.share:.0%} of the model's weights")
@@ -819,10 +827,13 @@ def who_reads(planner, tokenizer, frozen: Executor | None, s: Settings, traces: 
     """Planner and executor; a trace may be `traces` times as long as a completion."""
     more = traces * s.max_trace_tokens
     readers = [Reader(planner, tokenizer, data.encode_prompt, data.planner_prompt, more, "--max_trace_tokens")]
-    if frozen:
-        readers.append(Reader(frozen.model, frozen.tokenizer, data.encode_prompt, lambda p: data.executor_prompt(p, ""),
-                              more + s.max_answer_tokens, "--max_trace_tokens or --max_answer_tokens"))
-    return readers
+    return readers + [executor_reads(frozen, s, more)] if frozen else readers
+
+
+def executor_reads(frozen: Executor, s: Settings, trace: int) -> Reader:
+    """The executor, which may also be on a server; a trace has at most `trace` tokens."""
+    return Reader(frozen.model, frozen.tokenizer, data.encode_prompt, lambda p: data.executor_prompt(p, ""),
+                  trace + s.max_answer_tokens, "--max_trace_tokens or --max_answer_tokens")
 
 
 def check_lengths(problems: list[Problem], readers: list[Reader]) -> None:
@@ -837,10 +848,16 @@ def check_lengths(problems: list[Problem], readers: list[Reader]) -> None:
                                 "problem out")
 
 
-def frozen_executor(model, tokenizer, s: Settings, exec_score: str = "binary") -> Executor:
-    """The executor as the settings want it."""
-    return Executor(model, tokenizer, max_new_tokens=s.max_answer_tokens, temperature=s.executor_temperature,
-                    exec_score=exec_score, seed=s.seed, max_cache_gib=s.max_cache_gib)
+def frozen_executor(run_dir, device, s: Settings, exec_score: str = "binary", loaded=None) -> Executor:
+    """The executor as the settings want it: on a server, or the base model (`loaded`, where it is there already)."""
+    options = {"max_new_tokens": s.max_answer_tokens, "temperature": s.executor_temperature, "exec_score": exec_score,
+               "seed": s.seed}
+    base = executor.base_of(run_dir)
+    if s.executor_model:
+        tokenizer = executor.tokenizer_for(run_dir, base)
+        return executor.ServedExecutor(s.executor, s.executor_model, base, tokenizer, **options)
+    model, tokenizer = loaded or executor.load_for(run_dir, base, device)
+    return Executor(model, tokenizer, max_cache_gib=s.max_cache_gib, **options)
 
 
 def trained(planner) -> dict[str, torch.nn.Parameter]:
@@ -1168,12 +1185,14 @@ def settings_of_rank_0(ranks: Ranks, argv: list[str]) -> TrainSettings | None:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Settings of `python tracelift.py evaluate`. Lengths, and the executor's temperature, are those that a planner was
-    trained with."""
+    """Settings of `python tracelift.py evaluate`. Lengths, the executor and its temperature are those that a planner
+    was trained with."""
     run_dir: str = knob("runs/tiny-math", "run folder", affects_result=False)
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one", affects_result=False)
     seed: int = knob(0, "of the sampling", low=0)
     problems: int = knob(300, "held-out problems per row", low=1)
+    executor: str = knob("", "URL of the executor's server, where it is not the one of the training",
+                         affects_result=False)
 
 
 @dataclass(frozen=True)
@@ -1184,6 +1203,7 @@ class InspectSettings:
     seed: int = knob(0, "which problem, and the sampling", low=0)
     traces: int = knob(3, "to show", low=2)
     planner: str = knob("", "folder name of a planner in the run; empty: the base model")
+    executor: str = knob("", "URL of the executor's server, where it is not the one of the training")
 
 
 def sampling_settings(folder: Path, run_dir: Path) -> Settings:
@@ -1196,6 +1216,15 @@ def sampling_settings(folder: Path, run_dir: Path) -> Settings:
     known = data.read_settings(made[0]) if made else {}
     names = {f.name for f in fields(Settings)} - {"run_dir", "device", "seed"}
     return known_settings(Settings, {name: known[name] for name in names if name in known}, made[0] if made else folder)
+
+
+def with_server(made: list[Settings], url: str) -> list[Settings]:
+    """The settings of trainings, where they have a server with another URL of it. UserError where none has one."""
+    executor.check_server_flags(url, url)
+    if url and not any(how.executor_model for how in made):
+        raise UserError("--executor has no effect: what is measured here was trained with an executor in process; "
+                        "leave it out")
+    return [replace(how, executor=url) if url and how.executor_model else how for how in made]
 
 
 def known_settings(cls, known: dict, folder: Path):
@@ -1234,17 +1263,20 @@ def evaluate(s: EvalSettings) -> dict[str, dict]:
     planners = sorted(run_dir.glob("planner-*-seed*[0-9]"))
     for folder in planners:
         data.read_settings(folder)                                        # without them nobody knows how it was trained
-    model, tokenizer = executor.load_for(run_dir, base, device)
     read = data.fingerprints(run_dir, *(f"groups/{split}.jsonl" for split in splits), "base/base.json")
-    results = {}
-    for folder in tqdm([run_dir / "base", *sorted(run_dir.glob("int")), *planners], desc="evaluate"):
-        how = sampling_settings(folder, run_dir)
-        asked = {"problems": s.problems, "seed": s.seed, **asdict(replace(how, run_dir="", device="")), "inputs": read}
+    folders = [run_dir / "base", *sorted(run_dir.glob("int")), *planners]
+    made = with_server([sampling_settings(folder, run_dir) for folder in folders], s.executor)
+    results, loaded = {}, None
+    for folder, how in zip(tqdm(folders, desc="evaluate"), made):
+        where = {"run_dir": "", "device": "", "executor": ""}              # no matter where
+        asked = {"problems": s.problems, "seed": s.seed, **asdict(replace(how, **where)), "inputs": read}
         known = read_results(folder, asked)
         if known is None:
-            frozen = frozen_executor(model, tokenizer, replace(how, seed=s.seed))
+            if not how.executor_model:
+                loaded = loaded or executor.load_for(run_dir, base, device)
+            frozen = frozen_executor(run_dir, device, replace(how, seed=s.seed), loaded=loaded)
             for problems in splits.values():
-                check_lengths(problems, who_reads(model, tokenizer, frozen, how))
+                check_lengths(problems, [executor_reads(frozen, how, how.max_trace_tokens)])
             rows = {}
             if folder.name == "base":
                 rows["no trace"] = {f"{name} T=0": success_of(frozen, problems, None, name)
@@ -1255,7 +1287,7 @@ def evaluate(s: EvalSettings) -> dict[str, dict]:
                         for name, problems in splits.items()}
             name = {"base": "base planner", "int": "InT"}.get(folder.name, folder.name)
             own = base if folder.name == "base" else folder
-            rows[name] = evaluate_planner(own, run_dir, splits, frozen, how, s.seed)
+            rows[name] = evaluate_planner(own, run_dir, device, splits, frozen, how, s.seed)
             if folder in planners:
                 rows[name]["cost"] = training_cost(folder / "metrics.jsonl")
             known = {"settings": asked, "rows": rows}
@@ -1289,10 +1321,10 @@ def training_cost(log: Path) -> dict:
         raise UserError(f"{log}: its last line is damaged ({error!r}); delete that line") from None
 
 
-def evaluate_planner(folder, run_dir: Path, splits: dict[str, list[Problem]], frozen: Executor, how: Settings,
+def evaluate_planner(folder, run_dir: Path, device, splits: dict[str, list[Problem]], frozen: Executor, how: Settings,
                      seed: int) -> dict:
     """Measures one planner on every split, greedy and at temperature 1."""
-    planner, tokenizer = load_planner(folder, run_dir, frozen.model.device)
+    planner, tokenizer = load_planner(folder, run_dir, device)
     for problems in splits.values():
         check_lengths(problems, who_reads(planner, tokenizer, frozen, how))
     limit = executor.cache_tokens(planner, how.max_cache_gib)
@@ -1375,9 +1407,9 @@ def inspect(s: InspectSettings) -> str:
     folder = run_dir / (s.planner or "base")
     if not folder.is_dir():
         raise UserError(f"--planner {s.planner}: there is no folder {folder}; leave it out, or name one that is there")
-    how = replace(sampling_settings(folder, run_dir), seed=s.seed)
+    how = replace(with_server([sampling_settings(folder, run_dir)], s.executor)[0], seed=s.seed)
     planner, own_tokenizer = load_planner(folder if s.planner else base, run_dir, device)
-    frozen = frozen_executor(*executor.load_for(run_dir, base, device), how)
+    frozen = frozen_executor(run_dir, device, how)
     check_lengths([problem], who_reads(planner, own_tokenizer, frozen, how))
     rm, mode = None, "uplift_only"                                        # HumanEval and MBPP have no reward model
     if (run_dir / "rm").exists():
@@ -1678,7 +1710,7 @@ def int_sequences(tokenizer, records: list[dict], by_id: dict[str, Problem], see
 def intervene(s: IntSettings) -> Path:
     """The stage: collects interventions and fine-tunes the planner on them. Returns its folder: model, tokenizer,
     interventions.jsonl, int.json."""
-    data.check_settings(s)
+    check_shared(s)
     run_dir = Path(s.run_dir)
     inputs = data.fingerprints(run_dir, "groups/train.jsonl", "base/base.json")
     with data.stage_folder(run_dir / "int", s, inputs) as work:
@@ -1694,7 +1726,7 @@ def learn_interventions(s: IntSettings, run_dir: Path, work: Path) -> None:
     base, by_id = executor.base_of(run_dir), {p.problem_id: p for p in problems}
     planner, tokenizer = executor.load_for(run_dir, base, device, torch.float32)
     executor.check_head(planner)
-    frozen = frozen_executor(*executor.load_for(run_dir, base, device), s)
+    frozen = frozen_executor(run_dir, device, s)
     readers = who_reads(planner, tokenizer, frozen, s, traces=2)          # a beginning, and what continues it
     more = 3 * s.max_trace_tokens                                         # the trace, its numbers, the answer
     readers.append(replace(readers[0], text_of=lambda p: data.intervention_prompt(p, ""), more=more))
@@ -1759,7 +1791,7 @@ def select(s: SelectSettings) -> dict:
     """Tries the base planner on training problems and keeps those whose success lies between the bounds, for
     `train --selected 1`. Held-out problems are in another file. Returns the record, RUN_DIR/selected/selected.json.
     UserError when none is left."""
-    data.check_settings(s)
+    check_shared(s)
     run_dir = Path(s.run_dir)
     out = run_dir / "selected"
     with data.stage_folder(out, s, data.fingerprints(run_dir, "groups/train.jsonl", "base/base.json")) as work:
@@ -1790,7 +1822,7 @@ def try_problems(s: SelectSettings, run_dir: Path, work: Path) -> None:
         raise UserError(f"--problems {s.problems}: {path} holds {len(problems)}; lower it")
     problems, device, base = problems[-s.problems:], executor.pick_device(s.device), executor.base_of(run_dir)
     planner, tokenizer = executor.load_for(run_dir, base, device, torch.float32)
-    frozen = frozen_executor(*executor.load_for(run_dir, base, device), s)
+    frozen = frozen_executor(run_dir, device, s)
     check_lengths(problems, who_reads(planner, tokenizer, frozen, s))
     limit = executor.cache_tokens(planner, s.max_cache_gib)
     done = {json.loads(line)["problem_id"] for line in log.read_text().splitlines()}
