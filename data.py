@@ -86,11 +86,12 @@ class Source:
     """What a source of problems knows: what each role reads, how a trace splits into steps, whether it can be checked,
     which flaws exist. The public functions below ask the source of their problem, and say what comes out.
 
-    This class is real text, read by a pretrained model: nobody can check its traces, and no flaws of them are known.
+    This class is real text, read by a pretrained model: its traces are not checked, and no flaws of them are known.
     The tiny world (section 3) and GSM8K (section 4) override what they know better.
     """
     needs_base_model = False          # True: only a model trained on `base_corpus` speaks this language
     no_step = None                    # the replacement step that means "the trace should have ended here"
+    right_metric = "calculations_right"   # what the share of right traces is called, see `check_trace`
     step_joint = "\n"                 # between a trace and a step that is added to it
     # a line or a sentence ends a step, but "1." opens a list item
     step_end = re.compile(r"\n+|(?<=[.!?])(?<!^\d\.)\s+(?=[A-Z])", re.MULTILINE)
@@ -245,6 +246,22 @@ def encode_letters(tokenizer, text: str, template: str) -> list[int]:
     return [token for ids in encoded for token in ids]
 
 
+SENTENCE = "Mia has 12 coins .\nShe buys 5 more, so she's got: 12 + 5 = 17"
+
+
+def check_tokenizer(tokenizer, folder) -> None:
+    """UserError where it does not cut a sentence as tokenizer.json of the folder says: for some model types transformers
+    builds its own tokenizer from the vocabulary, whatever the file says."""
+    from tokenizers import Tokenizer
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        return
+    wanted = Tokenizer.from_file(str(file)).encode(SENTENCE, add_special_tokens=False).ids
+    if tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] != wanted:
+        raise UserError(f"{file}: transformers reads another tokenizer from this folder; set tokenizer_class in "
+                        "tokenizer_config.json (PreTrainedTokenizerFast takes the file as it is)")
+
+
 def split_steps(problem: Problem, reasoning: str) -> list[str]:
     """The steps of a trace: equations or plan steps in the tiny world, else sentences and lines."""
     parts = source_of(problem).step_end.split(reasoning)
@@ -288,9 +305,16 @@ def splice(problem: Problem, reasoning: str, index: int, step: str = "") -> str:
 
 
 def check_trace(problem: Problem, reasoning: str) -> tuple[bool, bool] | None:
-    """(faithful, leak): is every step right and in its place, and does the trace give the final result away? None
-    where there is no ground truth: outside of the tiny world, and without a reference trace."""
+    """(right, leak): is every step right and in its place (in the tiny world), is every calculation that it states
+    (GSM8K), and does the trace give the final result away? None where nobody can tell: in other text, and in the tiny
+    world without a reference trace."""
     return source_of(problem).check_trace(problem, reasoning)
+
+
+def gives_number(problem: Problem, text: str) -> bool:
+    """Whether the final answer of a math problem stands in a text: 1200 also as $1,200 or 1200.00."""
+    answer = (verify.extract_answer(problem.reference_solution) or problem.reference_solution).replace(",", "")
+    return re.search(rf"(?<![\d.]){re.escape(answer)}(?:\.0+)?(?!\d|\.\d)", text.replace(",", "")) is not None
 
 
 def needs_base_model(problem: Problem) -> bool:
@@ -701,6 +725,7 @@ class Tiny(Source):
     """The language of both domains. The executor continues the planner's prompt and completion, so that one training
     sequence teaches both roles."""
     needs_base_model = True
+    right_metric = "faithful"
     no_step = "stop"
     step_joint = " ; "
     step_end = re.compile(" ; ")
@@ -1210,7 +1235,16 @@ _WRONG_OPERATOR = {"+": "-", "-": "+", "*": "+", "/": "*"}
 
 
 class GSM8K(Source):
-    """Real text whose annotations say what is a calculation: flaws can be made, traces cannot be checked."""
+    """Real text whose annotations say what is a calculation, so flaws can be made; a trace is checked as far as it
+    states calculations."""
+
+    def check_trace(self, problem, reasoning):
+        """(right, leak). right: the trace states a calculation, and all that it states are true. leak: the final number
+        stands in it, and not in the problem. This does not see whether a right calculation is the right one to do, nor
+        what is said in words, and a number that happens to equal the answer counts as a leak."""
+        right = stated_calculations(reasoning)
+        leak = gives_number(problem, reasoning) and not gives_number(problem, problem.problem)
+        return bool(right) and all(right), leak
 
     def flaw(self, problem, kind, rng):
         flawed = perturb(problem, _worked(problem.reference_solution), kind, rng)
@@ -1303,6 +1337,71 @@ def calculate(expression: str) -> Fraction | None:
     except (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
         return None
     return result if abs(result) < 10**15 else None
+
+
+# A side of a calculation in words: amounts, their units, operators, brackets. 5(3) is 5 * 3.
+_AMOUNT = r"(?:\$ ?)?(?:\d+ \d+/\d+(?!\d)|\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)%?"     # $1,200.50, 1 1/2, .5, 30%
+_OPERAND = rf"(?:\( ?){{0,3}}(?:(?<=\()-|^-)?{_AMOUNT}(?: ?\)){{0,3}}"
+_UNIT = r"(?! ?of )(?: ?/? ?[A-Za-z]{2,20}\b){0,6}"                            # 6 miles per hour, $6/hour
+_OPERATOR = r" {0,2}[-+*/xX×·÷−–] {0,2}|(?=\()"
+_SIDE = re.compile(rf"{_OPERAND}(?:{_UNIT}(?:{_OPERATOR}){_OPERAND})*", re.MULTILINE)
+_EQUALS = re.compile(rf"{_UNIT} {{0,2}}= {{0,2}}-?")
+_ONE_SIGN = str.maketrans("×·÷−–", "**/--", "$, ")
+_TEX = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\$": "$", r"\%": "%"}
+_BEGUN = re.compile(r"""(?:                     # before a side, and part of it: nobody knows what it is in whole
+    [\w)?%]\ *(?<!\*)[-+*/×·÷−–^] | \d\*\*       # C + 6, but not a list's "- 6" and not "**6" in bold
+    | [-+*/(=]\ *-                              # 5 + -6
+    | ([\d%)]|\b(half|third|quarter|percent))\ of | \b(x|plus|minus|times|by) | [-+*/(]\ ?\d+\ and
+    )\ *\(*$ | [\w)]$ | \d\ $ | \d:$""", re.VERBOSE)
+_GOES_ON = re.compile(r"""\)*(?:               # the same behind a side
+    \ ?[xyznA-Z]\b | \ *[+*−–^](?!\*)\ *\S | \ *-\ *([^A-Za-z\s]|[a-z]\b)   # 8x, 8 + M, not 8-inch
+    | \ *[/x×÷]\ *([\d(]|[A-Za-z]\b) | :\d | \ \d | \ and\ \(?\$?\d+/\d+\b(?!\ *[-+*/=]))""", re.VERBOSE)
+
+
+def stated_calculations(text: str) -> list[bool]:
+    """Whether each calculation that a text states is true, in their order: "2 * 3 = 6", "4 x $1.50 = 12/2 = $6" (two).
+
+    "3 bags * 5 = 15 apples" is one, "15 = 15" is none, nor is what has variables, mere words or "?" in it. Rounded
+    decimals are true, rounded integers are not: 10/3 = 3.33, but not 3. 30% is 0.3 or 30. Units are not compared. Time
+    is linear in the text."""
+    for spelled, sign in _TEX.items():
+        text = text.replace(spelled, sign)
+    right, before, alone, end = [], [], False, 0                   # before: what the side to the left may mean
+    for match in _SIDE.finditer(text):
+        joint = _EQUALS.fullmatch(text, end, match.start())
+        if not joint or alone and joint[0].lstrip()[0] != "=":     # 2 hours = 120 minutes
+            before = []
+        start, end = match.span()
+        side = match[0]
+        if joint and joint[0].endswith("-"):
+            side = "-" + side
+        begun = not joint and _BEGUN.search(text[max(0, start - 20):start])
+        cut = begun or _GOES_ON.match(text, end) or len(side) > 200
+        readings = [] if cut else _readings(side)
+        if before and readings:
+            right.append(any(a == b or abs(a - b) < max(x, y) for a, x in before for b, y in readings))
+        alone = re.fullmatch(_AMOUNT, side) is not None
+        before = [] if alone and not before else readings          # a calculation begins with an operator
+    return right
+
+
+def _readings(side: str) -> list[tuple[Fraction, Fraction]]:
+    """What a side may mean: values, each with the distance that rounding may have moved it. Empty for what cannot be
+    computed."""
+    side = re.sub(r"(?<![A-Za-z])[xX](?![A-Za-z])", "*", side)
+    side = re.sub(r" ?/? ?[A-Za-z]+", "", side)                    # units
+    side = re.sub(r"/ +(\d+/\d+)", r"/(\1)", side)                # 14 / 1/4 is 14 / (1/4)
+    side = re.sub(r"(\d+) (\d+/\d+)", r"(\1+\2)", side).translate(_ONE_SIGN)
+    side = re.sub(r"(?<=[\d)])(?=\()", "*", side)
+    extra = side.count("(") - side.count(")")                      # of a bracket around the whole: (5 + 3 = 8)
+    side = side.removeprefix("(" * extra).removesuffix(")" * -extra)
+    alone = re.fullmatch(r"-?\d*(\.?)(\d*)%?", side)
+    place = Fraction(1, 10 ** len(alone[2])) if alone and alone[1] else Fraction(0)
+    readings = [(calculate(side.replace("%", "")), place)]
+    if "%" in side:
+        place = (place or int(alone is not None)) / Fraction(100)  # 2/3 = 67%
+        readings.append((calculate(re.sub(r"(\d*\.?\d+)%", r"(\1/100)", side)), place))
+    return [(value, place) for value, place in readings if value is not None]
 
 
 def _show(number: Fraction) -> str:

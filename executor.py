@@ -703,7 +703,6 @@ def load(path_or_name: str, device=None, dtype=None):
 
 def load_tokenizer(path_or_name: str):
     """The tokenizer of a model. UserError for one that cannot be used, or that is not the one in the folder."""
-    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_name)
@@ -713,22 +712,13 @@ def load_tokenizer(path_or_name: str):
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path_or_name}: the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
     try:
-        data.encode_prompt(tokenizer, SENTENCE)
-        data.encode_prompt(tokenizer, SENTENCE + tokenizer.eos_token)              # cut up, around the user's text
+        data.encode_prompt(tokenizer, data.SENTENCE)
+        data.encode_prompt(tokenizer, data.SENTENCE + tokenizer.eos_token)         # cut up, around the user's text
     except Exception as error:                                     # a template is a program of its own
         raise UserError(f"{path_or_name}: the tokenizer's chat template cannot render one user message "
                         f"({_first_line(error)})") from None
-    # For some model types transformers builds its own tokenizer from the vocabulary, whatever the file says.
-    file = Path(path_or_name) / "tokenizer.json"
-    if file.is_file():
-        wanted = Tokenizer.from_file(str(file)).encode(SENTENCE, add_special_tokens=False).ids
-        if tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] != wanted:
-            raise UserError(f"{file}: transformers reads another tokenizer from this folder; set tokenizer_class in "
-                            "tokenizer_config.json (PreTrainedTokenizerFast takes the file as it is)")
+    data.check_tokenizer(tokenizer, path_or_name)
     return tokenizer
-
-
-SENTENCE = "Mia has 12 coins .\nShe buys 5 more, so she's got: 12 + 5 = 17"
 
 
 def _first_line(error) -> str:
@@ -922,19 +912,20 @@ class Lora:
     def __init__(self, model, rank: int, alpha: float, targets=(), seed: int = 0):
         """`targets`: last names of the layers ("q_proj", ...); empty: every linear layer but the head."""
         self.model, self.rank, self.alpha, self.active = freeze(model), rank, alpha, True
-        head, draw = model.get_output_embeddings(), torch.Generator().manual_seed(seed)
+        head, draw = model.get_output_embeddings(), torch.Generator().manual_seed(seed)     # a backbone has no head
         self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)
                        and layer is not head and (not targets or name.rpartition(".")[2] in targets)}
         self.targets = sorted({name.rpartition(".")[2] for name in self.layers})
         if not self.layers or set(targets) - set(self.targets):
             raise UserError(f"LoRA: {model.config.model_type} has no torch.nn.Linear layers "
                             f"{sorted(set(targets) - set(self.targets)) or ''}")
+        self.hooks = []
         for layer in self.layers.values():
             wide, device = layer.in_features, layer.weight.device
             A = (2 * torch.rand(rank, wide, generator=draw) - 1) / math.sqrt(wide)
             layer.lora_A = torch.nn.Parameter(A.to(device))
             layer.lora_B = torch.nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
-            layer.register_forward_hook(self._add)
+            self.hooks.append(layer.register_forward_hook(self._add))
         with torch.no_grad():                                      # a layer that is no plain matrix shows now
             model(input_ids=_some_ids(model, 4)[None], use_cache=False)
 
@@ -964,6 +955,19 @@ class Lora:
         finally:
             self.active = True
 
+    def _merged(self, layer) -> torch.Tensor:
+        """The layer's weight with its adapter's part added, rounded once, to the dtype that it has."""
+        delta = self.alpha / self.rank * layer.lora_B.detach() @ layer.lora_A.detach()
+        return (layer.weight + delta).to(layer.weight.dtype)
+
+    def merge(self) -> None:
+        """The adapter becomes part of the weights, as `save` writes them, and is gone: a plain model is left."""
+        with torch.no_grad():
+            for layer, hook in zip(self.layers.values(), self.hooks):
+                layer.weight.copy_(self._merged(layer))
+                del layer.lora_A, layer.lora_B
+                hook.remove()
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """A and B of every layer under the names that peft gives them."""
         return {f"base_model.model.{name}.lora_{x}.weight": getattr(layer, f"lora_{x}").detach()
@@ -975,8 +979,7 @@ class Lora:
         merged = {name: x.cpu() for name, x in self.model.state_dict().items()           # not a second model on the GPU
                   if not name.endswith((".lora_A", ".lora_B"))}
         for name, layer in self.layers.items():
-            delta = self.alpha / self.rank * layer.lora_B.detach().cpu() @ layer.lora_A.detach().cpu()
-            merged[f"{name}.weight"] = (merged[f"{name}.weight"] + delta).to(layer.weight.dtype)
+            merged[f"{name}.weight"] = self._merged(layer).detach().cpu()
         self.model.save_pretrained(folder, state_dict=merged)
         (Path(folder) / "adapter").mkdir(exist_ok=True)
         save_file({name: x.cpu().contiguous() for name, x in self.state_dict().items()},

@@ -12,6 +12,10 @@ It is trained on TraceLift-Groups, each group with its good trace above its flaw
 
     python rm.py --run_dir runs/tiny-math        # groups/train.jsonl -> rm/, checked on groups/heldout.jsonl
 
+With --lora_rank the backbone is frozen, in bfloat16 where executor.py computes in it, and an adapter and the heads
+learn in float32. At the end the adapter is added to the backbone's weights, which bfloat16 rounds to 8 bits: a change
+of a weight by less than 1/512 of it can be lost. So it is measured after that, as it is saved and loaded.
+
 Shapes: B traces (rows), T tokens, H hidden, D = 5 dimensions, L = 5 labels.
 Folders and state-dict names are those of the public checkpoints. Their code keeps the label values in non-persistent
 buffers, which transformers 5 leaves uninitialised on loading; here constants are made where they are used.
@@ -148,25 +152,35 @@ def read_config(folder: Path) -> dict:
 
 
 def load_folder(cls, folder: Path) -> RubricRewardModel:
-    """Reads the folder, on the CPU in float32."""
+    """Reads the folder, on the CPU. Heads are float32, and so is the backbone, unless it was saved in bfloat16: of 7B a
+    float32 copy would take 28 GB beside the planner instead of 14."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
-    config = read_config(folder)
+    config, state = read_config(folder), {}
     try:
-        model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32,
-                                      attn_implementation="sdpa")
+        for shard in sorted(folder.glob("*.safetensors")):
+            state.update(load_file(shard))
+    except SafetensorError as error:
+        raise _misfit(folder, error) from None
+    kinds = {tensor.dtype for name, tensor in state.items() if name.startswith("model.")}
+    dtype = torch.bfloat16 if kinds == {torch.bfloat16} else torch.float32
+    try:
+        model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:                                            # tokenizers raises Exception itself
         raise UserError(f"{folder}: no backbone or tokenizer can be loaded ({' '.join(str(error).split())[:200]}); "
                         "delete the folder and run rm.py again") from None
-    rm, state = cls(model, tokenizer, config["rm_dimension_names"], config["rm_dimension_weights"]), {}
+    data.check_tokenizer(tokenizer, folder)
+    rm = cls(model, tokenizer, config["rm_dimension_names"], config["rm_dimension_weights"])
     try:
-        for shard in sorted(folder.glob("*.safetensors")):
-            state.update(load_file(shard))
         rm.load_state_dict(state, strict=True)
-    except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: the weights do not fit ({' '.join(str(error).split())[:300]}); delete the folder "
-                        "and run rm.py again") from None
+    except RuntimeError as error:
+        raise _misfit(folder, error) from None
     return rm
+
+
+def _misfit(folder, error) -> UserError:
+    return UserError(f"{folder}: the weights do not fit ({' '.join(str(error).split())[:300]}); delete the folder and "
+                     "run rm.py again")
 
 
 # ------------------------------------------------------------------------------------------------ 3. training
@@ -259,6 +273,30 @@ def measure_ranking(rm, groups: list[dict]) -> dict:
             "pair_accuracy_by_kind": {kind: sum(won) / len(won) for kind, won in sorted(by_kind.items())}}
 
 
+@torch.no_grad()
+def check_backbone(rm: RubricRewardModel) -> None:
+    """UserError, before anything is trained, for a backbone that could not be loaded again (an encoder or a pooler
+    belongs to it), or in which the padding behind a text changes its score."""
+    from transformers import AutoModel
+    refused = f"{rm.model.config.model_type} models cannot be the backbone of a reward model"
+    try:
+        with torch.device("meta"):                                        # names, no numbers
+            wanted = AutoModel.from_config(rm.model.config).state_dict()
+    except ValueError:
+        raise UserError(f"{refused}: transformers has no base model of theirs") from None
+    differ = sorted(wanted.keys() ^ rm.model.state_dict().keys())
+    if differ:
+        raise UserError(f"{refused}: transformers would load it with other weights, such as {differ[0]}")
+    ids = executor._some_ids(rm.model, 12).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    with executor.in_float32(rm.model):
+        rounding = 1e-3 if rm.model.dtype == torch.float32 else 0.1       # of one that is too large for float32
+        alone, padded = rm(ids[1:, :5], mask[1:, :5])[0], rm(ids, mask)[0][1:]
+    if not executor._distance(alone, padded) < rounding:
+        raise UserError(f"{refused}: padding behind a text changes what they compute")
+
+
 @dataclass(frozen=True)
 class RMSettings:
     """Settings of `python rm.py`."""
@@ -270,6 +308,9 @@ class RMSettings:
     learning_rate: float = knob(1e-3, "AdamW; the tiny backbone wants more than a pretrained one", above=0)
     checkpointing: int = knob(0, "1: recompute activations in the backward pass, for memory", choices=(0, 1),
                               affects_result=False)
+    lora_rank: int = knob(0, "0: train all weights; else an adapter of this rank on the frozen base, and the heads",
+                          low=0)
+    lora_alpha: float = knob(32.0, "the adapter's part is scaled by alpha / rank", above=0)
     warmup: int = knob(30, "steps of linear warm-up; then linear decay to 0", low=0)
     nn_weight: float = knob(0.0, "weight of pairs of two flawed traces; off in the paper's code too", low=0)
     max_groups: int = knob(0, "use only this many training groups; 0: all", low=0)
@@ -279,6 +320,8 @@ class RMSettings:
 
 def train_reward_model(s: RMSettings, work: Path) -> dict:
     """Trains the reward model of a run and saves it into `work`, with metrics.json. Returns the held-out metrics."""
+    if s.lora_alpha != RMSettings.lora_alpha and not s.lora_rank:
+        raise UserError("--lora_alpha has no effect without --lora_rank; leave it out")
     torch.manual_seed(s.seed)
     folder = Path(s.run_dir) / "groups"
     groups = data.read_groups(folder / "train.jsonl")[:s.max_groups or None]
@@ -289,11 +332,15 @@ def train_reward_model(s: RMSettings, work: Path) -> dict:
     names = data.DIMENSIONS[tasks.pop()]
     rows = [group_rows(group, names) for group in groups + heldout]      # all are checked before hours
     device = executor.pick_device(s.device)
-    base, tokenizer = executor.load(executor.base_of(s.run_dir), device, torch.float32)
+    base, tokenizer = executor.load(executor.base_of(s.run_dir), device, None if s.lora_rank else torch.float32)
     if s.checkpointing:
         executor.enable_checkpointing(base)
     rm = RubricRewardModel(base.base_model, tokenizer, names).to(device)
     del base                                                              # its head: 2 GiB at 7B
+    check_backbone(rm)
+    if s.lora_rank:
+        lora = executor.Lora(rm.model, s.lora_rank, s.lora_alpha, seed=s.seed)
+        print(f"LoRA: the adapted layers hold {lora.share:.0%} of the backbone's weights")
     for group, own in zip(groups + heldout, rows):
         try:
             rm.encode(own.texts)
@@ -301,7 +348,8 @@ def train_reward_model(s: RMSettings, work: Path) -> dict:
             raise UserError(f"group {group['problem_id']}: {error}; remove it from {folder}, or take a base model with a "
                             "longer context (executor.py --model)") from None
     rows = rows[:len(groups)]
-    optimizer = executor.adamw(rm.parameters(), s.learning_rate, weight_decay=0.01)
+    learning = [p for p in rm.parameters() if p.requires_grad]
+    optimizer = executor.adamw(learning, s.learning_rate, weight_decay=0.01)
     total = max(1, math.ceil(len(rows) * s.epochs / s.groups_per_batch))
     if s.warmup > total and s.warmup != RMSettings.warmup:
         raise UserError(f"--warmup {s.warmup} is longer than the training, {total} steps; lower it")
@@ -333,6 +381,8 @@ def train_reward_model(s: RMSettings, work: Path) -> dict:
         optimizer.zero_grad(set_to_none=True)
         if step % 10 == 0:
             bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
+    if s.lora_rank:
+        lora.merge()
     try:
         rm.eval().score(rows[0].texts[:1])
     except FloatingPointError as error:

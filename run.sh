@@ -83,13 +83,14 @@ case $preset in
     train="--steps 100 --problems_per_step 8 --learning_rate 1e-6 --warmup 10 --micro_tokens 4096 --checkpointing 1
            --max_trace_tokens 256 --max_answer_tokens $answer"
     evaluate="--problems $([ "$preset" = code ] && echo 80 || echo 200)" ;;
-  paper-math | paper-code)                        # the public values, never run here. With all weights in float32 a
-                                                  # 7B reward model takes 118 GiB, so a card of 80 GB needs a smaller
-                                                  # MODEL, or a public reward model put into the run folder as rm/
+  paper-math | paper-code)                        # the public values, never run here. Of paper-code, which trains all
+                                                  # weights of the planner (140 GiB at 7B), a card of 80 GB wants a
+                                                  # smaller MODEL
     data="--source groups --task_type ${preset#paper-} --train 100000 --heldout 200"
     base="--model ${MODEL:-Qwen/Qwen2.5-7B-Instruct} --eval_problems 80 --max_answer_tokens 512"
     base="$base --executor_temperature 0.5"
-    rm="--epochs 3 --groups_per_batch 2 --learning_rate 1e-5 --max_heldout 200 --checkpointing 1"   # LoRA at 1e-4
+    rm="--epochs 3 --groups_per_batch 2 --lora_rank 32 --lora_alpha 64 --learning_rate 1e-4 --max_heldout 200
+        --checkpointing 1"
     int="--problems 200 --group_size 4 --max_trace_tokens 512 --max_answer_tokens 512 --learning_rate 1e-6
          --executor_temperature 0.5 --checkpointing 1"
     train="--steps 600 --group_size 4 --temperature 0.7 --executor_temperature 0.5 --warmup 10 --micro_tokens 4096

@@ -961,6 +961,7 @@ def summarize(outcomes: list[Outcome], group_size: int) -> dict:
     groups = [totals[i:i + group_size] for i in range(0, len(totals), group_size)]
     baselines = [r.without_trace / r.repeats for r in rewards if r.without_trace is not None]
     checks = [c for c in (data.check_trace(o.problem, o.trace) for o in outcomes) if c is not None]
+    right_metric = data.source_of(outcomes[0].problem).right_metric       # faithful in the tiny world
     return {
         "reward": mean(totals),
         "success": mean(o.runs[0].ok if o.runs else None for o in outcomes),   # of the one run that is e2e
@@ -968,8 +969,8 @@ def summarize(outcomes: list[Outcome], group_size: int) -> dict:
         "uplift": mean(r.uplift for r in rewards),                        # success with minus without the trace
         "rm": mean(r.rm for r in rewards),                                # reward model score
         "without_trace": mean(baselines),                                 # the success that uplift subtracts
-        "faithful": mean(faithful for faithful, _ in checks),             # tiny world: every step right, nothing leaks
-        "leak": mean(leak for _, leak in checks),                         # tiny world: states a result or the code
+        right_metric: mean(right for right, _ in checks),                 # every step, or calculation that it states
+        "leak": mean(leak for _, leak in checks),                         # states the final result, or the code
         "groups_without_spread": mean(max(g) == min(g) for g in groups),  # all rewards equal: no gradient
         "reward_spread": mean(statistics.pstdev(g) for g in groups),      # standard deviation inside a group
         "unclosed": mean(not o.closed for o in outcomes),                 # no </reasoning>
@@ -1339,19 +1340,21 @@ def evaluate_planner(folder, run_dir: Path, device, splits: dict[str, list[Probl
 
 
 def success_of(frozen: Executor, problems: list[Problem], traces: list[str] | None, when: str) -> dict:
-    """success of one executor run a problem, and in the tiny world faithful, right_for_wrong_reason and leak, as shares
-    of the traces."""
+    """success of one executor run a problem, and where `data.check_trace` can tell (tiny world, GSM8K) faithful or
+    calculations_right, in the tiny world right_for_wrong_reason, and leak, as shares of the traces."""
     success = frozen.success(problems, traces, 1, when)
     found = {"problems": len(problems), "success": mean(success)}
     checks = [data.check_trace(problem, trace) for problem, trace in zip(problems, traces or [])]
     if checks and None not in checks:
-        found["faithful"] = mean(faithful for faithful, _ in checks)
-        found["right_for_wrong_reason"] = mean(ok and not faithful for ok, (faithful, _) in zip(success, checks))
+        right_metric = data.source_of(problems[0]).right_metric
+        found[right_metric] = mean(right for right, _ in checks)
+        if right_metric == "faithful":                                    # right calculations alone are no reason
+            found["right_for_wrong_reason"] = mean(ok and not right for ok, (right, _) in zip(success, checks))
         found["leak"] = mean(leak for _, leak in checks)
     return found
 
 
-METRICS = ("success", "faithful", "right_for_wrong_reason", "leak", "unclosed")
+METRICS = ("success", "faithful", "calculations_right", "right_for_wrong_reason", "leak", "unclosed")
 COSTS = ("steps", "planner_tokens", "executor_prompt_tokens", "executor_tokens", "program_runs", "seconds")
 
 
@@ -1431,8 +1434,9 @@ def inspect(s: InspectSettings) -> str:
     for i, (trace, r) in enumerate(zip(batch.traces, rewards)):
         lines += ["", f"trace {i}      {trace}"]
         if data.check_trace(problem, trace):
-            faithful, leak = data.check_trace(problem, trace)
-            lines += [f"  truth      faithful: {faithful}, leak: {leak}    [data.check_trace]"]
+            right, leak = data.check_trace(problem, trace)
+            name = data.source_of(problem).right_metric.replace("_", " ")
+            lines += [f"  truth      {name}: {right}, leak: {leak}    [data.check_trace]"]
         lines += [f"  e2e        {show(runs[i][0])}    [Executor.run, verify]"]
         lines += [f"  with it    {show(run)}" for run in runs[i][1:]]
         lines += [f"  uplift     ({r.with_trace} with - {r.without_trace} without) / {r.repeats} = {r.uplift:+.2f}"
@@ -1555,8 +1559,7 @@ def states_answer(problem: Problem, step: str) -> bool:
         return truth[1]
     if problem.task_type == "code":
         return "```" in step or re.search(r"^\s*(def|return|import) ", step, re.MULTILINE) is not None
-    answer = (verify.extract_answer(problem.reference_solution) or problem.reference_solution).replace(",", "")
-    return re.search(rf"(?<![\d.]){re.escape(answer)}(?![\d]|\.\d)", step.replace(",", "")) is not None
+    return data.gives_number(problem, step)
 
 
 def sort_out(problem: Problem, trace: str, completion: str, first_step: str = "keep",

@@ -604,7 +604,7 @@ def save_random_base(folder: Path, shape: Shape, problems, device) -> None:
     """A random model with a tokenizer for the problems. A Llama of the same widths: for Qwen2 transformers insists on
     Qwen2's own tokenizer, whose file is not here. Every id is a word, so that sampled traces are read in full."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    texts = [executor.SENTENCE, data.OPEN, data.CLOSE, "1 2 3 4 5 6 7 8 9 0 = + ?"]
+    texts = [data.SENTENCE, data.OPEN, data.CLOSE, "1 2 3 4 5 6 7 8 9 0 = + ?"]
     for problem in problems:
         texts += [data.planner_prompt(problem), data.executor_prompt(problem, ""), data.rm_text(problem, "")]
     missing = shape.vocab - len(executor.tiny_tokenizer(texts))

@@ -12,6 +12,7 @@ Where the parts come from:
              cached_cast): for all linear layers under the head; the embedding is looked up in float32
   AdamW      fused on CUDA, so that the update needs no temporary copy of all weights (`fused=False` counts one)
   executor   bfloat16, frozen; with LoRA it is the planner's own backbone
+  rm         backbone without head; trained with LoRA it is frozen, saved and loaded in bfloat16, its heads in float32
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,33 +96,40 @@ def learning(numbers: int, fused: bool = True) -> dict[str, int]:
     return parts
 
 
-def memory(s: Shape, rank: int = 16, fused: bool = True) -> dict[str, dict[str, int]]:
+def memory(s: Shape, rank: int = 16, fused: bool = True, rm_rank: int = 32) -> dict[str, dict[str, int]]:
     """Bytes, part by part: of a training of all weights, of one with an adapter, of a reward model that is loaded and
-    of one that is trained, and of one token's keys and values."""
+    of one that is trained, with all weights or an adapter, and of one token's keys and values."""
     executor = BFLOAT16 * model_numbers(s)
     copies = BFLOAT16 * linear_numbers(s)
     adapter = adapter_numbers(s, rank)
     judge = backbone_numbers(s) + reward_heads_numbers(s)
     judge_copies = copies + BFLOAT16 * reward_heads_numbers(s)
+    judge_adapted = adapter_numbers(s, rm_rank) + reward_heads_numbers(s)
+    judge_backbone = BFLOAT16 * backbone_numbers(s)
     return {
         "all weights": learning(model_numbers(s), fused) | {"autocast's copies": copies, "executor": executor},
         "LoRA": learning(adapter, fused) | {"autocast's copies": BFLOAT16 * adapter, "backbone": executor},
         "reward model loaded": {"weights": FLOAT32 * judge},
         "reward model trained": learning(judge, fused) | {"autocast's copies": judge_copies},
+        "reward model of LoRA loaded": {"backbone": judge_backbone, "heads": FLOAT32 * reward_heads_numbers(s)},
+        "reward model of LoRA trained": learning(judge_adapted, fused) | {"autocast's copies": BFLOAT16 * judge_adapted,
+                                                                          "backbone": judge_backbone},
         "keys and values of a token": {"bfloat16": cache_bytes(s, 1)}}
 
 
-def table(rank: int = 16) -> str:
+def table(rank: int = 16, rm_rank: int = 32) -> str:
     """The README's table, as Markdown. GiB, all of it computed. All weights: planner, gradient and AdamW in float32,
     copies by autocast, bfloat16 executor. LoRA: bfloat16 backbone, adapter with gradient and AdamW."""
-    head = ["Qwen2.5", "all weights", f"`--lora_rank {rank}`", "reward model: loaded / trained", "cache, 65,536 tokens"]
+    head = ["Qwen2.5", "all weights", f"`--lora_rank {rank}`", "reward model: loaded / trained",
+            f"the same, `--lora_rank {rm_rank}`", "cache, 65,536 tokens"]
     lines = [row(head), "|---" * len(head) + "|"]
     for name, shape in QWEN.items():
-        parts = memory(shape, rank)
+        parts = memory(shape, rank, rm_rank=rm_rank)
         gib = {title: f"{sum(own.values()) / GIB:.1f}" for title, own in parts.items()}
         token = cache_bytes(shape, 1)
         judge = f"{gib['reward model loaded']} / {gib['reward model trained']}"
-        lines.append(row([name, gib["all weights"], gib["LoRA"], judge, f"{65536 * token / GIB:.2f}"]))
+        adapted = f"{gib['reward model of LoRA loaded']} / {gib['reward model of LoRA trained']}"
+        lines.append(row([name, gib["all weights"], gib["LoRA"], judge, adapted, f"{65536 * token / GIB:.2f}"]))
     return "\n".join(lines) + "\n"
 
 

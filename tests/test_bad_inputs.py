@@ -139,6 +139,7 @@ def check(capsys, command, argv, words, folder: Path, code: int = 2) -> None:
     ("rm", "--epochs 0", ["--epochs 0.0", "above 0"]),
     ("rm", "--epochs 1e250", ["--epochs 1e+250", "at most"]),
     ("rm", "--seed -1", ["--seed -1", "at least 0"]),
+    ("rm", "--lora_alpha 64", ["--lora_alpha", "--lora_rank", "leave it out"]),
     ("rm", "--warmup 77", ["--warmup 77", "2 steps", "lower it"]),
     ("train", "--mode praise", ["--mode 'praise'", "exec_only"]),
     ("train", "--name a/b", ["--name 'a/b'", "plain name"]),
@@ -601,7 +602,7 @@ def test_template_arguments_reach_every_prompt_of_a_run(run_dir, tmp_path, monke
     real, seen = data.encode_prompt, []
 
     def spy(tokenizer, prompt, *more):
-        if not prompt.startswith(executor.SENTENCE):                       # of `load`, about the template itself
+        if not prompt.startswith(data.SENTENCE):                       # of `load`, about the template itself
             seen.append(tokenizer.chat_template)
         return real(tokenizer, prompt, *more)
     monkeypatch.setattr(data, "encode_prompt", spy)

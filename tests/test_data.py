@@ -11,6 +11,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -253,9 +254,66 @@ def test_base_corpus_and_checker_agree_on_the_first_error(task_type):
     assert len(agree) > 60 and sum(agree) > 0.95 * len(agree)
 
 
-def test_no_ground_truth_outside_the_tiny_world():
+@pytest.mark.parametrize("source, task_type", [("mine", "math"), ("humaneval", "code"), ("", "math")])
+def test_no_ground_truth_in_other_text(source, task_type):
     """A made-up True here would look like a measurement."""
-    assert check_trace(Problem("g", "gsm8k", "math", "q", "#### 1", [], "1"), "1") is None
+    assert check_trace(Problem("g", source, task_type, "q", "#### 1", [], "1"), "2 * 3 = 6") is None
+
+
+@pytest.mark.parametrize("text, right", [
+    ("2*3+4 = 10", [True]), ("48/2 = 24.", [True]), ("$5 x 3 = $15", [True]), ("1,200 - 200 = 1,000", [True]),
+    ("3 + 4 = 8", [False]), ("5 + 3 = 8, then 8 + 2 = 11.", [True, False]), ("12 × 4 ÷ 2 – 4 = 20", [True]),
+    ("5 - 8 = -3", [True]), ("-3 + 5 = 2", [True]), ("5 + (-3) = 2", [True]), ("2(3+4)=14", [True]), ("(5 + 3 = 8)", [True]),
+    (r"\(5 \times 3 = 15\)", [True]), (r"\$5 \times 3 = \$16", [False]), ("1 1/2 * 4 = 6", [True]), ("10/4 = 2 1/2", [True]),
+    ("14 / 1/4 = 56", [True]), (".5*4 = 2", [True]), ("0.1 + 0.2 = 0.3", [True]), ("<<48/2=24>>24", [True]),
+    ("3 bags * 5 = 15 apples", [True]), ("6 miles/hour * 2 hours = 13 miles", [False]),                        # units
+    ("2*3 = 6 = 12/2", [True, True]), ("2*3 = 6 = 12/3", [True, False]), ("2*3 = 6 + 4 = 10", [False, True]),    # chains
+    ("x = 5 + 3 = 8", [True]), ("a total of 5 + 3 = 8", [True]), ("- 5 + 3 = 8", [True]), ("**5 + 3 = 8**", [True]),
+    ("Step 1: 5 + 3 = 8", [True]), ("4 - 2 = 2 hours = 120 minutes", [True]), ("5 dozen = 5 * 12 = 60", [True]),
+    ("6*5 = 30 and 60/2 = 31", [True, False]), ("10/4 = 2 and 1/2", []), ("30 x (1 and 1/3) = 40", []),
+    ("10/3 = 3.33", [True]), ("20/3 = 6.66", [True]), ("10/3 = 3.35", [False]), ("10/3 = 3", [False]), ("2.4*1.5 = 3.7", [False]),
+    ("20% * 50 = 10", [True]), ("100% - 20% = 80%", [True]), ("40/50*100 = 80%", [True]), ("2/3 = 67%", [True]),
+    ("2/3 = 60%", [False]), ("26000 / 80% = 32500", [True]),
+    ("48/2 = ?", []), ("5 * ? = 10", []), ("6 = 6", []), ("2 hours = 120 minutes", []), ("5 + 3 equals 8", []), ("", []),
+    ("x + 3 + 2 = 9", []), ("2x + 3 = 9", []), ("3 + 4 = 8x", []), ("3 + 4 = 8 - y", []), ("7:30 + 2 = 9:30", []),
+    ("20% of $50 + 3 = 13", []), ("10 times 3 + 2 = 32", []), ("2^3 + 1 = 9", []), ("2**3 + 1 = 9", []), ("5/0 = 3", []),
+    ("9999999999999999 + 1 = 2", []), (f"{'1+' * 200}1 = 2", []), ("1" * 5000 + " + 1 = 2", []), ("((5 + 3) = 8", [True]), ("1+)2( = 3", [])])
+def test_stated_calculations(text, right):
+    """What a reader would call true; and what cannot be computed as it stands is not counted, rather than called false."""
+    assert data.stated_calculations(text) == right
+
+
+def test_ground_truth_on_real_text():
+    """(right, leak): at least one calculation and all of them true; the final number, unless the problem gives it."""
+    problem = gsm8k_problem()                                      # 6*5 = 30, 48+30 = 78, 78-10 = 68, without a reference
+    for trace, wanted in {"6*5 = 30 and 48+30 = 78, so 78-10 = ?": (True, False), "6*5 = 30 and 48+30 = 79": (False, False),
+                          "6*5 = 31 and 48+31 = 79": (False, False), "Add them, then take 10 away.": (False, False),
+                          "": (False, False), "78-10 = 68": (True, True), "It is $68.00": (False, True),
+                          "168, 68.5, 680 and 1.68": (False, False), "48+5 = 53": (True, False)}.items():
+        assert check_trace(problem, trace) == wanted, trace
+    assert check_trace(gsm8k_problem(final="48"), "48*1 = 48") == (True, False)
+    assert check_trace(gsm8k_problem(final="1,250"), "10*125 = $1250") == (True, True)
+    assert data.source_of(problem).right_metric == "calculations_right"
+
+
+def test_a_slip_is_seen_wherever_it_is_made():
+    problem, rng = gsm8k_problem(), random.Random(0)
+    right = data.strip_annotations(data.hide_result(problem.reference_solution.partition("\n####")[0], "68"))
+    assert check_trace(problem, right) == (True, False)
+    flaws = {data.source_of(problem).flaw(problem, "arithmetic_slip", rng) for _ in range(30)}
+    assert len(flaws) > 6 and {check_trace(problem, flaw)[0] for flaw in flaws} == {False}
+
+
+@pytest.mark.parametrize("piece", ["1+1=2 ", "1+", "(1", "1%", "1 aa bb cc ", "1=", "-1=", "9", "1 1/2 ", " 1  =  ", "$ ", "\n=\n1"])
+def test_hostile_text_takes_linear_time(piece):
+    """A planner may write anything; twice the text must not take four times as long."""
+    assert len(data.stated_calculations(piece * 7)) <= 13          # warm
+    seconds = []
+    for length in (4_000, 40_000):
+        begin = time.perf_counter()
+        data.stated_calculations((piece * length)[:length])
+        seconds.append(time.perf_counter() - begin)
+    assert seconds[1] < max(35 * seconds[0], 0.3), seconds         # quadratic: 100 times
 
 
 @pytest.mark.parametrize("task_type", TASKS)

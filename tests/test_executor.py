@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 import bench_decoding
 import data
 import executor
+import rm
 import verify
 from data import BaseExample, Problem, UserError
 from executor import IGNORE, Completions, Executor, base_sequence, draws, finetune, generate, sample, token_logits
@@ -508,8 +509,42 @@ def compare_gradient(model):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()) + 1e-6)
 
 
+@torch.no_grad()
+def compare_score(model, folder):
+    """A reward model on this backbone: ragged rows, padded on the right, against each row alone and against its heads on
+    the last hidden state that transformers gives of the whole model; then saved and loaded."""
+    judge = rm.RubricRewardModel(model.base_model, executor.tiny_tokenizer(["a b"]), ["clear", "right"]).eval()
+    rm.check_backbone(judge)
+    for head in (*judge.dimension_heads, judge.total_head):
+        torch.nn.init.normal_(head.weight, std=0.3)
+    ids = executor.pad(RAGGED, PAD, "cpu")
+    mask = executor.pad([[1] * len(row) for row in RAGGED], 0, "cpu")
+    labels, total = judge(ids, mask)
+    assert labels.std() > 0.05 and total.std() > 0.05, "or nothing could be mixed up"
+    for n, row in enumerate(RAGGED):
+        alone = torch.tensor([row])
+        last = model(input_ids=alone, use_cache=False, output_hidden_states=True).hidden_states[-1][:, -1]
+        wanted = torch.stack([head(last) for head in judge.dimension_heads], dim=1), judge.total_head(last)[0]
+        for found in (labels[n:n + 1], total[n:n + 1]), judge(alone, torch.ones_like(alone)):
+            assert all(torch.allclose(f, w, atol=1e-4 * float(labels.abs().max())) for f, w in zip(found, wanted))
+    judge.save_pretrained(folder)
+    again = rm.RubricRewardModel.from_pretrained(folder)(ids, mask)
+    assert torch.equal(again[0], labels) and torch.equal(again[1], total)
+
+
+@pytest.mark.parametrize("kind, reason", [("bert", "other weights, such as pooler.dense"), ("bart", "other weights"),
+                                          ("llama4_text", "other weights"), ("trocr", "no base model of theirs"),
+                                          ("cpmant", "padding behind a text")])
+def test_a_backbone_that_could_not_score_is_refused_by_name(kind, reason):
+    """Before hours of training, not when it is loaded."""
+    more = {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 1} if kind == "llama4_text" else {}
+    judge = rm.RubricRewardModel(tiny_of(kind, **more).base_model, None, ["clear"])
+    with pytest.raises(UserError, match=f"{kind} models cannot be the backbone of a reward model: .*{reason}"):
+        rm.check_backbone(judge)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_families_decode_as_transformers_does(kind, capsys):
+def test_families_decode_and_score_as_transformers_does(kind, capsys, tmp_path):
     model = tiny_of(kind)
     executor.check_decoding(model, kind)
     assert not getattr(model, "decode_alone", False) and not capsys.readouterr().out
@@ -517,6 +552,7 @@ def test_families_decode_as_transformers_does(kind, capsys):
     assert len({tuple(row) for row in whole}) == len(RAGGED)
     compare_family(model, kind, whole)
     compare_gradient(model)
+    compare_score(model, tmp_path)
 
 
 def test_the_text_part_of_a_model_that_also_sees_decodes():
@@ -549,10 +585,12 @@ def test_families_that_keep_their_state_elsewhere_are_refused_by_name(kind):
 
 
 @pytest.mark.slow
-def test_every_family_of_the_installed_transformers(capsys):
-    """Equal, equal without padding, or refused by name: nothing is wrong in silence. Prints the matrix."""
+def test_every_family_of_the_installed_transformers(capsys, tmp_path):
+    """Equal, equal without padding, or refused by name: nothing is wrong in silence. Prints the matrix, first of decoding,
+    then of the scores of a reward model on each backbone that decodes."""
     names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    matrix = {"equal": [], "equal without padding": [], "refused": [], "wrong in silence": [], "no tiny model": []}
+    matrix = {"equal": [], "equal without padding": [], "refused": [], "wrong in silence": [], "no tiny model": [],
+              "score equal": [], "score refused": [], "score wrong in silence": []}
     for kind in sorted(names):
         whole = None
         for sizes in ({}, {"head_dim": None}, {"num_key_value_heads": 4}, {"num_key_value_heads": None},
@@ -576,10 +614,18 @@ def test_every_family_of_the_installed_transformers(capsys):
             matrix["equal without padding" if getattr(model, "decode_alone", False) else "equal"].append(kind)
         except AssertionError as error:
             matrix["wrong in silence"].append(f"{kind} {str(error)[:300]}")
+        try:
+            compare_score(model, tmp_path / kind)
+            matrix["score equal"].append(kind)
+        except UserError as error:
+            matrix["score refused"].append(f"{kind} ({str(error).partition(': ')[2]})")
+        except Exception as error:
+            matrix["score wrong in silence"].append(f"{kind} {error!r:.300}")
     with capsys.disabled():
         for outcome, kinds in matrix.items():
             print(f"\n{outcome} ({len(kinds)}): {', '.join(kinds)}")
     assert len(matrix["equal"]) > 100 and not matrix["wrong in silence"]
+    assert len(matrix["score equal"]) > 100 and not matrix["score wrong in silence"]
 
 
 def test_no_warning_of_transformers_comes_from_our_own_calls(tiny, caplog):
@@ -1007,6 +1053,21 @@ def test_save_merged_and_for_peft(tiny, model, tmp_path):
         executor.Lora.load(again, folder / "adapter")
         with torch.no_grad():
             assert torch.equal(again(IDS).logits, changed(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_merged_in_place(model, tmp_path, dtype):
+    """A plain model that computes the same, with the weights that `save` writes; also of a backbone without a head."""
+    changed, lora = adapted(copy.deepcopy(model).to(dtype).model)
+    want = changed(IDS).last_hidden_state
+    lora.save(tmp_path, "base")
+    lora.merge()
+    assert changed.state_dict().keys() == model.model.state_dict().keys()
+    assert not any(layer._forward_hooks for layer in changed.modules())
+    assert executor._distance(want, changed(IDS).last_hidden_state) < (1e-5 if dtype == torch.float32 else 0.05)
+    saved = type(changed).from_pretrained(tmp_path, dtype=dtype)
+    assert all(torch.equal(x, saved.state_dict()[name]) and x.dtype == dtype for name, x in changed.state_dict().items())
 
 
 def test_an_adapter_says_how_much_it_reaches(model):

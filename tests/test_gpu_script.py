@@ -114,6 +114,23 @@ def test_a_reward_model(small, tiny):
     assert counter.bytes == parts["reward model trained"]["autocast's copies"]
 
 
+def test_a_reward_model_with_an_adapter(small, tiny):
+    """Before and after the adapter is merged: what is trained, and what is saved and loaded."""
+    shape, model = small
+    lora = executor.Lora(model.bfloat16().base_model, rank=4, alpha=8.0)
+    judge = rm.RubricRewardModel(model.base_model, tiny[2], data.DIMENSIONS["math"])
+    want = memory_table.memory(shape, rm_rank=4)["reward model of LoRA trained"]
+    assert nbytes(p for p in judge.parameters() if p.requires_grad) == want["weights"]
+    assert nbytes(p for p in judge.parameters() if not p.requires_grad) == want["backbone"]
+    ids = torch.arange(12).view(2, 6)
+    counter = Casts(judge.parameters())
+    with counter, torch.autocast("cpu", torch.bfloat16):
+        judge(ids, torch.ones_like(ids))
+    assert counter.bytes == want["autocast's copies"]
+    lora.merge()
+    assert nbytes(judge.parameters()) == sum(memory_table.memory(shape)["reward model of LoRA loaded"].values())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_keys_and_values(small, dtype):
     """The layers of the decoder, filled, and what `cache_tokens` says of a budget."""
@@ -140,7 +157,10 @@ def test_the_table_adds_the_parts_up():
     heads = 26 * 2049
     trained = 16 * (everything + heads) + 2 * (linear + heads)
     assert cells[3] == f"{4 * (everything + heads) / 2**30:.1f} / {trained / 2**30:.1f}"
-    assert cells[4] == "2.25"
+    adapter = 2 * adapter + heads
+    backbone = 2 * everything
+    assert cells[4] == f"{(backbone + 4 * heads) / 2**30:.1f} / {(backbone + 18 * adapter) / 2**30:.1f}"
+    assert cells[5] == "2.25"
     temporary = memory_table.memory(QWEN["3B"], fused=False)["all weights"]["AdamW's temporary"]
     assert temporary == 4 * everything
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import data
@@ -151,6 +152,14 @@ def test_no_folder_and_no_weights_are_user_errors(folder, tmp_path):
         RubricRewardModel.from_pretrained(tmp_path / "nothing", CPU)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError):
+        RubricRewardModel.from_pretrained(folder, CPU)
+
+
+def test_a_tokenizer_that_took_the_place_of_another_is_found(folder, monkeypatch):
+    """As transformers does for some model types (Qwen2), without a word: every score would be of other text."""
+    other = executor.tiny_tokenizer(["quite other words"])
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: other)
+    with pytest.raises(UserError, match="reads another tokenizer"):
         RubricRewardModel.from_pretrained(folder, CPU)
 
 
@@ -447,6 +456,61 @@ def test_training_beats_chance_and_saves_what_it_measured(copied, capsys):
     for flag, value in ("epochs", "1"), ("negatives_per_visit", "2"), ("nn_weight", "0.5"):
         with pytest.raises(UserError, match=flag):
             rm_module.main([*argv, f"--{flag}", value])
+
+
+def losses_of(monkeypatch):
+    """The losses of all later steps."""
+    losses, real = [], rm_module.rm_loss
+    monkeypatch.setattr(rm_module, "rm_loss", lambda *args: (losses.append(real(*args)), losses[-1])[1])
+    return losses
+
+
+def test_an_adapter_and_heads_learn_on_a_frozen_backbone(copied, monkeypatch):
+    """The loss falls, pairs come out better than guessed, nothing but the adapted weights has changed, by no more than
+    an adapter can; the folder is that of any reward model, and what was measured is what was saved."""
+    losses, learned, adamw = losses_of(monkeypatch), [], executor.adamw
+    monkeypatch.setattr(executor, "adamw", lambda p, *a, **k: (learned.extend(p), adamw(p, *a, **k))[1])
+    rm_module.main(["--run_dir", str(copied), "--epochs", "12", "--learning_rate", "1e-2", "--max_heldout", "60",
+                    "--device", "cpu", "--lora_rank", "4", "--lora_alpha", "16"])
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    metrics = json.loads((copied / "rm" / "metrics.json").read_text())
+    assert metrics["pair_accuracy"] > 0.65, metrics
+    base, after = load_file(copied / "base" / "model.safetensors"), load_file(copied / "rm" / "model.safetensors")
+    before = {name: base[name] for name in after if name.startswith("model.")}
+    assert {name for name in after if "head" not in name} == before.keys()
+    for name, tensor in before.items():
+        change = after[name] - tensor
+        if "proj" in name:
+            assert 0 < torch.linalg.matrix_rank(change, rtol=1e-4) <= 4, name
+        else:
+            assert not change.any(), name
+    assert sum(p.numel() for p in learned) == 26 * 33 + 4 * sum(sum(x.shape) for n, x in before.items() if "proj" in n)
+    heldout = data.read_groups(copied / "groups" / "heldout.jsonl")
+    again = measure_ranking(RubricRewardModel.from_pretrained(copied / "rm", CPU), heldout)
+    assert again == {key: metrics[key] for key in again}
+
+
+def test_a_backbone_in_bfloat16_is_trained_saved_and_loaded_in_it(prepared, tmp_path, monkeypatch):
+    """As a large one is on a GPU: the adapter learns in float32, the heads stay in it, and nothing is loaded in float32
+    that was saved in 16 bits."""
+    monkeypatch.setattr(executor, "work_dtype", lambda model: torch.bfloat16)
+    losses, learned, adamw = losses_of(monkeypatch), [], executor.adamw
+    monkeypatch.setattr(executor, "adamw", lambda p, *a, **k: (learned.extend(p), adamw(p, *a, **k))[1])
+    s = settings(prepared, lora_rank=4, epochs=4.0, learning_rate=1e-2, checkpointing=1)
+    metrics = train(s, tmp_path / "rm")
+    assert {p.dtype for p in learned} == {torch.float32} and sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    state = load_file(tmp_path / "rm" / "model.safetensors")
+    assert all(x.dtype == (torch.float32 if "head" in name else torch.bfloat16) for name, x in state.items())
+    base = load_file(prepared / "base" / "model.safetensors")
+    assert torch.equal(state["model.embed_tokens.weight"], base["model.embed_tokens.weight"].bfloat16())
+    loaded = RubricRewardModel.from_pretrained(tmp_path / "rm", CPU)
+    assert loaded.model.dtype == torch.bfloat16 and loaded.total_head.weight.dtype == torch.float32
+    again = measure_ranking(loaded, data.read_groups(prepared / "groups" / "heldout.jsonl"))
+    assert again == {key: metrics[key] for key in again}
+    exact = RubricRewardModel.from_pretrained(tmp_path / "rm", CPU).float()
+    texts = [rows for g in data.read_groups(prepared / "groups" / "heldout.jsonl") for rows in group_rows(g, loaded.dimension_names).texts]
+    apart = (loaded.score(texts)[0] - exact.score(texts)[0]).abs().max()
+    assert 0 < apart < 0.02, "what 16 bits cost in a score"
 
 
 def bank(flawed, good=1):

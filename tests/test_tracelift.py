@@ -1268,7 +1268,7 @@ def test_programs_without_reference_traces(prepared, tmp_path):
     said = command(executor, "--run_dir", run_dir, *SMALL, "--model", prepared[0] / "base", "--eval_problems", 2)
     assert "no trace: 0.00" in said and "reference trace: not measured" in said
     out = train(settings(run_dir, mode="exec_only", steps=1, lora_rank=2))
-    assert lines(out)[0]["program_runs"] == 8 and lines(out)[0]["faithful"] is None
+    assert lines(out)[0]["program_runs"] == 8 and lines(out)[0]["calculations_right"] is None
     command(tracelift, "evaluate", "--run_dir", run_dir, "--device", "cpu", "--problems", 2)
     rows = set(rows_of((run_dir / "results.md").read_text()))
     assert {"no trace", "base planner", "exec_only"} <= rows and "reference trace" not in rows
@@ -1435,6 +1435,26 @@ def test_success_by_hand(prepared):
     found = tracelift.success_of(Fixed(), problems, [good[0], good[1], leaks[2], "nonsense"], "")
     assert found == {"problems": 4, "success": 0.75, "faithful": 0.5, "right_for_wrong_reason": 0.5, "leak": 0.25}
     assert tracelift.success_of(Fixed(), problems, None, "") == {"problems": 4, "success": 0.75}
+
+
+def test_calculations_right_by_hand():
+    """On GSM8K under its own name, which the table shows; a right calculation is no right reason."""
+    problems = [dataclasses.replace(REAL, problem_id=f"r{i}") for i in range(4)]
+    traces = ["1,200 + 34 = ?", "1,200 + 34 = 1234", "600 * 2 = 1200 eggs.", "600 * 2 = 1300"]
+
+    class Fixed:
+        def success(self, problems, traces, repeats, when):
+            return [1, 0, 1, 1]
+    found = tracelift.success_of(Fixed(), problems, traces, "")
+    assert found == {"problems": 4, "success": 0.75, "calculations_right": 0.5, "leak": 0.25}
+    row = rows_of(table({"base planner": {"heldout T=0": found}}))["traces from"][0]
+    assert row == ["seeds", "success", "calculations right", "leak"]
+    mixed = [problems[0], dataclasses.replace(REAL, source="mine")]
+    assert tracelift.success_of(Fixed(), mixed, traces[:2], "").keys() == {"problems", "success"}, "not of half of them"
+    batch = SimpleNamespace(problems=mixed, traces=traces[1:3], closed=[True] * 2, truncated=[False] * 2,
+                            completions=Completions([[1]] * 2, [[0.0]] * 2))
+    found = tracelift.summarize([Reward(None, None, None, None, None, 0.0)] * 2, [[]] * 2, batch, 2)
+    assert found["calculations_right"] == found["leak"] == 1.0 and "faithful" not in found
 
 
 def evaluation(run_dir, **changes):
