@@ -76,6 +76,7 @@ class Problem:
     reference_reasoning: str | None = None       # a good trace, without the final answer and without code
     kind: str = ""                               # what a public record calls its type, "algorithm"; else as task_type
     constraints: str = ""                        # tests or constraints as text, for the reward model to read
+    first_sample: int = 0                        # how many of its traces in this step another process has (torchrun)
 
 
 OPEN, CLOSE = "<reasoning>", "</reasoning>"

@@ -7,8 +7,9 @@ first training step to the last.
 Shapes: N prompts, R rows (all samples of all prompts), P tokens of the longest prompt, L slots, V vocabulary,
 B sequences, T tokens, M selected positions, H hidden, K executor runs.
 
-Sections 1 and 2 are to be read. 3 to 7 (checks, scoring and supervised training, loading, LoRA, the tiny base model)
-are there to look things up in. Sections 1 and 3, the decoder, need nothing of ours: copy them, imports included.
+Sections 1 and 2 are to be read. 3 to 8 (checks, scoring and supervised training, loading, LoRA, an executor on a
+server, the tiny base model) are there to look things up in. Sections 1 and 3, the decoder, need nothing of ours: copy
+them, imports included.
 
     python executor.py --run_dir runs/tiny-math                            # trains the tiny base model
     python executor.py --run_dir runs/gsm8k-math --model Qwen/Qwen2.5-0.5B-Instruct
@@ -263,13 +264,15 @@ class Executor:
 
     def __init__(self, model, tokenizer, *, max_new_tokens: int, temperature: float = 0.7, exec_score: str = "binary",
                  seed: int = 0, max_cache_gib: float = CACHE_GIB):
-        self.model, self.tokenizer = freeze(model), tokenizer
+        self.tokenizer = tokenizer
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.exec_score, self.seed = exec_score, seed
-        self.eos_ids = eos_ids(model, tokenizer)
-        self.max_cache_tokens = cache_tokens(model, max_cache_gib)
         self.spent = {"executor_prompt_tokens": 0, "executor_tokens": 0, "program_runs": 0}
-        self._baseline: dict[tuple[str, int], int] = {}
+        self._baseline = {}                       # (problem_id, K): successes of K runs without a trace
+        if model is not None:                     # None: it is on a server, section 7
+            self.model = freeze(model)
+            self.eos_ids = eos_ids(model, tokenizer)
+            self.max_cache_tokens = cache_tokens(model, max_cache_gib)
 
     def run(self, problems: list[Problem], traces: list[str | None] | None, repeats: int | list[int],
             when: str = "") -> list[list[Run]]:
@@ -282,21 +285,26 @@ class Executor:
         names = self._names(problems, traces, repeats, when)
         texts = [data.executor_prompt(p, t) for p, t in zip(problems, traces)]
         prompts = [data.encode_prompt(self.tokenizer, text) for text in texts]
+        outputs = self._write(prompts, repeats, names)
+        self.spent["executor_prompt_tokens"] += sum(map(len, prompts))
+        repeated = [p for p, K in zip(problems, repeats) for _ in range(K)]
+        judged = iter(self._judge(repeated, outputs))
+        runs = [list(itertools.islice(judged, K)) for K in repeats]
+        for problem, trace, own in zip(problems, traces, runs):
+            if trace is None:
+                self._baseline[problem.problem_id, len(own)] = sum(run.ok for run in own)
+        return runs
+
+    def _write(self, prompts, repeats, names) -> list[str]:
+        """What the executor writes in repeats[n] runs of prompt n, each with the random numbers of its own name."""
         try:
             completions = generate(self.model, prompts, num_samples=repeats, max_new_tokens=self.max_new_tokens,
                                    temperature=self.temperature, eos_id=self.eos_ids,
                                    draws=draws(names, self.max_new_tokens), max_cache_tokens=self.max_cache_tokens)
         except ContextError as error:
             raise UserError(f"the executor: {error}") from None
-        self.spent["executor_prompt_tokens"] += sum(map(len, prompts))
         self.spent["executor_tokens"] += sum(map(len, completions.tokens))
-        repeated = [p for p, K in zip(problems, repeats) for _ in range(K)]
-        judged = iter(self._judge(repeated, decode_text(self.tokenizer, completions.tokens)))
-        runs = [list(itertools.islice(judged, K)) for K in repeats]
-        for problem, trace, own in zip(problems, traces, runs):
-            if trace is None:
-                self._baseline[problem.problem_id, len(own)] = sum(run.ok for run in own)
-        return runs
+        return decode_text(self.tokenizer, completions.tokens)
 
     def _names(self, problems, traces, repeats, when: str) -> list[str]:
         """What the random numbers of each run are a function of. A problem's traces are its samples 0, 1, ...; a run
@@ -305,7 +313,7 @@ class Executor:
         for problem, trace, K in zip(problems, traces, repeats, strict=True):
             name = f"alone {self.seed} {problem.problem_id}"
             if trace is not None:
-                sample = seen.get(problem.problem_id, 0)
+                sample = seen.get(problem.problem_id, problem.first_sample)
                 seen[problem.problem_id] = sample + 1
                 name = f"run {self.seed} {when} {problem.problem_id} {sample}"
             names += [f"{name} {k}" for k in range(K)]
@@ -384,6 +392,11 @@ def check_arguments(model, prompts, samples, new: int, temperature: float, draws
                          "max_new_tokens >= 1, temperature >= 0")
     if draws is None or len(draws) != sum(samples) or draws.shape[1] < new:
         raise ValueError("draws: one number per row and new token is needed at a temperature > 0, or a generator")
+    check_context(model, prompts, new)
+
+
+def check_context(model, prompts, new: int) -> None:
+    """ContextError for a prompt that leaves no room for `new` tokens."""
     longest = max(map(len, prompts), default=0)
     if longest + new > context_of(model):
         raise ContextError(f"a prompt of {longest} tokens and {new} new ones exceed the model's context of "
@@ -862,6 +875,13 @@ def load_for(run_dir, path_or_name, device=None, dtype=None):
     return model, tokenizer
 
 
+def tokenizer_for(run_dir, path_or_name):
+    """The tokenizer that `load_for` gives, without the model."""
+    tokenizer = load_tokenizer(str(path_or_name))
+    set_template_arguments(tokenizer, _base_record(run_dir).get("chat_template_kwargs") or {})
+    return tokenizer
+
+
 def set_template_arguments(tokenizer, arguments: dict) -> None:
     """Puts arguments into the chat template itself, so that every prompt has them, and planners are saved with them."""
     for name, value in arguments.items():
@@ -997,7 +1017,336 @@ class Lora:
             own[name].copy_(saved[name])
 
 
-# ---------------------------------------------------------- 7. the tiny base model, cold start, and the command
+# ------------------------------------------------------------------------ 7. the frozen executor on a server
+
+import http.client
+import os
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from types import SimpleNamespace
+
+IN_FLIGHT = 64                                    # requests at once
+PAUSES = (1, 2, 4, 8, 16, 32, 64)                 # seconds before each new try, where the trouble may pass
+TIME_LIMIT = 600.0                                # seconds for one try; twice that, no new one begins
+KEY = "EXECUTOR_API_KEY"                          # the variable of the environment that holds the server's key
+# Digits, code, and letters that few vocabularies hold: other tokenizers cut it into more or fewer tokens.
+SAMPLE = "Mia has 12345 coins .\n\tdef f(x): return x ** 2  # Żółw, 東京, straightforwardness"
+
+
+class ServerError(OSError):
+    """A server that cannot be reached, fails again and again, or answers something else than was asked. `status` is
+    that of HTTP where it refused the request."""
+    status = None
+
+
+class _Trouble(Exception):
+    """What may pass: worth another try, after at least `wait` seconds."""
+    wait = 0.0
+
+
+def split_url(url: str) -> tuple[str, str, int, str]:
+    """(scheme, host, port, path) of http://HOST:PORT/v1. UserError for another form, and for one that may hold
+    secrets, since settings.json shows it."""
+    if re.search("[@?#]", url):
+        raise UserError("--executor: must be http://HOST:PORT/v1 without user, password or query, since settings.json "
+                        f"shows it; the server's key is read from the environment, {KEY}")
+    form = r"(https?)://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::(\d{1,5}))?((?:/[\w.~%-]+)*)/?"
+    found = re.fullmatch(form, url, re.ASCII)
+    port = int(found[3] or {"http": 80, "https": 443}[found[1]]) if found else 0
+    if not 0 < port < 2**16:
+        raise UserError(f"--executor {url!r}: must be http://HOST:PORT/v1, or https")
+    return found[1], found[2], port, found[4]
+
+
+def check_server_flags(url: str, name: str) -> None:
+    """UserError for flags that name no server, before anything is read or written."""
+    if bool(url) != bool(name):
+        raise UserError("--executor and --executor_model go together: a server's URL, and the name of the model there")
+    if url:
+        split_url(url)
+
+
+class Server:
+    """A client of a server that speaks JSON over HTTP; several threads may ask at the same time. The key goes into the
+    header of the requests and nowhere else."""
+
+    def __init__(self, url: str):
+        self.url, (self.scheme, self.host, self.port, self.path) = url, split_url(url)
+        self._key = os.environ.get(KEY, "").strip()
+        if not re.fullmatch("[!-~]*", self._key):
+            raise UserError(f"{KEY}: must be letters, digits and signs, without spaces or line ends")
+        self._stopped, self._told = threading.Event(), False
+        self._connections = set()
+
+    def error(self, reason: str) -> ServerError:
+        """An error in one line, without the key, which the server may have repeated."""
+        reason = reason.replace(self._key, "(key)") if self._key else reason
+        return ServerError(f"the executor's server {self.url}: {' '.join(reason.split())[:400]}")
+
+    def begin(self) -> None:
+        """Begins a round of requests; the last one may have been hung up."""
+        self._stopped.clear()
+        self._told = False
+
+    def hang_up(self) -> None:
+        """Ends the requests of all threads with an error."""
+        self._stopped.set()
+        for connection in list(self._connections):
+            try:
+                connection.sock.shutdown(socket.SHUT_RDWR)         # wakes the thread that reads from it
+            except (OSError, AttributeError):                      # closed, or not open yet: that one sees the event
+                pass
+
+    def ask(self, path: str, body: dict | None = None, *, most: int = 2**22, pauses=()) -> dict:
+        """The JSON object, of at most `most` bytes, that answers a GET or, with a body, a POST. What may pass (429,
+        5xx, dropped connections, silence, damaged JSON) is tried again after each of `pauses` seconds, later where
+        Retry-After says so. ServerError for the rest, and in the end."""
+        end = time.monotonic() + 2 * TIME_LIMIT
+        for tries, pause in enumerate((*pauses, math.inf), 1):
+            try:
+                return self._try(path, body, most)
+            except _Trouble as trouble:
+                pause = max(pause, trouble.wait)
+                if time.monotonic() + pause > end or self._stopped.is_set():
+                    raise self.error(f"{trouble}, tries: {tries}") from None
+                if not self._told:                                 # once a round, not for each request
+                    self._told = True
+                    tqdm.write(f"{self.error(str(trouble))}; tries again in {pause:.0f} s", file=sys.stderr)
+            self._stopped.wait(pause)
+
+    def _try(self, path: str, body: dict | None, most: int) -> dict:
+        kind = http.client.HTTPSConnection if self.scheme == "https" else http.client.HTTPConnection
+        limit, content = 30.0, b""                                 # seconds to connect, and for a GET
+        connection = kind(self.host, self.port, timeout=limit)
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._connections.add(connection)
+        try:
+            connection.connect()
+            if self._stopped.is_set():
+                raise ConnectionError("hung up")
+            limit = TIME_LIMIT if body else limit
+            end = time.monotonic() + limit
+            connection.sock.settimeout(limit)                      # of each piece, so the sum has a limit of its own
+            connection.request("POST" if body else "GET", self.path + path, json.dumps(body) if body else None, headers)
+            response = connection.getresponse()
+            while len(content) <= most and (piece := response.read1(2**16)):
+                content += piece
+                if time.monotonic() > end:
+                    raise TimeoutError
+        except TimeoutError:
+            raise _Trouble(f"no answer in {limit:g} s") from None
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            raise _Trouble(f"no answer ({type(error).__name__}: {error})") from None
+        finally:
+            self._connections.discard(connection)
+            connection.close()
+        if len(content) > most:
+            raise self.error(f"its answer is longer than {most:,} bytes")
+        if response.status != 200:
+            raise self._refusal(path, response, content)
+        try:
+            answer = json.loads(content)
+        except (ValueError, RecursionError):
+            kind = response.headers.get_content_type()
+            raise _Trouble(f"its answer of {len(content):,} bytes ({kind}) is no JSON, or cut off") from None
+        if not isinstance(answer, dict):
+            raise self.error("its answer is no JSON object")
+        return answer
+
+    def _refusal(self, path: str, response, content: bytes) -> Exception:
+        """The error for a status that is not 200."""
+        said = f"{path} answers {response.status} {response.reason}"
+        try:                                                       # {"error": {"message"}}, {"message"}, {"detail"}
+            found = json.loads(content)
+            found = found.get("error", found)
+            found = found.get("message") or found.get("detail") if isinstance(found, dict) else found
+            said += f" ({found})" if found else ""
+        except (ValueError, RecursionError, AttributeError):       # a proxy's page, say
+            pass
+        if response.status in (408, 425, 429) or response.status >= 500:
+            trouble = _Trouble(said)
+            wait = response.headers.get("Retry-After", "").strip()
+            trouble.wait = float(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else 0.0
+            return trouble
+        if response.status in (401, 403):
+            said += f"; put its key into the environment, {KEY}"
+        if response.status == 404 and path == "/models":
+            said += "; the URL of most servers ends in /v1"
+        refusal = self.error(said)
+        refusal.status = response.status
+        return refusal
+
+
+def without_weights(path_or_name: str) -> SimpleNamespace:
+    """What `context_of` and `eos_ids` read of a model: its config and generation_config."""
+    from transformers import AutoConfig, GenerationConfig
+    try:
+        config = AutoConfig.from_pretrained(path_or_name)
+    except Exception as error:                                     # whatever a damaged config.json leads to
+        raise UserError(f"{path_or_name}: its config.json cannot be read ({_first_line(error)})") from None
+    try:
+        generation = GenerationConfig.from_pretrained(path_or_name)
+    except OSError:                                                # there is none
+        generation = GenerationConfig.from_model_config(config)
+    return SimpleNamespace(config=config, generation_config=generation)
+
+
+class ServedExecutor(Executor):
+    """The frozen executor on a server with OpenAI's /v1/completions, such as vLLM or SGLang. It has to serve the run's
+    base model, whose tokenizer and config are all that is loaded here.
+
+    Prompts go out as the ids that the executor in process would read: as text, a trace that spells control tokens could
+    leave its place. Output k of a prompt has seed + k, and the seed is a function of the name that in process the draws
+    are a function of, so a run is as repeatable as the server is. What a server does not answer, or answers with
+    something else than was asked, is ServerError and no output."""
+
+    def __init__(self, url: str, name: str, base: str, tokenizer, **options):
+        """Options of `Executor`. UserError for a server that does not have the model, or takes no ids."""
+        super().__init__(None, tokenizer, **options)
+        self.server, self.name = Server(url), name
+        self.model = without_weights(base)
+        self.eos_ids = eos_ids(self.model, tokenizer)
+        self._find_model()
+        self._check_ids()
+        self.several = self._takes_n()
+        print(f"executor: {name} on {url}" + ("" if self.several else ", a request for each run"))
+
+    def _find_model(self) -> None:
+        models = self.server.ask("/models").get("data")
+        known = [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+        names = [str(model.get("id")) for model in known]
+        if self.name not in names:
+            raise UserError(f"--executor_model {self.name}: {self.server.url} serves {', '.join(names) or 'no model'}")
+        limit = known[names.index(self.name)].get("max_model_len")
+        if type(limit) is int:                                     # the server may keep to a shorter context
+            self.model.config.get_text_config().max_position_embeddings = min(limit, context_of(self.model))
+
+    def _check_ids(self) -> None:
+        """UserError for a server that does not read the ids that it is sent, or has another tokenizer, as far as its
+        counts tell."""
+        ids, reason = data.encode_text(self.tokenizer, SAMPLE), ""
+        body = self._body(ids, 1, 0) | {"max_tokens": 8}
+        try:
+            answer = self.server.ask("/completions", body)
+            read = _count(answer, "prompt_tokens")
+            if read != len(ids):
+                reason = f"{self.server.url} has read {read} tokens where {len(ids)} were sent"
+        except ServerError as error:
+            if error.status not in (400, 422):
+                raise
+            reason = str(error)
+        if reason:
+            raise UserError(f"{reason}; a server must take token ids, as vLLM and SGLang do: as text, a trace that "
+                            "spells control tokens could leave its place")
+        outputs, tokens = self._outputs_in(answer, body)
+        if not outputs[0] and tokens == body["max_tokens"]:
+            raise UserError(f"{self.server.url}: counts {tokens} tokens and returns no text; start it with its "
+                            "tokenizer")
+        try:
+            answer = self.server.ask("/completions", body | {"prompt": SAMPLE})
+        except ServerError as error:
+            if error.status is None:
+                raise
+            return                                                 # it takes ids only
+        theirs, ours = _count(answer, "prompt_tokens"), len(self.tokenizer(SAMPLE)["input_ids"])
+        if abs(theirs - ours) > 1:                                 # a BOS may be in one of them only
+            raise UserError(f"{self.server.url}: cuts a text into {theirs} tokens, the run's base model into {ours}; "
+                            "the server must serve the run's base model")
+
+    def _takes_n(self) -> bool:
+        """Whether one request may ask for several outputs. vLLM refuses it where they are greedy."""
+        body = self._body(data.encode_text(self.tokenizer, SAMPLE), 2, 0) | {"max_tokens": 1}
+        try:
+            answer = self.server.ask("/completions", body)
+        except ServerError as error:
+            if error.status not in (400, 422):
+                raise
+            return False
+        if isinstance(answer.get("choices"), list) and len(answer["choices"]) == 1:
+            return False
+        self._outputs_in(answer, body)
+        return True
+
+    def _body(self, prompt: list[int], n: int, seed: int) -> dict:
+        """The request for n outputs. It names all that shapes the distribution: what it left out, servers would take
+        from the model's generation_config (that of Qwen2.5 has top_p, top_k and a repetition penalty)."""
+        return {"model": self.name, "prompt": prompt, "n": n, "seed": seed, "max_tokens": self.max_new_tokens,
+                "temperature": self.temperature, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
+                "stop_token_ids": self.eos_ids, "skip_special_tokens": True}
+
+    def _write(self, prompts, repeats, names) -> list[str]:
+        try:
+            check_context(self.model, prompts, self.max_new_tokens)
+        except ContextError as error:
+            raise UserError(f"the executor: {error}") from None
+        bodies, row = [], 0
+        for prompt, K in zip(prompts, repeats):
+            seed = random.Random(names[row]).getrandbits(30)       # some servers keep 31 bits
+            row += K
+            if self.several and self.temperature > 0:
+                bodies.append(self._body(prompt, K, seed))
+            else:
+                bodies += [self._body(prompt, 1, seed + k) for k in range(K)]
+        self.server.begin()
+        pool = ThreadPoolExecutor(max(1, min(IN_FLIGHT, len(bodies))))
+        waiting = [pool.submit(self._ask, body) for body in bodies]
+        try:
+            for one in as_completed(waiting):
+                one.result()                                       # the first error ends them all
+        except BaseException:
+            self.server.hang_up()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+        answers = [one.result() for one in waiting]
+        self.spent["executor_tokens"] += sum(tokens for _, tokens in answers)
+        return [output for outputs, _ in answers for output in outputs]
+
+    def _ask(self, body: dict) -> tuple[list[str], int]:
+        most = 2**16 + 2**10 * body["n"] * body["max_tokens"]      # bytes; hardly any token has a hundred
+        answer = self.server.ask("/completions", body, most=most, pauses=PAUSES)
+        return self._outputs_in(answer, body)
+
+    def _outputs_in(self, answer: dict, body: dict) -> tuple[list[str], int]:
+        """The outputs that answer a request, and their tokens in all. ServerError for anything but what was asked. An
+        output may be empty: then the model has ended it at once."""
+        n, most, choices = body["n"], body["max_tokens"], answer.get("choices")
+        if answer.get("model") != self.name:
+            raise self.server.error(f"answers for the model {answer.get('model')!r:.99}, asked for {self.name}")
+        if not isinstance(choices, list) or len(choices) != n or not all(isinstance(x, dict) for x in choices):
+            count = len(choices) if isinstance(choices, list) else "no"
+            raise self.server.error(f"answers with {count} outputs, asked for {n}")
+        by_index = {str(choice.get("index")): choice for choice in choices}
+        if by_index.keys() != set(map(str, range(n))):
+            raise self.server.error(f"numbers {n} outputs {', '.join(by_index):.99}")
+        choices = [by_index[str(k)] for k in range(n)]
+        for choice in choices:
+            if choice.get("finish_reason") not in ("stop", "length"):
+                raise self.server.error(f"an output ended for the reason {choice.get('finish_reason')!r:.99}")
+            if not isinstance(choice.get("text"), str):
+                raise self.server.error(f"an output is no text but {type(choice.get('text')).__name__}")
+        full = sum(choice["finish_reason"] == "length" for choice in choices)
+        tokens, read = _count(answer, "completion_tokens"), _count(answer, "prompt_tokens")
+        if not full * most + n - full <= tokens <= n * most:       # one that ends has at least its end
+            raise self.server.error(f"counts {tokens} tokens in {n} outputs, {full} of them cut at {most}")
+        if read != len(body["prompt"]):
+            raise self.server.error(f"has read {read} tokens of a prompt of {len(body['prompt'])}")
+        return [choice["text"] for choice in choices], tokens
+
+
+def _count(answer: dict, key: str) -> int:
+    """A number of tokens in an answer; -1 where there is none."""
+    usage = answer.get("usage")
+    number = usage.get(key) if isinstance(usage, dict) else None
+    return number if type(number) is int else -1
+
+
+# ---------------------------------------------------------- 8. the tiny base model, cold start, and the command
 
 _TINY_TOKEN = r"</?reasoning>|\n *| ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]"
 

@@ -23,7 +23,7 @@ sections 1 and 2 (decoding, the frozen executor); kernels/reference.py (advantag
 
     python tracelift.py int      --run_dir runs/tiny-math            # optional warm start; then train --init .../int
     python tracelift.py select   --run_dir runs/gsm8k-math           # optional; then train --selected 1
-    python tracelift.py train    --run_dir runs/tiny-math --mode tracelift --seed 0
+    python tracelift.py train    --run_dir runs/tiny-math --mode tracelift --seed 0      # several GPUs: section 6
     python tracelift.py evaluate --run_dir runs/tiny-math            # every planner of the run -> results.md
     python tracelift.py inspect  --run_dir runs/tiny-math            # a problem's traces, rewards and tokens
 """
@@ -38,7 +38,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Callable
@@ -136,6 +136,9 @@ class Settings:
     max_answer_tokens: int = knob(64, "longest executor output", low=1)
     max_cache_gib: float = knob(executor.CACHE_GIB, "keys and values of one decoding batch, GiB", above=0,
                                 affects_result=False)
+    executor: str = knob("", "http://HOST:PORT/v1 of a server that runs the executor; empty: in process",
+                         affects_result=False)
+    executor_model: str = knob("", "name of the run's base model on that server")
 
 
 @dataclass(frozen=True)
@@ -335,7 +338,7 @@ def train(s: TrainSettings) -> Path:
         for step in run.steps():
             # 1. Rollout: the planner writes G traces for each of N problems.
             run.phase("rollout")
-            problems = problems_of_step(run.problems, step, s.problems_per_step, s.seed)
+            problems = run.share(problems_of_step(run.problems, step, s.problems_per_step, s.seed))
             batch = rollout(run.planner, run.tokenizer, problems, s.group_size, s.temperature, s.max_trace_tokens,
                             when=f"{s.seed} {step}", max_cache_tokens=run.max_cache_tokens,
                             learn_truncated=s.truncated == "use")
@@ -354,13 +357,14 @@ def train(s: TrainSettings) -> Path:
 
             # 4. Update: raise the log-probs of sampled tokens where A > 0, lower them where A < 0.
             run.phase("update")
+            num_tokens = run.num_tokens(batch)                            # M; several processes: those of all
             old, ref = run.old_and_reference_logp(batch)                  # None: on-policy (rho is 1); no KL
             updates = []
             for _ in range(s.inner_epochs):
                 health = accumulate_gradient(
                     run.planner, batch, reward, advantage, old, ref, s.group_size, s.micro_tokens, s.weights,
-                    s.max_trace_tokens, temperature=s.temperature, clip_low=s.clip_low, clip_high=s.clip_high,
-                    beta=s.beta, scale=s.scale == "std")
+                    s.max_trace_tokens, num_tokens, s.problems_per_step * s.group_size, temperature=s.temperature,
+                    clip_low=s.clip_low, clip_high=s.clip_high, beta=s.beta, scale=s.scale == "std")
                 health["grad_norm"] = run.update_weights(step)
                 updates.append(health)
 
@@ -383,8 +387,8 @@ def problems_of_step(problems: list[Problem], step: int, problems_per_step: int,
 
 def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: torch.Tensor,
                         old: torch.Tensor | None, ref: torch.Tensor | None, group_size: int, micro_tokens: int,
-                        weights: str, max_len: int, *, temperature: float, clip_low: float, clip_high: float,
-                        beta: float, scale: bool) -> dict:
+                        weights: str, max_len: int, num_tokens: int, num_sequences: int, *, temperature: float,
+                        clip_low: float, clip_high: float, beta: float, scale: bool) -> dict:
     """Adds the gradient of one update to planner's .grad. Returns means over the M tokens: loss (their weighted sum),
     entropy of the next-token distribution, sampler_gap, and None where not measured: kl, the estimate of KL(planner ||
     reference), and clip_share, of tokens where the clip stops the gradient. reward, advantage (B,); old, ref: log-probs
@@ -397,11 +401,15 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
     The loss takes all B rewards, not advantages: each token works out its own group from them, so a micro-batch may cut
     through a group. The advantages here only tell which micro-batches have no gradient, and so no backward pass: those
     where all are 0, without KL. Where no group has spread, .grad stays None, and the optimizer, with its momentum,
-    leaves the planner as it is."""
+    leaves the planner as it is.
+
+    num_tokens and num_sequences are M and B of the whole step. Where several processes share it, a batch is only a part
+    of them, and so are the gradient and the means, which add up over the processes."""
     device = batch.ids.device
-    weight = kernels.token_weights(batch.scored, weights, max_len)[batch.scored].to(device)    # (M,): of the whole step
+    weight = kernels.token_weights(batch.scored, weights, max_len, num_tokens, num_sequences)  # (B, T)
+    weight = weight[batch.scored].to(device)                                                   # (M,)
     reward = reward.to(device)
-    health = Health(tokens=len(batch.target), clip_low=clip_low, clip_high=clip_high)
+    health = Health(num_tokens, clip_low, clip_high)
     planner.train(getattr(planner, "recomputes_activations", False))      # which works in training mode only
     for part in batch.parts(micro_tokens, first=advantage != 0):
         has_tokens = batch.scored[part.rows].any(dim=1)                   # no: cut, and --truncated mask
@@ -449,9 +457,15 @@ def planner_folder(s: TrainSettings) -> Path:
     return run_dir / f"planner-{s.name or s.mode + after}-seed{s.seed}"
 
 
+def check_shared(s: Settings) -> None:
+    """UserError for settings that `train`, `int` and `select` share, before anything is read or written."""
+    data.check_settings(s)
+    executor.check_server_flags(s.executor, s.executor_model)
+
+
 def check_train(s: TrainSettings) -> None:
     """UserError for settings that do not go together, or have no effect: whoever sets them expects one."""
-    data.check_settings(s)
+    check_shared(s)
     if "/" in s.name:
         raise UserError(f"--name {s.name!r}: must be a plain name")
     if s.warmup > s.steps:
@@ -477,13 +491,23 @@ def check_train(s: TrainSettings) -> None:
 @contextmanager
 def training_run(s: TrainSettings):
     """A training, begun or continued; without steps where its planner is there already. Saved when the block ends."""
+    ranks = Ranks()
     check_train(s)
+    if s.problems_per_step < ranks.count:
+        raise UserError(f"--problems_per_step {s.problems_per_step}: fewer than the {ranks.count} processes of "
+                        "torchrun, of which each takes whole problems; raise it, or lower --nproc_per_node")
     inputs = inputs_of(s)
     out = planner_folder(s)
-    finished = reopen(out, s, inputs)
-    with data.stage_folder(out, s, inputs) as work:
+    finished, folder = "", nullcontext()
+    if ranks.rank == 0:                                                   # it alone writes
+        finished = reopen(out, s, inputs)
+        folder = data.stage_folder(out, s, inputs)
+    with folder as work:
+        work = ranks.exchange(work)[0]                                    # from here on there is something to read
         try:
-            run = TrainingRun(s, work)
+            run = TrainingRun(s, work, ranks)
+            if work is not None:
+                ranks.check_equal(inputs, run.state["step"], run.planner)
         except BaseException:
             if finished:                                                  # it cannot go on: it stays what it was
                 data.write_atomic(work / "settings.json", finished)
@@ -493,7 +517,7 @@ def training_run(s: TrainSettings):
             (work / "results.json").unlink(missing_ok=True)
         try:
             yield run
-            if work is not None:
+            if work is not None and ranks.rank == 0:
                 run.save_planner()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped; {run.saved()}") from None
@@ -558,11 +582,11 @@ def refuse_fewer_steps(s: TrainSettings, done: int) -> None:
 class TrainingRun:
     """The roles of one training (planner, executor, reference policy, reward model), its logs and its checkpoint."""
 
-    def __init__(self, s: TrainSettings, work: Path | None):
-        self.s, self.work = s, work
+    def __init__(self, s: TrainSettings, work: Path | None, ranks: "Ranks"):
+        self.s, self.work, self.ranks = s, work, ranks
         if work is None:
             return
-        self.device = executor.pick_device(s.device)
+        self.device = ranks.pick_device(s.device)
         try:
             kernels.check(self.device)
         except (RuntimeError, ValueError) as error:
@@ -594,7 +618,7 @@ class TrainingRun:
         self.state = {"step": 0, "seconds": 0.0, "planner_tokens": 0}
         if (work / "checkpoint.pt").exists():
             self.load_checkpoint()
-        else:                                                             # nothing to continue from: begin afresh
+        elif ranks.rank == 0:                                             # nothing to continue from: begin afresh
             for name in LOGS:
                 (work / name).write_text("")
         self.running, self.seconds = "", {}
@@ -602,20 +626,19 @@ class TrainingRun:
 
     def load_roles(self, base: str) -> None:
         """The planner, a copy of the base model or of --init; the frozen executor; with KL the reference policy. With
-        LoRA they are one model, which is the base model while the adapter is off."""
+        LoRA they are one model, which is the base model while the adapter is off; an executor on a server is none of
+        them."""
         s = self.s
-        self.base, self.lora = base, None
+        self.base, self.lora, loaded = base, None, None
         if s.lora_rank:
-            self.planner, self.tokenizer = executor.load_for(s.run_dir, base, self.device)
-            model, tokenizer = self.planner, self.tokenizer
+            self.planner, self.tokenizer = loaded = executor.load_for(s.run_dir, base, self.device)
         else:
             self.planner, self.tokenizer = executor.load_for(s.run_dir, s.init or base, self.device, torch.float32)
-            model, tokenizer = executor.load_for(s.run_dir, base, self.device)
         executor.check_head(self.planner)
         self.reference = self.planner
         if s.beta and not s.lora_rank:
             self.reference = executor.freeze(copy.deepcopy(self.planner))
-        self.executor = frozen_executor(model, tokenizer, s, s.exec_score)
+        self.executor = frozen_executor(s.run_dir, self.device, s, s.exec_score, loaded)
         if s.lora_rank:
             self.lora = executor.Lora(self.planner, s.lora_rank, s.lora_alpha, seed=s.seed)
             print(f"LoRA: the adapted layers hold {self.lora.share:.0%} of the model's weights")
@@ -632,12 +655,21 @@ class TrainingRun:
         if self.work is None:
             return
         begin, end = self.state["step"], self.s.steps
-        self.bar = tqdm(range(begin, end), initial=begin, total=end, desc=self.work.stem, mininterval=5)
+        self.bar = tqdm(range(begin, end), initial=begin, total=end, desc=self.work.stem, mininterval=5,
+                        disable=self.ranks.rank > 0)
         for step in self.bar:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.s.learning_rate * min(1.0, (step + 1) / max(1, self.s.warmup))
             self.seconds = {}
             yield step
+
+    def share(self, problems: list[Problem]) -> list[Problem]:
+        """Of a step's N problems those that this process tries: all, unless torchrun has started several."""
+        return self.ranks.share(problems, self.s.group_size)
+
+    def num_tokens(self, batch: Batch) -> int:
+        """Tokens in the loss of a step, whose mean it is: M, of all processes."""
+        return sum(self.ranks.exchange(len(batch.target)))
 
     def phase(self, name: str) -> None:
         """From here on the time counts for this phase."""
@@ -659,7 +691,8 @@ class TrainingRun:
 
     def update_weights(self, step: int) -> float:
         """One step of the optimizer. Returns the gradient's norm before clipping. FloatingPointError when it is not
-        finite."""
+        finite. Several processes take the same step, with the gradient of all."""
+        self.ranks.sum_gradients(trained(self.planner).values())
         norm = torch.nn.utils.clip_grad_norm_(self.planner.parameters(), self.s.grad_clip).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"step {step}: the gradient is not finite; {executor.DIVERGED}")
@@ -668,24 +701,32 @@ class TrainingRun:
         return norm
 
     def log(self, step: int, batch: Batch, rewards: list[Reward], runs: list, updates: list[dict]) -> None:
-        """One line of metrics, and about every save_every steps a group to read and a checkpoint."""
+        """One line of metrics, and about every save_every steps a group to read and a checkpoint. Of several processes
+        the first writes, what all have measured, and evaluates, while the others begin the next step; the seconds are
+        its own, those of the update with its waiting for the others' rollouts."""
         self.phase("")
         s, state = self.s, self.state
+        outcomes = self.ranks.join(outcomes_of(batch, rewards, runs))
+        updates = self.ranks.add_up(updates)
+        self.ranks.pool(self.executor, batch.problems)
         state["step"] = step + 1
-        state["seconds"] += sum(self.seconds.values())
-        state["planner_tokens"] += sum(map(len, batch.completions.tokens))
-        line = {"step": step, **summarize(rewards, runs, batch, s.group_size)}
-        line |= {key: mean(update[key] for update in updates) for key in updates[0]}
+        if self.ranks.rank > 0:
+            return
         spent = sum(self.seconds.values())
-        line |= {"learning_rate": self.optimizer.param_groups[0]["lr"],
-                 "tokens_per_second": sum(map(len, batch.completions.tokens)) / spent, **self.executor.spent,
-                 "planner_tokens": state["planner_tokens"], "seconds": state["seconds"], **self.seconds}
+        tokens = sum(o.tokens for o in outcomes)
+        state["seconds"] += spent
+        state["planner_tokens"] += tokens
+        line = {"step": step, **summarize(outcomes, s.group_size)}
+        line |= {key: mean(update[key] for update in updates) for key in updates[0]}
+        line |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / spent,
+                 **self.executor.spent, "planner_tokens": state["planner_tokens"], "ranks": self.ranks.count,
+                 "seconds": state["seconds"], **self.seconds}
         last = step + 1 == s.steps
         if s.eval_every and ((step + 1) % s.eval_every == 0 or last):
             line["heldout_success"] = self.heldout_success()
         append_jsonl(self.work / "metrics.jsonl", [line])
         if step % s.save_every == 0:
-            append_jsonl(self.work / "samples.jsonl", samples(step, rewards, batch, runs, s.group_size))
+            append_jsonl(self.work / "samples.jsonl", samples(step, outcomes[:s.group_size]))
         if (step + 1) % s.save_every == 0 or last:
             self.save_checkpoint()
         shown = {key: line[key] for key in ("reward", "success", "uplift") if line[key] is not None}
@@ -735,7 +776,7 @@ class TrainingRun:
                 for name, parameter in trained(self.planner).items():
                     parameter.copy_(saved["planner"][name])
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.executor.load_state(saved["executor"])
+            self.executor.load_state(self.ranks.own_part(saved["executor"]))
             self.state, logs = saved["state"], saved["logs"]
             refuse_fewer_steps(self.s, self.state["step"])
         except UserError:
@@ -743,6 +784,8 @@ class TrainingRun:
         except Exception as error:                                        # torch's and pickle's are of all kinds
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{path}: cannot be read ({reason}); delete it to begin again") from None
+        if self.ranks.rank > 0:
+            return
         for name, size in logs.items():
             have = os.path.getsize(self.work / name) if (self.work / name).exists() else 0
             if have < size:
@@ -784,10 +827,13 @@ def who_reads(planner, tokenizer, frozen: Executor | None, s: Settings, traces: 
     """Planner and executor; a trace may be `traces` times as long as a completion."""
     more = traces * s.max_trace_tokens
     readers = [Reader(planner, tokenizer, data.encode_prompt, data.planner_prompt, more, "--max_trace_tokens")]
-    if frozen:
-        readers.append(Reader(frozen.model, frozen.tokenizer, data.encode_prompt, lambda p: data.executor_prompt(p, ""),
-                              more + s.max_answer_tokens, "--max_trace_tokens or --max_answer_tokens"))
-    return readers
+    return readers + [executor_reads(frozen, s, more)] if frozen else readers
+
+
+def executor_reads(frozen: Executor, s: Settings, trace: int) -> Reader:
+    """The executor, which may also be on a server; a trace has at most `trace` tokens."""
+    return Reader(frozen.model, frozen.tokenizer, data.encode_prompt, lambda p: data.executor_prompt(p, ""),
+                  trace + s.max_answer_tokens, "--max_trace_tokens or --max_answer_tokens")
 
 
 def check_lengths(problems: list[Problem], readers: list[Reader]) -> None:
@@ -802,10 +848,16 @@ def check_lengths(problems: list[Problem], readers: list[Reader]) -> None:
                                 "problem out")
 
 
-def frozen_executor(model, tokenizer, s: Settings, exec_score: str = "binary") -> Executor:
-    """The executor as the settings want it."""
-    return Executor(model, tokenizer, max_new_tokens=s.max_answer_tokens, temperature=s.executor_temperature,
-                    exec_score=exec_score, seed=s.seed, max_cache_gib=s.max_cache_gib)
+def frozen_executor(run_dir, device, s: Settings, exec_score: str = "binary", loaded=None) -> Executor:
+    """The executor as the settings want it: on a server, or the base model (`loaded`, where it is there already)."""
+    options = {"max_new_tokens": s.max_answer_tokens, "temperature": s.executor_temperature, "exec_score": exec_score,
+               "seed": s.seed}
+    base = executor.base_of(run_dir)
+    if s.executor_model:
+        tokenizer = executor.tokenizer_for(run_dir, base)
+        return executor.ServedExecutor(s.executor, s.executor_model, base, tokenizer, **options)
+    model, tokenizer = loaded or executor.load_for(run_dir, base, device)
+    return Executor(model, tokenizer, max_cache_gib=s.max_cache_gib, **options)
 
 
 def trained(planner) -> dict[str, torch.nn.Parameter]:
@@ -818,7 +870,8 @@ def sample_names(problems: list[Problem], num_samples: int, when: str) -> list[s
     seen, names = Counter(), []
     for problem in problems:
         for _ in range(num_samples):
-            names.append(f"trace {when} {problem.problem_id} {seen[problem.problem_id]}")
+            number = problem.first_sample + seen[problem.problem_id]
+            names.append(f"trace {when} {problem.problem_id} {number}")
             seen[problem.problem_id] += 1
     return names
 
@@ -882,17 +935,36 @@ def mean(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def summarize(rewards: list[Reward], runs: list[list[Run]], batch: Batch, group_size: int) -> dict:
+@dataclass
+class Outcome:
+    """What became of one trace, to be written down."""
+    problem: Problem
+    trace: str
+    closed: bool                  # as in Batch, like `truncated`
+    truncated: bool
+    tokens: int                   # of the completion
+    reward: Reward
+    runs: list[Run]
+
+
+def outcomes_of(batch: Batch, rewards: list[Reward], runs: list[list[Run]]) -> list[Outcome]:
+    """One record for each of the B traces."""
+    lengths = map(len, batch.completions.tokens)
+    columns = (batch.problems, batch.traces, batch.closed, batch.truncated, lengths, rewards, runs)
+    return [Outcome(*row) for row in zip(*columns, strict=True)]
+
+
+def summarize(outcomes: list[Outcome], group_size: int) -> dict:
     """Metrics of a step over its B traces; None where the mode or the data does not tell."""
+    rewards = [o.reward for o in outcomes]
     totals = [r.total for r in rewards]
     groups = [totals[i:i + group_size] for i in range(0, len(totals), group_size)]
     baselines = [r.without_trace / r.repeats for r in rewards if r.without_trace is not None]
-    checks = [c for c in map(data.check_trace, batch.problems, batch.traces) if c is not None]
-    right_metric = data.source_of(batch.problems[0]).right_metric         # faithful in the tiny world
-    lengths = [len(tokens) for tokens in batch.completions.tokens]
+    checks = [c for c in (data.check_trace(o.problem, o.trace) for o in outcomes) if c is not None]
+    right_metric = data.source_of(outcomes[0].problem).right_metric       # faithful in the tiny world
     return {
         "reward": mean(totals),
-        "success": mean(own[0].ok if own else None for own in runs),      # of the one run that is e2e
+        "success": mean(o.runs[0].ok if o.runs else None for o in outcomes),   # of the one run that is e2e
         "e2e": mean(r.e2e for r in rewards),                              # its score: partial for programs
         "uplift": mean(r.uplift for r in rewards),                        # success with minus without the trace
         "rm": mean(r.rm for r in rewards),                                # reward model score
@@ -901,19 +973,16 @@ def summarize(rewards: list[Reward], runs: list[list[Run]], batch: Batch, group_
         "leak": mean(leak for _, leak in checks),                         # states the final result, or the code
         "groups_without_spread": mean(max(g) == min(g) for g in groups),  # all rewards equal: no gradient
         "reward_spread": mean(statistics.pstdev(g) for g in groups),      # standard deviation inside a group
-        "unclosed": mean(not closed for closed in batch.closed),          # no </reasoning>
-        "truncated": mean(batch.truncated),                               # cut at the limit
-        "trace_tokens": mean(lengths),
-        "longest_trace": max(lengths)}
+        "unclosed": mean(not o.closed for o in outcomes),                 # no </reasoning>
+        "truncated": mean(o.truncated for o in outcomes),                 # cut at the limit
+        "trace_tokens": mean(o.tokens for o in outcomes),
+        "longest_trace": max(o.tokens for o in outcomes)}
 
 
-def samples(step: int, rewards: list[Reward], batch: Batch, runs: list[list[Run]], group_size: int) -> list[dict]:
-    """The first problem's group, for a person to read."""
-    records = []
-    for i in range(group_size):
-        records.append({"step": step, "problem": batch.problems[i].problem, "trace": batch.traces[i],
-                        **asdict(rewards[i]), "outputs": [run.output for run in runs[i]]})
-    return records
+def samples(step: int, group: list[Outcome]) -> list[dict]:
+    """A problem's group, for a person to read."""
+    return [{"step": step, "problem": o.problem.problem, "trace": o.trace, **asdict(o.reward),
+             "outputs": [run.output for run in o.runs]} for o in group]
 
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -931,17 +1000,200 @@ def append_jsonl(path: Path, records: list[dict]) -> None:
         f.write("".join(json.dumps(r) + "\n" for r in records))
 
 
+# ---- several processes
+#
+# `torchrun --nproc_per_node=R tracelift.py train ...` starts R equal processes, the ranks, also on several machines.
+# Each takes its share of a step's problems from rollout to gradient. Groups stay whole, so rewards and advantages need
+# nobody else; what goes from rank to rank in a step is the number of tokens that the loss is divided by, the gradients,
+# which are summed, and what rank 0 writes down. Weights and optimizer state are whole on every rank, and stay equal:
+# all ranks begin with the same and take the same steps. What is drawn depends on seed, step, problem and sample, not on
+# the rank. A rank that fails says why and ends; torchrun, or a connection that closes, stops the others.
+
+import torch.distributed as dist
+
+BUCKET = 2**24                    # numbers of a gradient that are summed at a time: 64 MiB in float32
+PATIENCE = 5                      # seconds in which torchrun stops a process after another one has ended
+
+
+class Ranks:
+    """The processes that train one planner. Without torchrun there is one, rank 0 of 1, which talks to nobody.
+
+    What all ranks have to call, and in the same order: exchange, and whatever uses it."""
+
+    def __init__(self):
+        self.rank, self.count = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.count = dist.get_rank(), dist.get_world_size()
+
+    def exchange(self, value) -> list:
+        """The values of all ranks, in their order, on every rank. Small ones: they are pickled."""
+        values = [value]
+        if self.count > 1:
+            values = [None] * self.count
+            with self.together():
+                dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self):
+        """For what needs all ranks. ConnectionError where one is gone, unless torchrun, which knows whose fault it is,
+        stops this process first."""
+        try:
+            yield
+        except RuntimeError as error:
+            time.sleep(PATIENCE)
+            reason = str(error).splitlines()[0]
+            raise ConnectionError(f"rank {self.rank}: another rank failed or cannot be reached ({reason})") from None
+
+    def join(self, rows: list) -> list:
+        """The lists of all ranks, one behind the other."""
+        return [row for rows in self.exchange(rows) for row in rows]
+
+    def share(self, problems: list[Problem], group_size: int) -> list[Problem]:
+        """This rank's part of a step's problems, neighbours; the parts differ by one at most. Where a problem comes
+        twice in the step, its samples are counted over all ranks, since their numbers decide what is drawn."""
+        begin = len(problems) * self.rank // self.count
+        end = len(problems) * (self.rank + 1) // self.count
+        before = Counter(p.problem_id for p in problems[:begin])
+        return [replace(p, first_sample=before[p.problem_id] * group_size) for p in problems[begin:end]]
+
+    def pick_device(self, asked: str) -> torch.device:
+        """executor.pick_device, but for each rank of a machine another GPU."""
+        if self.count > 1:
+            if ":" in asked:
+                raise UserError(f"--device {asked}: would be the same for all processes of torchrun; leave it out")
+            local = int(os.environ.get("LOCAL_RANK", self.rank))
+            if asked != "cpu" and torch.cuda.is_available():
+                if local >= torch.cuda.device_count():
+                    raise UserError(f"rank {self.rank}: no GPU is left for it, this machine has "
+                                    f"{torch.cuda.device_count()}; lower --nproc_per_node")
+                asked = f"cuda:{local}"
+        return executor.pick_device(asked)
+
+    def check_equal(self, inputs: dict[str, str], step: int, planner) -> None:
+        """UserError where ranks begin with different things, as machines do that have a run folder each."""
+        norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in trained(planner).values()]
+        size = math.fsum(norms)
+        for rank, (their_inputs, their_step, their_size) in enumerate(self.exchange((inputs, step, size))):
+            if (their_inputs, their_step) != (inputs, step) or not math.isclose(their_size, size, rel_tol=1e-6):
+                raise UserError(f"rank {rank} has read other files than rank {self.rank}: --run_dir must be one folder "
+                                "that all machines share")
+
+    def sum_gradients(self, parameters) -> None:
+        """Every parameter's gradient becomes the sum over all ranks, BUCKET numbers at a time. On a rank without one
+        (no group with spread, an expert that no token went to) it counts as 0; without one on any rank it stays None,
+        so that the optimizer leaves weight and momentum alone."""
+        if self.count == 1:
+            return
+        parameters = list(parameters)
+        has_one = self.exchange([p.grad is not None for p in parameters])
+        pieces = []
+        for parameter, has in zip(parameters, zip(*has_one)):
+            if any(has):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                pieces += parameter.grad.view(-1).split(BUCKET)
+        for bucket in buckets(pieces, BUCKET):
+            total = torch.cat(bucket)
+            with self.together():
+                dist.all_reduce(total)
+            for piece, summed in zip(bucket, total.split([len(piece) for piece in bucket])):
+                piece.copy_(summed)
+
+    def add_up(self, updates: list[dict]) -> list[dict]:
+        """The health of each update over all ranks, whose means are over the tokens of all, so that they add up; the
+        norm is that of the summed gradient already."""
+        first, *others = self.exchange(updates)
+        for other in others:
+            for own, more in zip(first, other):
+                for name in own.keys() - {"grad_norm"}:
+                    own[name] = None if own[name] is None else own[name] + more[name]
+        return first
+
+    def pool(self, frozen: Executor, problems: list[Problem]) -> None:
+        """After a step, baselines that one rank's executor has measured are known to all; the costs of all are counted
+        on rank 0, whose checkpoint serves any number of ranks."""
+        state, ids = frozen.state(), {p.problem_id for p in problems}
+        new = {name: count for name, count in state["baseline"].items() if name[0] in ids}
+        others = self.exchange((new, state["spent"]))
+        for baseline, _ in reversed(others):                              # measured twice in a step: the lowest rank's
+            state["baseline"] |= baseline
+        state["spent"] = {name: sum(spent[name] for _, spent in others) for name in state["spent"]}
+        frozen.load_state(self.own_part(state))
+
+    def own_part(self, state: dict) -> dict:
+        """Of an executor's state what this rank goes on with: all baselines, but costs on rank 0 only."""
+        spent = {name: count if self.rank == 0 else 0 for name, count in state["spent"].items()}
+        return {**state, "spent": spent}
+
+
+def buckets(pieces: list[torch.Tensor], limit: int):
+    """Lists of neighbouring pieces, together of at most `limit` numbers."""
+    bucket, size = [], 0
+    for piece in pieces:
+        if bucket and size + len(piece) > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(piece)
+        size += len(piece)
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def torchrun():
+    """Ranks that have found each other, where torchrun has started this process; else the only one. Rank 0 speaks for
+    all: of the others only a line on why one of them failed is seen, and only if rank 0 did not fail too."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Ranks()
+        return
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"WORLD_SIZE is set, but the processes do not find each other ({reason}); start them with "
+                        "torchrun, or unset it") from None
+    ranks = Ranks()
+    with open(os.devnull, "w") as nothing, redirect_stdout(sys.stdout if ranks.rank == 0 else nothing):
+        try:
+            try:
+                yield ranks
+            except Exception:
+                if ranks.rank > 0:
+                    time.sleep(PATIENCE)              # rank 0 may have ended with the same line, which is enough
+                    print(file=sys.stderr)            # rank 0's progress bar may be on this line
+                raise
+        except KeyboardInterrupt:
+            if ranks.rank > 0:
+                sys.exit(130)
+            raise
+    dist.destroy_process_group()
+
+
+def settings_of_rank_0(ranks: Ranks, argv: list[str]) -> TrainSettings | None:
+    """Rank 0 reads the command line for all, so that a mistake in it is said once; the others then get None."""
+    s = None
+    try:
+        if ranks.rank == 0:
+            s = data.parse_settings(TrainSettings, argv, "tracelift.py train")
+    finally:
+        s = ranks.exchange(s)[0]
+    return s
+
+
 # ------------------------------------------------------------------------------------------ 7. evaluation, inspect
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Settings of `python tracelift.py evaluate`. Lengths, and the executor's temperature, are those that a planner was
-    trained with."""
+    """Settings of `python tracelift.py evaluate`. Lengths, the executor and its temperature are those that a planner
+    was trained with."""
     run_dir: str = knob("runs/tiny-math", "run folder", affects_result=False)
     device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one", affects_result=False)
     seed: int = knob(0, "of the sampling", low=0)
     problems: int = knob(300, "held-out problems per row", low=1)
+    executor: str = knob("", "URL of the executor's server, where it is not the one of the training",
+                         affects_result=False)
 
 
 @dataclass(frozen=True)
@@ -952,6 +1204,7 @@ class InspectSettings:
     seed: int = knob(0, "which problem, and the sampling", low=0)
     traces: int = knob(3, "to show", low=2)
     planner: str = knob("", "folder name of a planner in the run; empty: the base model")
+    executor: str = knob("", "URL of the executor's server, where it is not the one of the training")
 
 
 def sampling_settings(folder: Path, run_dir: Path) -> Settings:
@@ -964,6 +1217,15 @@ def sampling_settings(folder: Path, run_dir: Path) -> Settings:
     known = data.read_settings(made[0]) if made else {}
     names = {f.name for f in fields(Settings)} - {"run_dir", "device", "seed"}
     return known_settings(Settings, {name: known[name] for name in names if name in known}, made[0] if made else folder)
+
+
+def with_server(made: list[Settings], url: str) -> list[Settings]:
+    """The settings of trainings, where they have a server with another URL of it. UserError where none has one."""
+    executor.check_server_flags(url, url)
+    if url and not any(how.executor_model for how in made):
+        raise UserError("--executor has no effect: what is measured here was trained with an executor in process; "
+                        "leave it out")
+    return [replace(how, executor=url) if url and how.executor_model else how for how in made]
 
 
 def known_settings(cls, known: dict, folder: Path):
@@ -1002,17 +1264,20 @@ def evaluate(s: EvalSettings) -> dict[str, dict]:
     planners = sorted(run_dir.glob("planner-*-seed*[0-9]"))
     for folder in planners:
         data.read_settings(folder)                                        # without them nobody knows how it was trained
-    model, tokenizer = executor.load_for(run_dir, base, device)
     read = data.fingerprints(run_dir, *(f"groups/{split}.jsonl" for split in splits), "base/base.json")
-    results = {}
-    for folder in tqdm([run_dir / "base", *sorted(run_dir.glob("int")), *planners], desc="evaluate"):
-        how = sampling_settings(folder, run_dir)
-        asked = {"problems": s.problems, "seed": s.seed, **asdict(replace(how, run_dir="", device="")), "inputs": read}
+    folders = [run_dir / "base", *sorted(run_dir.glob("int")), *planners]
+    made = with_server([sampling_settings(folder, run_dir) for folder in folders], s.executor)
+    results, loaded = {}, None
+    for folder, how in zip(tqdm(folders, desc="evaluate"), made):
+        where = {"run_dir": "", "device": "", "executor": ""}              # no matter where
+        asked = {"problems": s.problems, "seed": s.seed, **asdict(replace(how, **where)), "inputs": read}
         known = read_results(folder, asked)
         if known is None:
-            frozen = frozen_executor(model, tokenizer, replace(how, seed=s.seed))
+            if not how.executor_model:
+                loaded = loaded or executor.load_for(run_dir, base, device)
+            frozen = frozen_executor(run_dir, device, replace(how, seed=s.seed), loaded=loaded)
             for problems in splits.values():
-                check_lengths(problems, who_reads(model, tokenizer, frozen, how))
+                check_lengths(problems, [executor_reads(frozen, how, how.max_trace_tokens)])
             rows = {}
             if folder.name == "base":
                 rows["no trace"] = {f"{name} T=0": success_of(frozen, problems, None, name)
@@ -1023,7 +1288,7 @@ def evaluate(s: EvalSettings) -> dict[str, dict]:
                         for name, problems in splits.items()}
             name = {"base": "base planner", "int": "InT"}.get(folder.name, folder.name)
             own = base if folder.name == "base" else folder
-            rows[name] = evaluate_planner(own, run_dir, splits, frozen, how, s.seed)
+            rows[name] = evaluate_planner(own, run_dir, device, splits, frozen, how, s.seed)
             if folder in planners:
                 rows[name]["cost"] = training_cost(folder / "metrics.jsonl")
             known = {"settings": asked, "rows": rows}
@@ -1057,10 +1322,10 @@ def training_cost(log: Path) -> dict:
         raise UserError(f"{log}: its last line is damaged ({error!r}); delete that line") from None
 
 
-def evaluate_planner(folder, run_dir: Path, splits: dict[str, list[Problem]], frozen: Executor, how: Settings,
+def evaluate_planner(folder, run_dir: Path, device, splits: dict[str, list[Problem]], frozen: Executor, how: Settings,
                      seed: int) -> dict:
     """Measures one planner on every split, greedy and at temperature 1."""
-    planner, tokenizer = load_planner(folder, run_dir, frozen.model.device)
+    planner, tokenizer = load_planner(folder, run_dir, device)
     for problems in splits.values():
         check_lengths(problems, who_reads(planner, tokenizer, frozen, how))
     limit = executor.cache_tokens(planner, how.max_cache_gib)
@@ -1145,9 +1410,9 @@ def inspect(s: InspectSettings) -> str:
     folder = run_dir / (s.planner or "base")
     if not folder.is_dir():
         raise UserError(f"--planner {s.planner}: there is no folder {folder}; leave it out, or name one that is there")
-    how = replace(sampling_settings(folder, run_dir), seed=s.seed)
+    how = replace(with_server([sampling_settings(folder, run_dir)], s.executor)[0], seed=s.seed)
     planner, own_tokenizer = load_planner(folder if s.planner else base, run_dir, device)
-    frozen = frozen_executor(*executor.load_for(run_dir, base, device), how)
+    frozen = frozen_executor(run_dir, device, how)
     check_lengths([problem], who_reads(planner, own_tokenizer, frozen, how))
     rm, mode = None, "uplift_only"                                        # HumanEval and MBPP have no reward model
     if (run_dir / "rm").exists():
@@ -1448,7 +1713,7 @@ def int_sequences(tokenizer, records: list[dict], by_id: dict[str, Problem], see
 def intervene(s: IntSettings) -> Path:
     """The stage: collects interventions and fine-tunes the planner on them. Returns its folder: model, tokenizer,
     interventions.jsonl, int.json."""
-    data.check_settings(s)
+    check_shared(s)
     run_dir = Path(s.run_dir)
     inputs = data.fingerprints(run_dir, "groups/train.jsonl", "base/base.json")
     with data.stage_folder(run_dir / "int", s, inputs) as work:
@@ -1464,7 +1729,7 @@ def learn_interventions(s: IntSettings, run_dir: Path, work: Path) -> None:
     base, by_id = executor.base_of(run_dir), {p.problem_id: p for p in problems}
     planner, tokenizer = executor.load_for(run_dir, base, device, torch.float32)
     executor.check_head(planner)
-    frozen = frozen_executor(*executor.load_for(run_dir, base, device), s)
+    frozen = frozen_executor(run_dir, device, s)
     readers = who_reads(planner, tokenizer, frozen, s, traces=2)          # a beginning, and what continues it
     more = 3 * s.max_trace_tokens                                         # the trace, its numbers, the answer
     readers.append(replace(readers[0], text_of=lambda p: data.intervention_prompt(p, ""), more=more))
@@ -1529,7 +1794,7 @@ def select(s: SelectSettings) -> dict:
     """Tries the base planner on training problems and keeps those whose success lies between the bounds, for
     `train --selected 1`. Held-out problems are in another file. Returns the record, RUN_DIR/selected/selected.json.
     UserError when none is left."""
-    data.check_settings(s)
+    check_shared(s)
     run_dir = Path(s.run_dir)
     out = run_dir / "selected"
     with data.stage_folder(out, s, data.fingerprints(run_dir, "groups/train.jsonl", "base/base.json")) as work:
@@ -1560,7 +1825,7 @@ def try_problems(s: SelectSettings, run_dir: Path, work: Path) -> None:
         raise UserError(f"--problems {s.problems}: {path} holds {len(problems)}; lower it")
     problems, device, base = problems[-s.problems:], executor.pick_device(s.device), executor.base_of(run_dir)
     planner, tokenizer = executor.load_for(run_dir, base, device, torch.float32)
-    frozen = frozen_executor(*executor.load_for(run_dir, base, device), s)
+    frozen = frozen_executor(run_dir, device, s)
     check_lengths(problems, who_reads(planner, tokenizer, frozen, s))
     limit = executor.cache_tokens(planner, s.max_cache_gib)
     done = {json.loads(line)["problem_id"] for line in log.read_text().splitlines()}
@@ -1580,9 +1845,13 @@ def try_problems(s: SelectSettings, run_dir: Path, work: Path) -> None:
 def main(argv) -> None:
     """The commands train, int, select, evaluate and inspect."""
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if command != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"tracelift.py {command} is one process; start it without torchrun")
     if command == "train":
-        s = data.parse_settings(TrainSettings, rest, "tracelift.py train")
-        print(f"{train(s)}: trained\nnext: python tracelift.py evaluate --run_dir {s.run_dir}")
+        with torchrun() as ranks:
+            s = settings_of_rank_0(ranks, rest)
+            if s is not None:
+                print(f"{train(s)}: trained\nnext: python tracelift.py evaluate --run_dir {s.run_dir}")
     elif command == "int":
         s = data.parse_settings(IntSettings, rest, "tracelift.py int")
         folder = intervene(s)

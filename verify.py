@@ -653,7 +653,8 @@ def run_programs(programs: list[str | list[str]], tests: list[list[dict]], *, ti
                What expects nothing (a blank output, an assert that asks the program nothing) does not count.
     timeout    CPU seconds per run decide; wall time gets 4 * timeout + 2.  No test is run after a timeout.
     memory_mb  address space in MiB, about 40 of which are the interpreter's
-    workers    helpers at a time; default: one per core.  Equal jobs are run once.
+    workers    helpers at a time; default: one per core, of which processes that torchrun has started on this machine
+               have an equal share.  Equal jobs are run once.
     fail_fast  the first failed test ends a program: right where only Verdict.ok counts, and faster
     Raises ValueError naming the argument or test, SandboxError when no helper can be started.
     """
@@ -664,7 +665,7 @@ def run_programs(programs: list[str | list[str]], tests: list[list[dict]], *, ti
         first.setdefault(job, i)
     if first:
         from concurrent.futures import ThreadPoolExecutor  # here: helpers are lighter without
-        with ThreadPoolExecutor(min(workers or os.cpu_count() or 1, len(first))) as pool:
+        with ThreadPoolExecutor(min(workers or _cores(), len(first))) as pool:
             verdicts = pool.map(lambda job: _judge(*job, limits, f"tests[{first[job]}]"), first)
             first = dict(zip(first, verdicts))
     return [first[job] for job in jobs]
@@ -695,6 +696,11 @@ def check_tests(tests: list[dict], where: str = "tests") -> None:
             _names(test.get("assert", "").strip())
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ValueError(f"{here}['assert'] is not a Python statement that asserts: {error}") from None
+
+
+def _cores() -> int:
+    """Cores of this process: torchrun says how many share the machine."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _check(programs, tests, timeout, memory_mb, workers) -> list[tuple]:

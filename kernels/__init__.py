@@ -79,7 +79,7 @@ def group_advantage(reward, group_size, adv_eps=1e-6, ddof=0, scale=True):
     return reference.group_advantage(reward, group_size, adv_eps, ddof, scale)
 
 
-def token_weights(mask, mode="dapo", max_len=None, num_tokens=None):
+def token_weights(mask, mode="dapo", max_len=None, num_tokens=None, num_sequences=None):
     """One weight per token, (B,T) like mask, that carries mask and average. See reference.token_weights."""
     _check_tensor("mask", mask, ("B", "T"))
     if mode == "dapo" and num_tokens is not None:
@@ -87,7 +87,9 @@ def token_weights(mask, mode="dapo", max_len=None, num_tokens=None):
     if mode == "dr_grpo":
         _require(max_len is not None and max_len > 0, "max_len", max_len,
                  "positive, the generation limit, in mode dr_grpo")
-    return reference.token_weights(mask, mode, max_len, num_tokens)
+    _require(num_sequences is None or num_sequences >= len(mask), "num_sequences", num_sequences,
+             f"the sequences of the whole step, of which mask has {len(mask)}")
+    return reference.token_weights(mask, mode, max_len, num_tokens, num_sequences)
 
 
 # ---------------------------------------------------------------------------------------------- 2. what runs where

@@ -117,19 +117,22 @@ def group_advantage(reward, group_size, adv_eps=1e-6, ddof=0, scale=True):
     return A.flatten()
 
 
-def token_weights(mask, mode="dapo", max_len=None, num_tokens=None):
+def token_weights(mask, mode="dapo", max_len=None, num_tokens=None, num_sequences=None):
     """One weight per token that carries mask and average -> (B,T) float32, 0 where mask is 0.
 
     mask (B,T) of 0 and 1, bool or number: 1 where the token was sampled (the first EOS included), for ALL sequences of
     the optimizer step. Compute the weights once a step and slice them: B is then that of the step, and the sum over
     micro-batches is exact.
 
-    "dapo"     m / num_tokens          every token counts the same; num_tokens = mask.sum() unless given (data parallel)
+    "dapo"     m / num_tokens          every token counts the same
     "grpo"     m / (B * len_b)         every sequence counts the same
     "dr_grpo"  m / (B * max_len)       as a sum over tokens: max_len is the generation limit, not the longest sequence
+
+    Data parallel, mask holds one process's sequences of the step: num_tokens and num_sequences (B) are those of all
+    processes, so that their losses and gradients add up to those of the step. Default: those of mask.
     """
     m = (mask.detach() != 0).float()
-    B = max(len(m), 1)
+    B = num_sequences or max(len(m), 1)
     if mode == "dapo":
         num_tokens = m.sum() if num_tokens is None else num_tokens
         return m / num_tokens if m.any() else m

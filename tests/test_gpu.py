@@ -285,6 +285,7 @@ def waits(rows):
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         tracelift.accumulate_gradient(planner, batch, reward, advantage, None, None, 2, micro_tokens, "dapo", 16,
+                                      len(batch.target), len(batch.ids),
                                       temperature=1.0, clip_low=0.2, clip_high=0.2, beta=0.0, scale=True)
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing CUDA operation" in str(w.message) for w in caught)

@@ -489,6 +489,10 @@ def test_token_weights_by_hand():
     torch.testing.assert_close(token_weights(mask, "dapo", num_tokens=40), m / 40)
     torch.testing.assert_close(token_weights(mask.bool(), "grpo"), m / torch.tensor([[9.], [3.], [1.]]))
     torch.testing.assert_close(token_weights(mask, "dr_grpo", max_len=10), m / 30)
+    for mode, options in ("dapo", dict(num_tokens=4)), ("grpo", dict(num_sequences=3)), ("dr_grpo", dict(num_sequences=3)):
+        whole = token_weights(mask, mode, max_len=10)
+        parts = [token_weights(mask[rows], mode, max_len=10, **options) for rows in (slice(0, 1), slice(1, 3))]
+        torch.testing.assert_close(torch.cat(parts), whole)                    # data parallel
     for mode in "dapo", "grpo", "dr_grpo":
         for empty in torch.zeros(2, 3), torch.zeros(0, 3), torch.zeros(2, 0):
             assert torch.equal(token_weights(empty, mode, max_len=3, num_tokens=0), empty)
@@ -705,6 +709,7 @@ def test_bad_logits_are_named(case):
     (lambda h, w, b: token_weights(torch.ones(2, 3), "dr_grpo"), "max_len: got None"),
     (lambda h, w, b: token_weights(torch.ones(2, 3), "dr_grpo", max_len=0), "max_len: got 0"),
     (lambda h, w, b: token_weights(torch.ones(2, 3), num_tokens=0), "num_tokens: got 0, must be positive"),
+    (lambda h, w, b: token_weights(torch.ones(2, 3), "grpo", num_sequences=1), "num_sequences: got 1, must be the seq"),
 ])
 def test_other_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=f"^{message}"):

@@ -358,7 +358,8 @@ def test_unclosed_completions_are_used_and_counted(models, crafted):
     good = models[2][0].reference_reasoning
     assert batch.traces[:7] == [good, good, "", good, "", "", good] and good.startswith(batch.traces[7])
     assert batch.closed == [True, False, False, True, True, False, False, False]
-    metrics = tracelift.summarize([Reward(None, None, None, None, None, 0.0)] * 8, [[]] * 8, batch, 4)
+    unmeasured = [Reward(None, None, None, None, None, 0.0)] * 8
+    metrics = tracelift.summarize(tracelift.outcomes_of(batch, unmeasured, [[]] * 8), 4)
     assert metrics["unclosed"] == 5 / 8 and metrics["truncated"] == 3 / 8
     lengths = [len(tokens) for tokens in batch.completions.tokens]
     assert metrics["longest_trace"] == max(lengths) and metrics["trace_tokens"] == pytest.approx(statistics.mean(lengths))
@@ -453,7 +454,7 @@ def accumulated(planner, batch, reward, old=None, ref=None, *, micro_tokens=9999
     """accumulate_gradient as `train` calls it."""
     loss = {"temperature": 1.0, "clip_low": 0.2, "clip_high": 0.2, "beta": 0.0} | changes
     return accumulate_gradient(planner, batch, reward, advantages(reward, scale), old, ref, 4, micro_tokens, weights, 24,
-                               scale=scale == "std", **loss)
+                               len(batch.target), len(batch.ids), scale=scale == "std", **loss)
 
 
 def gradient(model, call):
@@ -575,7 +576,8 @@ def test_the_fused_paths_agree_with_the_reference(models, sampled):
     options = dict(temperature=0.9, beta=0.2, clip_low=0.1, clip_high=0.2, scale=True)
     old = completion_logp(models[0], batch, 0.9, 9999) + 0.1
     planner = copy.deepcopy(models[0])
-    arguments = (reward, advantages(reward), old, old - 0.3, 4, 3 * max(batch.lengths), "dapo", 24)
+    arguments = (reward, advantages(reward), old, old - 0.3, 4, 3 * max(batch.lengths), "dapo", 24, len(batch.target),
+                 len(batch.ids))
     work = pickle.dumps((planner, batch, arguments, options))
     done = subprocess.run([sys.executable, "-c", FUSED], input=work, capture_output=True, cwd=ROOT,
                           env={**os.environ, "TRITON_INTERPRET": "1"})
