@@ -9,11 +9,11 @@
 #   PRESET=gsm8k MODEL=Qwen/Qwen2.5-0.5B-Instruct ./run.sh       a real model on GSM8K, one GPU
 #   PRESET=code MODES=exec_only DATA=FILE HELDOUT_DATA=FILE ./run.sh      the same on MBPP or HumanEval lines
 #
-# Environment: SEEDS ("0 1 2"), MODES ("exec_only tracelift"), TASKS ("math code", tiny world), PRESET (tiny,
-# smollm2, gsm8k, code, paper-math, paper-code), MODEL, RUN (prefix of the run folders), DATA, HELDOUT_DATA and TESTS (files instead of
-# downloads), SOURCE=groups (gsm8k: the files are TraceLift-Groups), DEVICE, INT=1 (also the InT warm start, and
-# tracelift after it), SKIP_INSTALL=1 (use the current python3). A stage whose output is complete is skipped, so the
-# same command continues a stopped run.
+# Environment: SEEDS ("0 1 2"), MODES ("exec_only tracelift"), TASKS ("math code", tiny world), PRESET (tiny, smollm2,
+# gsm8k, code, paper-math, paper-code), MODEL, RUN (prefix of the run folders), DATA, HELDOUT_DATA and TESTS (files
+# instead of downloads), SOURCE=groups (gsm8k: the files are TraceLift-Groups), DEVICE, COLD_START=N (gsm8k: training
+# groups of a cold start, off by default), INT=1 (also the InT warm start, and tracelift after it), SKIP_INSTALL=1 (use
+# the current python3). A stage whose output is complete is skipped, so the same command continues a stopped run.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -62,10 +62,10 @@ case $preset in
     train="--steps 2 --warmup 1 --problems_per_step 2 --group_size 4"
     evaluate="--problems 16" ;;
   smollm2)                                        # easy problems, a cold start, and those of them that can teach
-    sizes="--max_trace_tokens 128 --max_answer_tokens 32"
+    sizes="--max_trace_tokens 128 --max_answer_tokens 32 --max_cache_gib 1"
     data="--source gsm8k --max_calculations 3 --train 3600 --heldout 200 --negatives 3"
     base="--model ${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} --cold_start 900 --batch_size 8 --warmup 20
-          --cold_learning_rate 3e-4 --eval_problems 200 --max_answer_tokens 32"
+          --cold_learning_rate 3e-4 --eval_problems 200 --max_answer_tokens 32 --max_cache_gib 1"
     rm="--max_groups 600 --epochs 1 --groups_per_batch 4 --learning_rate 5e-5 --warmup 10 --max_heldout 200"
     int="--problems 160 --group_size 4 --proposals 4 --epochs 2 --learning_rate 1e-5 $sizes"
     select="--problems 160 --temperature 0.7 $sizes"
@@ -77,6 +77,9 @@ case $preset in
     data="--source ${SOURCE:-gsm8k} --train 4000 --heldout 200 --negatives 3"
     if [ "$preset" = code ]; then data="--source groups --task_type code --train 300 --heldout 80"; fi
     base="--model ${MODEL:-Qwen/Qwen2.5-0.5B-Instruct} --eval_problems 80 --max_answer_tokens $answer"
+    if [ "${COLD_START:-0}" != 0 ]; then
+      base="$base --cold_start $COLD_START --cold_learning_rate 1e-5 --checkpointing 1"
+    fi
     rm="--epochs 1 --groups_per_batch 2 --learning_rate 2e-5 --max_heldout 80 --checkpointing 1"
     int="--problems 200 --group_size 4 --proposals 8 --max_trace_tokens 256 --max_answer_tokens $answer
          --epochs 2 --learning_rate 1e-5 --checkpointing 1"
