@@ -1914,7 +1914,8 @@ done
 
 @pytest.mark.parametrize("environment, argument", [
     ({}, None), ({"INT": "1", "SEEDS": "0 1"}, None), ({}, "smoke"), ({"MODES": "rm_only uplift_only"}, None),
-    ({"PRESET": "gsm8k", "INT": "1"}, None), ({"PRESET": "gsm8k", "MODES": "exec_only rm_only uplift_only tracelift"}, None),
+    ({"PRESET": "gsm8k", "INT": "1", "COLD_START": "1200"}, None), ({"PRESET": "smollm2", "INT": "1"}, None),
+    ({"PRESET": "gsm8k", "MODES": "exec_only rm_only uplift_only tracelift"}, None),
     ({"PRESET": "code", "MODES": "exec_only", "DATA": "a b.jsonl", "HELDOUT_DATA": "h.jsonl"}, None),
     ({"PRESET": "code", "MODES": "rm_only", "DATA": "a b.jsonl", "HELDOUT_DATA": "h.jsonl"}, None),
     ({"PRESET": "paper-math", "DATA": "t", "HELDOUT_DATA": "h", "MODES": "tracelift"}, None),
@@ -1930,7 +1931,7 @@ def test_every_command_of_a_recipe_is_one_that_its_file_accepts(tmp_path, enviro
     done = subprocess.run(["bash", ROOT / "run.sh", *[argument] * bool(argument)], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     stages = {"data.py": data.DataSettings, "executor.py": executor.BaseSettings, "rm.py": rm_module.RMSettings,
-              "train": TrainSettings, "int": IntSettings, "evaluate": EvalSettings}
+              "train": TrainSettings, "int": IntSettings, "select": tracelift.SelectSettings, "evaluate": EvalSettings}
     seen = []
     for line in (tmp_path / "record").read_text().splitlines():
         file, *argv = line.rstrip("\t").split("\t")
@@ -1944,6 +1945,8 @@ def test_every_command_of_a_recipe_is_one_that_its_file_accepts(tmp_path, enviro
     assert seen.count("train") >= len(modes) or environment.get("PRESET") == "paper-code"
     assert ("rm.py" in seen) == any(mode in ("tracelift", "rm_only", "tracelift-code") for mode in modes)
     assert ("int" in seen) == ("INT" in environment) and seen[-1] == "evaluate"
+    assert ("select" in seen) == (environment.get("PRESET") == "smollm2")
+    assert "--cold_start\t1200" in (tmp_path / "record").read_text() or "COLD_START" not in environment
 
 
 def test_run_sh_asks_first_whether_it_can_run(tmp_path):
