@@ -1081,10 +1081,15 @@ class Server:
         self._stopped, self._told = threading.Event(), False
         self._connections = set()
 
+    def clean(self, said: str) -> str:
+        """One line of what a server says, without the key, which it may repeat; cut behind that, not within a key."""
+        for form in (self._key, repr(self._key)[1:-1]):
+            said = said.replace(form, "(key)") if form else said
+        return " ".join(said.split())[:400]
+
     def error(self, reason: str) -> ServerError:
-        """An error in one line, without the key, which the server may have repeated."""
-        reason = reason.replace(self._key, "(key)") if self._key else reason
-        return ServerError(f"the executor's server {self.url}: {' '.join(reason.split())[:400]}")
+        """An error that names this server."""
+        return ServerError(f"the executor's server {self.url}: {self.clean(reason)}")
 
     def begin(self) -> None:
         """Begins a round of requests; the last one may have been hung up."""
@@ -1201,9 +1206,10 @@ class ServedExecutor(Executor):
     base model, whose tokenizer and config are all that is loaded here.
 
     Prompts go out as the ids that the executor in process would read: as text, a trace that spells control tokens could
-    leave its place. Output k of a prompt has seed + k, and the seed is a function of the name that in process the draws
-    are a function of, so a run is as repeatable as the server is. What a server does not answer, or answers with
-    something else than was asked, is ServerError and no output."""
+    leave its place. Outputs come back as the server's own decoding, without special tokens (a SentencePiece tokenizer
+    may leave a space in front that it drops here). Output k of a prompt has seed + k, as vLLM counts for n > 1, and the
+    seed is a function of the name that in process the draws are a function of: a run is as repeatable as the server.
+    What a server does not answer, or answers with something else than was asked, is ServerError and no output."""
 
     def __init__(self, url: str, name: str, base: str, tokenizer, **options):
         """Options of `Executor`. UserError for a server that does not have the model, or takes no ids."""
@@ -1221,7 +1227,8 @@ class ServedExecutor(Executor):
         known = [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
         names = [str(model.get("id")) for model in known]
         if self.name not in names:
-            raise UserError(f"--executor_model {self.name}: {self.server.url} serves {', '.join(names) or 'no model'}")
+            serves = self.server.clean(", ".join(names)) or "no model"
+            raise UserError(f"--executor_model {self.name}: {self.server.url} serves {serves}")
         limit = known[names.index(self.name)].get("max_model_len")
         if type(limit) is int:                                     # the server may keep to a shorter context
             self.model.config.get_text_config().max_position_embeddings = min(limit, context_of(self.model))
@@ -1317,17 +1324,17 @@ class ServedExecutor(Executor):
         output may be empty: then the model has ended it at once."""
         n, most, choices = body["n"], body["max_tokens"], answer.get("choices")
         if answer.get("model") != self.name:
-            raise self.server.error(f"answers for the model {answer.get('model')!r:.99}, asked for {self.name}")
+            raise self.server.error(f"answers for the model {answer.get('model')!r}, asked for {self.name}")
         if not isinstance(choices, list) or len(choices) != n or not all(isinstance(x, dict) for x in choices):
             count = len(choices) if isinstance(choices, list) else "no"
             raise self.server.error(f"answers with {count} outputs, asked for {n}")
         by_index = {str(choice.get("index")): choice for choice in choices}
         if by_index.keys() != set(map(str, range(n))):
-            raise self.server.error(f"numbers {n} outputs {', '.join(by_index):.99}")
+            raise self.server.error(f"numbers {n} outputs {', '.join(by_index)}")
         choices = [by_index[str(k)] for k in range(n)]
         for choice in choices:
             if choice.get("finish_reason") not in ("stop", "length"):
-                raise self.server.error(f"an output ended for the reason {choice.get('finish_reason')!r:.99}")
+                raise self.server.error(f"an output ended for the reason {choice.get('finish_reason')!r}")
             if not isinstance(choice.get("text"), str):
                 raise self.server.error(f"an output is no text but {type(choice.get('text')).__name__}")
         full = sum(choice["finish_reason"] == "length" for choice in choices)

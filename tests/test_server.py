@@ -28,7 +28,7 @@ from data import UserError
 from executor import Executor, ServedExecutor, ServerError
 from tracelift import EvalSettings, InspectSettings, IntSettings, SelectSettings, TrainSettings, train
 
-NAME, SECRET = "base", "sk-4/7+secret"
+NAME, SECRET = "base", "sk-4/7\\'secret"
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -564,6 +564,7 @@ def test_lengths_are_those_of_the_server(run_dir, stub, limit, refused):
 def test_the_key_reaches_the_server_and_nothing_else(run_dir, stub, monkeypatch, capfd):
     """Not even where the server repeats it."""
     monkeypatch.setenv(executor.KEY, SECRET)
+    stub.models.append({"id": SECRET})
     stub.trouble = lambda number, body: None if number < 12 else lambda h, a: h.send(
         {"error": {"message": f"key {SECRET} is out of {SECRET}"}}, 500, X_Key=SECRET)
     with pytest.raises(SystemExit):
@@ -580,6 +581,8 @@ def test_the_key_reaches_the_server_and_nothing_else(run_dir, stub, monkeypatch,
         with pytest.raises(ServerError) as caught:
             ServedExecutor(stub.url, NAME, str(run_dir / "base"), stub.tokenizer, max_new_tokens=6)
         assert re.search(r"\(key\)|x\W*$", str(caught.value)) and SECRET[:5] not in str(caught.value)
+    with pytest.raises(UserError, match=r"serves another, base, \(key\)") as caught:
+        ServedExecutor(stub.url, "nobody", str(run_dir / "base"), stub.tokenizer, max_new_tokens=6)
 
 
 @pytest.mark.parametrize("key", ["two words", "line\nend", "schlüssel"])
