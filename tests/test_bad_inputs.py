@@ -164,8 +164,8 @@ def check(capsys, command, argv, words, folder: Path, code: int = 2) -> None:
     ("evaluate", "--max_trace_tokens 9", ["unrecognized arguments: --max_trace_tokens 9"]),
     ("inspect", "--traces 1", ["--traces 1", "at least 2"]),
     ("inspect", "--planner planner-x-seed0", ["planner-x-seed0", "folder"]),
-    ("analyse", "", ["analyse", "train, int, evaluate or inspect"]),
-    ("", "", ["train, int, evaluate or inspect"])], ids=lambda x: " ".join(x) if isinstance(x, list) else str(x))
+    ("analyse", "", ["analyse", "train, int, select, evaluate or inspect"]),
+    ("", "", ["train, int, select, evaluate or inspect"])], ids=lambda x: " ".join(x) if isinstance(x, list) else str(x))
 def test_flags(run_dir, capsys, command, more, words):
     if command in ("data", "executor", "rm", "int") and "delete" not in words:        # as if it were not made yet
         shutil.rmtree(run_dir / {"data": "groups", "executor": "base"}.get(command, command))

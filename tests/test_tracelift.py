@@ -1453,7 +1453,8 @@ def test_calculations_right_by_hand():
     assert tracelift.success_of(Fixed(), mixed, traces[:2], "").keys() == {"problems", "success"}, "not of half of them"
     batch = SimpleNamespace(problems=mixed, traces=traces[1:3], closed=[True] * 2, truncated=[False] * 2,
                             completions=Completions([[1]] * 2, [[0.0]] * 2))
-    found = tracelift.summarize([Reward(None, None, None, None, None, 0.0)] * 2, [[]] * 2, batch, 2)
+    outcomes = tracelift.outcomes_of(batch, [Reward(None, None, None, None, None, 0.0)] * 2, [[]] * 2)
+    found = tracelift.summarize(outcomes, 2)
     assert found["calculations_right"] == found["leak"] == 1.0 and "faithful" not in found
 
 
