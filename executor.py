@@ -85,7 +85,10 @@ def empty_cache(model, slots: int) -> DynamicCache:
 def read(model, ids, position, mask, cache) -> torch.Tensor:
     """Logits (R, V) after ids (R, T), whose keys and values are stored. They see the slots where mask (R, width) is 1,
     up to their own."""
-    output = model(input_ids=ids, position_ids=position, attention_mask=mask, use_cache=True, logits_to_keep=1,
+    # The last position as an index, not as a number of positions: models take a slice for that, whose product with the
+    # head copies the head for every row on a CPU (torch's matmul does not fold it), gigabytes and seconds in bfloat16.
+    last = torch.arange(ids.shape[1] - 1, ids.shape[1], device=ids.device)
+    output = model(input_ids=ids, position_ids=position, attention_mask=mask, use_cache=True, logits_to_keep=last,
                    **{CACHE: cache})
     return output.logits[:, -1]
 

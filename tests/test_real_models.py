@@ -329,3 +329,18 @@ def test_a_selection_that_cannot_be(based, more, said):
     with pytest.raises(UserError, match=said):
         tracelift.main(select_flags(based, *more))
     assert not (based / "selected").exists()
+
+
+# ---------------------------------------------------------------- decoding
+
+def test_the_head_is_not_copied_for_every_row(tiny):
+    """torch's product of a slice of hidden states with the head is a product for each row with its own copy of the head:
+    with 200 rows and 49,152 tokens it took 28 s and 11 GB in bfloat16, where 0.07 s are enough."""
+    _, model, tokenizer = tiny
+    seen = []
+    hook = model.lm_head.register_forward_pre_hook(lambda layer, args: seen.append((args[0].shape, args[0].is_contiguous())))
+    try:
+        executor.generate(model, [[5, 6, 7, 8], [5, 6, 7]], num_samples=2, max_new_tokens=2, temperature=0, eos_id=1)
+    finally:
+        hook.remove()
+    assert [(tuple(shape), whole) for shape, whole in seen] == [((2, 1, 32), True), ((4, 1, 32), True)]
