@@ -335,7 +335,7 @@ def test_a_selection_that_cannot_be(based, more, said):
 
 def test_the_head_is_not_copied_for_every_row(tiny):
     """torch's product of a slice of hidden states with the head is a product for each row with its own copy of the head:
-    with 200 rows and 49,152 tokens it took 28 s and 11 GB in bfloat16, where 0.07 s are enough."""
+    64 rows of 49,152 tokens took 4 s in bfloat16, where 0.015 are enough, and 200 rows 11 GB."""
     _, model, tokenizer = tiny
     seen = []
     hook = model.lm_head.register_forward_pre_hook(lambda layer, args: seen.append((args[0].shape, args[0].is_contiguous())))
