@@ -69,6 +69,7 @@ def fork(count, work, folder):
     port, here = free_port(), multiprocessing.get_context("fork")
 
     def begin(rank):
+        torch.set_num_threads(1)      # renews torch's pool: two threads that find it stale at once after a fork break it
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_PORT": str(port),
                        "MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(count)}
         with open(folder / f"printed-{count}-{rank}", "w") as out, contextlib.redirect_stdout(out):
