@@ -178,8 +178,8 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
 
     draws (R, >= max_new_tokens) in [0, 1) are the rows' own random numbers, one per token: what a row becomes depends,
     but for rounding, neither on the batch nor on its place in it. Without them they are drawn from `generator`
-    beforehand; at temperature 0 there is no need of either. Any id of `eos_id` ends a row. A batch has at most `max_cache_tokens` rows x slots,
-    or one prompt.
+    beforehand; at temperature 0 there is no need of either. Any id of `eos_id` ends a row. A batch has at most
+    `max_cache_tokens` rows x slots, or one prompt.
     ValueError for arguments that make no sense, ContextError for a prompt whose completion would not fit the context,
     FloatingPointError for logits that are not finite."""
     samples = [num_samples] * len(prompts) if isinstance(num_samples, int) else list(num_samples)
@@ -1462,8 +1462,8 @@ def cold_sequences(tokenizer, problem: Problem, seed: int) -> list[tuple[list[in
 
 def cold_start(s: BaseSettings, arguments: dict, folder: Path) -> None:
     """Trains the given model on the first --cold_start training groups, but for a twentieth of them (50 at most),
-    whose loss says when to stop; saves it as a Hugging Face folder, in float32, and cold_start.json. UserError for a group
-    without a reference trace or an answer, and for one that exceeds the context."""
+    whose loss says when to stop; saves it as a Hugging Face folder, in float32, and cold_start.json. UserError for a
+    group without a reference trace or an answer, and for one that exceeds the context."""
     path = Path(s.run_dir) / "groups" / "train.jsonl"
     problems = data.read_problems(path, need_tests=False)[:s.cold_start]
     if len(problems) < s.cold_start:

@@ -194,17 +194,6 @@ class TrainSettings(Settings):
 
 
 @dataclass
-class Part:
-    """One micro-batch: b sequences of a batch, of similar length, and their m scored tokens. Names as in Batch."""
-    rows: torch.Tensor            # (b,) which of the B, on the CPU
-    ids: torch.Tensor             # (b, T), T of the longest of them
-    tokens: torch.Tensor          # (m,) which of the M
-    at: torch.Tensor              # (m,) into ids.flatten()
-    target: torch.Tensor          # (m,)
-    sequence: torch.Tensor        # (m,) numbers among the B, since a micro-batch may cut through a group
-
-
-@dataclass
 class Batch:
     """B = N * G sampled traces in problem-major order, and their M tokens as the loss wants them.
 
@@ -228,19 +217,6 @@ class Batch:
     target: torch.Tensor          # (M,) int64
     sequence: torch.Tensor        # (M,) int64, the b of each token
     sampled: torch.Tensor         # (M,) log-probs of the targets when they were sampled
-
-    def parts(self, micro_tokens: int, first: torch.Tensor | None = None) -> list[Part]:
-        """Pieces as `cut_by_tokens` cuts them. All at once, and sorted out on the CPU: between two pieces the host
-        would wait for a GPU."""
-        number = self.scored.flatten().cumsum(dim=0).view_as(self.scored) - 1    # (B, T): which of the M, where scored
-        parts = []
-        for chunk in cut_by_tokens(self.lengths, micro_tokens, first):
-            rows, longest = torch.tensor(chunk), max(self.lengths[b] for b in chunk)
-            scored = self.scored[rows, :longest]
-            places = (rows, number[rows, :longest][scored], scored.flatten().nonzero()[:, 0])
-            own, tokens, at = [place.to(self.ids.device, non_blocking=True) for place in places]
-            parts.append(Part(rows, self.ids[own, :longest], tokens, at, self.target[tokens], self.sequence[tokens]))
-        return parts
 
 
 def rollout(planner, tokenizer, problems: list[Problem], group_size: int, temperature: float, max_trace_tokens: int,
@@ -270,8 +246,9 @@ def rollout(planner, tokenizer, problems: list[Problem], group_size: int, temper
     return Batch(problems=[problem for problem in problems for _ in range(group_size)],
                  traces=[data.extract_reasoning(text) for text in texts],
                  closed=[data.CLOSE in text.rpartition("</think>")[2] for text in texts], truncated=truncated,
-                 completions=completions, lengths=[len(row) for row in rows], ids=ids.to(device), scored=scored, at=at.to(device),
-                 target=target.to(device), sequence=sequence.to(device), sampled=torch.tensor(sampled, device=device))
+                 completions=completions, lengths=[len(row) for row in rows], ids=ids.to(device), scored=scored,
+                 at=at.to(device), target=target.to(device), sequence=sequence.to(device),
+                 sampled=torch.tensor(sampled, device=device))
 
 
 def complete(planner, tokenizer, prompts: list[list[int]], num_samples: int, temperature: float, max_tokens: int,
@@ -411,7 +388,7 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
     reward = reward.to(device)
     health = Health(num_tokens, clip_low, clip_high)
     planner.train(getattr(planner, "recomputes_activations", False))      # which works in training mode only
-    for part in batch.parts(micro_tokens, first=advantage != 0):
+    for part in micro_batches(batch, micro_tokens, first=advantage != 0):
         has_tokens = batch.scored[part.rows].any(dim=1)                   # no: cut, and --truncated mask
         learns = bool(has_tokens.any()) and (beta > 0 or bool((advantage[part.rows] * has_tokens).any()))
         own_old = None if old is None else old[part.tokens]
@@ -427,9 +404,9 @@ def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: 
     return health.means()
 
 
-def loss_of_part(planner, part: Part, reward, weight, group_size: int, old, ref, **settings):
-    """kernels.grpo_loss of the planner's logits (m, V) at the m tokens of a micro-batch. Where the fused kernel runs
-    and the head is a plain matrix, the logits are never held whole."""
+def loss_of_part(planner, part: "Part", reward, weight, group_size: int, old, ref, **settings):
+    """kernels.grpo_loss of the planner's logits (m, V) at the m tokens of a micro-batch (`Part`, section 6). Where the
+    fused kernel runs and the head is a plain matrix, the logits are never held whole."""
     rows = (part.target, reward, part.sequence, weight, group_size, old, ref)
     head = planner.get_output_embeddings()
     plain = getattr(planner, "plain_head", True) and type(head) is torch.nn.Linear and head.bias is None
@@ -876,6 +853,31 @@ def sample_names(problems: list[Problem], num_samples: int, when: str) -> list[s
     return names
 
 
+@dataclass
+class Part:
+    """One micro-batch: b sequences of a batch, of similar length, and their m scored tokens. Names as in Batch."""
+    rows: torch.Tensor            # (b,) which of the B, on the CPU
+    ids: torch.Tensor             # (b, T), T of the longest of them
+    tokens: torch.Tensor          # (m,) which of the M
+    at: torch.Tensor              # (m,) into ids.flatten()
+    target: torch.Tensor          # (m,)
+    sequence: torch.Tensor        # (m,) numbers among the B, since a micro-batch may cut through a group
+
+
+def micro_batches(batch: Batch, micro_tokens: int, first: torch.Tensor | None = None) -> list[Part]:
+    """Pieces of a batch, as `cut_by_tokens` cuts them. All at once, and sorted out on the CPU: between two pieces the
+    host would wait for a GPU."""
+    number = batch.scored.flatten().cumsum(dim=0).view_as(batch.scored) - 1      # (B, T): which of the M, where scored
+    parts = []
+    for chunk in cut_by_tokens(batch.lengths, micro_tokens, first):
+        rows, longest = torch.tensor(chunk), max(batch.lengths[b] for b in chunk)
+        scored = batch.scored[rows, :longest]
+        places = (rows, number[rows, :longest][scored], scored.flatten().nonzero()[:, 0])
+        own, tokens, at = [place.to(batch.ids.device, non_blocking=True) for place in places]
+        parts.append(Part(rows, batch.ids[own, :longest], tokens, at, batch.target[tokens], batch.sequence[tokens]))
+    return parts
+
+
 def cut_by_tokens(lengths: list[int], micro_tokens: int, first=None) -> list[list[int]]:
     """Numbers of sequences of these lengths (B), in lists of at most `micro_tokens` tokens, padding included, or of one
     sequence. Long ones come before short ones, so that little is padding; those of `first` (B,) bool before all others,
@@ -922,7 +924,7 @@ class Health:
 def completion_logp(model, batch: Batch, temperature: float, micro_tokens: int) -> torch.Tensor:
     """Log-probs (M,) of the scored tokens under a model, at the sampling temperature."""
     found = torch.zeros_like(batch.sampled)
-    for part in batch.parts(micro_tokens):
+    for part in micro_batches(batch, micro_tokens):
         with executor.autocast(model):
             logits = executor.token_logits(model, part.ids, part.at)                           # (m, V)
         found[part.tokens] = kernels.token_logp(logits, part.target, temperature)[0]
@@ -1776,8 +1778,8 @@ def read_interventions(work: Path) -> tuple[dict, list[dict]]:
 
 # ------------------------------------------------------------------------------------------ 9. problems that can teach
 #
-# A group whose traces all fail, or all succeed, has no advantage. Where the planner seldom succeeds that is most groups:
-# so its success is measured once on many problems, and training keeps to those where it varies.
+# A group whose traces all fail, or all succeed, has no advantage. Where the planner seldom succeeds that is most
+# groups: so its success is measured once on many problems, and training keeps to those where it varies.
 
 
 @dataclass(frozen=True)

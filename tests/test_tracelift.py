@@ -36,7 +36,8 @@ import verify
 from data import UserError, check_settings
 from executor import Completions, Executor, Run
 from tracelift import EvalSettings, InspectSettings, IntSettings, Reward, TrainSettings
-from tracelift import accumulate_gradient, completion_logp, measure_rewards, problems_of_step, rollout, table, train
+from tracelift import (accumulate_gradient, completion_logp, measure_rewards, micro_batches, problems_of_step, rollout, table,
+                       train)
 from verify import SandboxError
 
 ROOT = Path(tracelift.__file__).resolve().parent
@@ -325,7 +326,7 @@ def test_parts_hold_every_token_once(crafted, micro_tokens):
     """A token lost at an edge, or one of another sequence, and the gradient is of other text."""
     batch = crafted(learn_truncated=False)[0]
     first = torch.tensor([False, True] * 4)
-    for parts in batch.parts(micro_tokens), batch.parts(micro_tokens, first):
+    for parts in micro_batches(batch, micro_tokens), micro_batches(batch, micro_tokens, first):
         for part in parts:
             lengths = [batch.lengths[b] for b in part.rows.tolist()]
             assert part.ids.shape == (len(lengths), max(lengths)), "not padded beyond its own longest"
@@ -340,14 +341,14 @@ def test_parts_hold_every_token_once(crafted, micro_tokens):
     assert (len(parts) == 1) == (micro_tokens == 9999)
     kinds = [set(first[part.rows].tolist()) for part in parts]            # such as {True}, {True, False}, {False}
     assert sorted(kinds, key=lambda kind: (False in kind) + (True not in kind)) == kinds and kinds.count({True, False}) <= 1
-    one = batch.parts(9999)[0]
+    one = micro_batches(batch, 9999)[0]
     assert torch.equal(one.ids, batch.ids) and torch.equal(one.at, batch.at), "all in one: the batch as it is"
 
 
 def test_parts_are_sorted_by_length(crafted):
     """Else most of a micro-batch is padding."""
     batch = crafted()[0]
-    lengths = [batch.lengths[b] for part in batch.parts(1) for b in part.rows.tolist()]
+    lengths = [batch.lengths[b] for part in micro_batches(batch, 1) for b in part.rows.tolist()]
     assert lengths == sorted(batch.lengths, reverse=True) and len(set(lengths)) > 2
 
 
@@ -562,7 +563,7 @@ for path in "triton", "linear":
     health = tracelift.accumulate_gradient(planner, batch, *arguments, **options)
     sys.stdout.buffer.write(pickle.dumps((health, {n: p.grad for n, p in planner.named_parameters()})))
     planner.zero_grad(set_to_none=True)
-parts = len(batch.parts(arguments[5]))
+parts = len(tracelift.micro_batches(batch, arguments[5]))
 assert parts > 2 and calls == ["triton"] * parts + ["linear"] * parts, calls
 """
 
