@@ -263,18 +263,6 @@ def test_one_prefill_for_all_samples_and_finished_rows_leave(llama, monkeypatch)
     assert shapes == [(1, 7)]                                      # EOS at once
 
 
-def test_the_host_waits_once_per_token(llama, monkeypatch):
-    """One transfer holds the tokens and the log-probs of all rows."""
-    waits, real = [], torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (waits.append(self.shape), real(self))[1])
-    for name in ("item", "__bool__", "__int__", "__float__", "cpu", "nonzero"):
-        monkeypatch.setattr(executor.torch.Tensor, name, lambda *a, name=name: pytest.fail(f"another transfer: {name}"))
-    monkeypatch.setattr(llama, "forward", lambda input_ids, **_: transformers.modeling_outputs.CausalLMOutputWithPast(
-        logits=torch.zeros(*input_ids.shape, V)))
-    greedy(llama, PROMPTS, num_samples=2, max_new_tokens=6)
-    assert waits == [(2, 10)] * 6
-
-
 def test_the_cache_under_autocast(llama, monkeypatch):
     """In the dtype of the computation, although keys come out of the rotary embedding in float32."""
     layers, given, real = set(), set(), executor.StaticCacheLayer.update
@@ -288,6 +276,56 @@ def test_the_cache_under_autocast(llama, monkeypatch):
         out = greedy(llama, PROMPTS, num_samples=2)
     assert given == {(torch.float32, torch.bfloat16)} and len(out.tokens) == 10
     assert {store.dtype for layer in layers for store in layer.stores} == {torch.bfloat16}
+
+
+def test_the_host_waits_once_per_token(llama, monkeypatch):
+    """One transfer holds the tokens and the log-probs of all rows."""
+    waits, real = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (waits.append(self.shape), real(self))[1])
+    for name in ("item", "__bool__", "__int__", "__float__", "cpu", "nonzero"):
+        monkeypatch.setattr(executor.torch.Tensor, name, lambda *a, name=name: pytest.fail(f"another transfer: {name}"))
+    monkeypatch.setattr(llama, "forward", lambda input_ids, **_: transformers.modeling_outputs.CausalLMOutputWithPast(
+        logits=torch.zeros(*input_ids.shape, V)))
+    greedy(llama, PROMPTS, num_samples=2, max_new_tokens=6)
+    assert waits == [(2, 10, 1)] * 6
+
+
+@pytest.mark.parametrize("temperature, eos", [(0, -1), (0.8, [7, 9, 20, 33])])
+def test_a_captured_step_computes_the_same(llama, monkeypatch, temperature, eos):
+    """With a stand-in for the CUDA graph: fixed tensors, all slots, and a bias that hides the empty ones."""
+    options = {"num_samples": 3, "temperature": temperature, "eos_id": eos, "max_new_tokens": 20,
+               "uniforms": uniform_numbers([str(i) for i in range(15)], 20)}
+    wanted, replays = greedy(llama, PROMPTS, **options), []
+
+    def capture(run):
+        output = run().clone()
+        return lambda: replays.append(output.copy_(run())), output
+    monkeypatch.setattr(executor, "capture", capture)
+    monkeypatch.setattr(executor, "decoding_step", executor.captured_step)
+    found = greedy(llama, PROMPTS, **options)
+    assert found.tokens == wanted.tokens and len(replays) == max(map(len, wanted.tokens)) - 1
+    for ours, theirs in zip(found.logprobs, wanted.logprobs):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_a_capture_that_fails_is_said_once(llama, monkeypatch, capsys):
+    """Decoding goes on without, from the same slot."""
+    wanted = greedy(llama, PROMPTS, max_new_tokens=6)
+
+    def fail(run):
+        run()
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+    monkeypatch.setattr(executor, "capture", fail)
+    monkeypatch.setattr(executor, "GRAPHS", True)
+    real = executor.decoding_step
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+    monkeypatch.setattr(executor, "decoding_step", lambda model, cache, mask, first: real(
+        model, cache, mask.as_subclass(OnCuda), first))
+    for _ in range(2):
+        assert greedy(llama, PROMPTS, max_new_tokens=6).tokens == wanted.tokens
+    assert capsys.readouterr().out == "decoding goes on without captured steps: operation not permitted\n"
 
 
 def test_prompts_of_one_length_have_no_padding(llama, monkeypatch):
