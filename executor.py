@@ -608,6 +608,37 @@ def adamw(parameters, lr: float, **options) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=lr, fused=parameters[0].is_cuda, **options)
 
 
+class MuonAdamW:
+    """Muon (github.com/KellerJordan/Muon) for the matrices of the layers, AdamW for embedding and norms. Muon's updates
+    are scaled to the size of AdamW's (arXiv 2502.16982), so both have one learning rate."""
+
+    def __init__(self, model, lr: float):
+        embedding = model.get_input_embeddings().weight
+        matrices = [p for p in model.parameters() if p.dim() == 2 and p is not embedding]
+        rest = [p for p in model.parameters() if p.dim() != 2 or p is embedding]
+        self.parts = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                      adamw(rest, lr, betas=(0.9, 0.98), weight_decay=0.01)]
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, saved: list[dict]) -> None:
+        for part, state in zip(self.parts, saved):
+            part.load_state_dict(state)
+
+
 def descend(optimizer, lr: float, max_norm: float, where: str) -> float:
     """One optimizer step with the gradient clipped to `max_norm`. Returns the norm before clipping. FloatingPointError
     where it is not finite; the weights are then unchanged."""
@@ -669,18 +700,18 @@ def load_progress(path: Path | None, model, optimizer, values: tuple) -> tuple:
 
 def finetune(lm: LM, sequences: list[tuple[list[int], list[int]]], *, epochs: float, batch_size: int,
              learning_rate: float, warmup: int, seed: int, title: str = "finetune", heldout=(),
-             checkpointing: bool = False, progress: Path | None = None) -> float:
+             checkpointing: bool = False, progress: Path | None = None, optimizer=None) -> float:
     """Supervised training on (ids, labels). labels[t] follows ids[t], or is IGNORE where there is no loss. Batches hold
     sequences of similar length. Linear warm-up, then linear decay to 0. Returns the mean loss of the last tenth.
 
     heldout: the loss of these sequences is measured at the start and ten times on the way. Two measurements without a
     new minimum end the training, and the model keeps the weights of the minimum. `checkpointing` saves memory.
     progress: a file that is written ten times on the way, from which a stopped training goes on, bit for bit. A
-    finished training returns at once. FloatingPointError for a loss or gradient that is not finite."""
+    finished training returns at once. optimizer: AdamW unless given. FloatingPointError for a loss or gradient that is not finite."""
     model = lm.model
     if checkpointing:
         enable_checkpointing(model)
-    optimizer = adamw(model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = optimizer or adamw(model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     total = max(1, round(len(sequences) * epochs / batch_size))
     begin, losses, best, since, weights = load_progress(progress, model, optimizer, (0, [], math.inf, 0, None))
     batches = itertools.islice(training_order(sequences, batch_size, seed), begin, None)
@@ -1203,7 +1234,7 @@ class BaseSettings(data.Options):
     layers: int = option(4, "depth of the tiny model", low=1, only={"model": ("",)})
     sequences: int = option(52000, "of the tiny corpus, one problem each, one epoch", low=1, only={"model": ("",)})
     batch_size: int = option(16, "sequences per step, also of the cold start", low=1)
-    learning_rate: float = option(2e-3, "peak of the tiny model, AdamW", above=0, only={"model": ("",)})
+    learning_rate: float = option(2e-3, "peak of the tiny model, Muon and AdamW", above=0, only={"model": ("",)})
     warmup: int = option(100, "steps of linear warm-up, also of the cold start; then linear decay to 0", low=0)
     seed: int = option(0, "seed of corpus, initial weights, order and the executor runs of the check")
     eval_problems: int = option(300, "held-out problems for the check at the end", low=1)
@@ -1267,7 +1298,8 @@ def train_tiny(s: BaseSettings, task_type: str, progress: Path) -> tuple[LM, flo
         lm = LM(tiny_model(len(tokenizer), s.hidden, s.layers).to(pick_device(s.device)), tokenizer)
     sequences = [base_sequence(tokenizer, example) for example in corpus]
     return lm, finetune(lm, sequences, epochs=1, batch_size=s.batch_size, learning_rate=s.learning_rate,
-                        warmup=s.warmup, seed=s.seed, title="base model", progress=progress)
+                        warmup=s.warmup, seed=s.seed, title="base model", progress=progress,
+                        optimizer=MuonAdamW(lm.model, s.learning_rate))
 
 
 def template_arguments(s: BaseSettings) -> dict:
