@@ -1,4 +1,4 @@
-"""executor.py: decoding against transformers' own, the frozen executor against canned outputs, the tiny base model.
+"""executor.py: decoding against transformers' own, the frozen executor against canned outputs, supervised training.
 
     python -m pytest tests/test_executor.py
     python -m pytest tests/test_executor.py -m slow          # every family that the installed transformers has
@@ -11,12 +11,12 @@ import os
 import random
 import shutil
 import warnings
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import bench_decoding
@@ -25,9 +25,10 @@ import executor
 import rm
 import verify
 from data import BaseExample, Problem, UserError
-from executor import IGNORE, Completions, Executor, base_sequence, draws, finetune, generate, sample, token_logits
+from executor import IGNORE, LM, Completions, Executor, base_sequence, finetune, generate, sample, uniform_numbers
 
 V, PAD = 40, 0
+EXAMPLE = BaseExample("Mia has 7 .\n", "<reasoning>7 + 5 = ?</reasoning>", True, "\nAnswer:", " 12")
 DIGITS = "0123456789 0 1 2 3 4 5 6 7 8 9"
 PROMPTS = [[5, 9, 3, 22, 7, 8, 30], [11], [4, 4, 17], [29, 6, 13, 2], [12, 35]]     # ragged, not in order of length
 
@@ -80,7 +81,19 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.fixture(scope="module")
+def words():
+    return executor.tiny_tokenizer([EXAMPLE.prompt + EXAMPLE.trace + EXAMPLE.ask + EXAMPLE.answer, DIGITS])
+
+
+def small(words, hidden=16, layers=1):
+    """A random LM of that tokenizer, the same each time."""
+    torch.manual_seed(0)
+    return LM(executor.tiny_model(len(words), hidden, layers), words)
+
+
 # ---------------------------------------------------------------- decoding
+
 
 def test_greedy_equals_transformers(model):
     """Positions, masks and cache of ragged, left-padded prompts are right when every token is; then the same with EOS
@@ -130,14 +143,13 @@ def test_samples_are_prompt_major_and_differ(llama):
         assert len({tuple(row) for row in out.tokens[n * 6:n * 6 + 6]}) > 1
 
 
-def test_draws_are_a_function_of_the_name():
-    """On every machine and in every order; 64 bits and more of the name count."""
-    rows = draws(["run 0 1 gsm8k-7 0 2", "b", "a" * 99], 5)
+def test_uniform_numbers_are_a_function_of_the_key():
+    """On every machine and in every order. Old trainings depend on them."""
+    rows = uniform_numbers(["run 0 1 gsm8k-7 0 2", "b", "a" * 99], 5)
     assert rows.dtype == torch.float64 and rows.shape == (3, 5) and rows.min() >= 0 and rows.max() < 1
-    assert torch.equal(draws(["b"], 5)[0], rows[1]) and torch.equal(draws(["b"], 3)[0], rows[1, :3])
+    assert torch.equal(uniform_numbers(["b"], 3)[0], rows[1, :3])
     assert rows[0, 0].item() == random.Random("run 0 1 gsm8k-7 0 2").random()
-    assert len(set(draws([str(i) for i in range(500)], 1).flatten().tolist())) == 500
-    assert draws([], 4).shape == (0, 4)
+    assert uniform_numbers([], 4).shape == (0, 4)
 
 
 def test_what_a_row_becomes_depends_on_its_own_numbers_alone(llama):
@@ -146,13 +158,13 @@ def test_what_a_row_becomes_depends_on_its_own_numbers_alone(llama):
     options = {"max_new_tokens": 9, "eos_id": 7, "temperature": 0.8}
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    whole = generate(llama, PROMPTS, num_samples=3, draws=draws(names, 9), **options)
+    whole = generate(llama, PROMPTS, num_samples=3, uniforms=uniform_numbers(names, 9), **options)
     assert torch.equal(torch.get_rng_state(), state) and len({tuple(row) for row in whole.tokens}) > 10
     for limit in (1, 60):
-        assert generate(llama, PROMPTS, num_samples=3, draws=draws(names, 12), max_cache_tokens=limit, **options).tokens == whole.tokens
+        assert generate(llama, PROMPTS, num_samples=3, uniforms=uniform_numbers(names, 12), max_cache_tokens=limit, **options).tokens == whole.tokens
     for n in (4, 1):
-        own = draws(names[3 * n + 1:3 * n + 2], 9)
-        assert generate(llama, [PROMPTS[n]], draws=own, **options).tokens == [whole.tokens[3 * n + 1]]
+        own = uniform_numbers(names[3 * n + 1:3 * n + 2], 9)
+        assert generate(llama, [PROMPTS[n]], uniforms=own, **options).tokens == [whole.tokens[3 * n + 1]]
 
 
 def test_sampling_is_reproducible_from_the_generator(llama):
@@ -177,7 +189,7 @@ def test_sampled_frequencies_are_the_probabilities_of_the_model(llama):
         model.lm_head.bias = torch.nn.Parameter(bias)              # eight tokens are possible
     prompts = PROMPTS[2:4]
     out = generate(model, prompts, num_samples=count, max_new_tokens=2, temperature=temperature, eos_id=-1,
-                   draws=draws([f"frequencies {i}" for i in range(2 * count)], 2), max_cache_tokens=10**6)
+                   uniforms=uniform_numbers([f"frequencies {i}" for i in range(2 * count)], 2), max_cache_tokens=10**6)
     for n, prompt in enumerate(prompts):
         first = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
         second = (model(torch.tensor([prompt + [t] for t in range(8)])).logits[:, -1] / temperature).softmax(-1)
@@ -194,8 +206,8 @@ def test_sampled_frequencies_are_the_probabilities_of_the_model(llama):
 
 def test_a_small_cache_changes_nothing(llama, monkeypatch):
     """Many batches or one: the same results in the same places, and no cache beyond the limit but for one prompt."""
-    shapes, real = [], executor.SlotLayer.reorder_cache
-    monkeypatch.setattr(executor.SlotLayer, "reorder_cache",
+    shapes, real = [], executor.StaticCacheLayer.reorder_cache
+    monkeypatch.setattr(executor.StaticCacheLayer, "reorder_cache",
                         lambda self, rows: (shapes.append((len(rows), self.slots)), real(self, rows))[1])
     whole = greedy(llama, PROMPTS, num_samples=2)
     for limit in (1, 60, 1024):
@@ -203,19 +215,6 @@ def test_a_small_cache_changes_nothing(llama, monkeypatch):
         assert greedy(llama, PROMPTS, num_samples=2, max_cache_tokens=limit).tokens == whole.tokens
         assert all(rows * slots <= limit or rows == 2 for rows, slots in shapes), shapes
         assert len({slots for _, slots in shapes}) > 1 or limit == 1024
-
-
-def test_one_cache_at_a_time(llama, monkeypatch):
-    """The memory of a batch is free for the next."""
-    alive, most, real = weakref.WeakSet(), [], executor.empty_cache
-
-    def made(*args):
-        most.append(len(alive))
-        alive.add(cache := real(*args))
-        return cache
-    monkeypatch.setattr(executor, "empty_cache", made)
-    greedy(llama, PROMPTS, max_cache_tokens=1)
-    assert most == [0] * len(PROMPTS)
 
 
 def test_batches():
@@ -233,7 +232,7 @@ def test_a_pass_over_the_prompts_is_bounded(llama, monkeypatch):
     whole, shapes = greedy(llama, PROMPTS), forwards(llama, monkeypatch)
     for limit, columns in ((10, 2), (1, 1)):
         del shapes[:]
-        monkeypatch.setattr(executor, "PASS", limit)
+        monkeypatch.setattr(executor, "PREFILL_TOKENS", limit)
         assert greedy(llama, PROMPTS).tokens == whole.tokens
         assert {width for _, width in shapes[:-11]} <= {columns, 1} and len(shapes) == -(-7 // columns) + 11
 
@@ -278,27 +277,25 @@ def test_the_host_waits_once_per_token(llama, monkeypatch):
 
 def test_the_cache_under_autocast(llama, monkeypatch):
     """In the dtype of the computation, although keys come out of the rotary embedding in float32."""
-    layers, given, real = set(), set(), executor.SlotLayer.update
+    layers, given, real = set(), set(), executor.StaticCacheLayer.update
 
     def update(self, keys, values, *rest, **more):
         given.add((keys.dtype, values.dtype))
         layers.add(self)
         return real(self, keys, values, *rest, **more)
-    monkeypatch.setattr(executor.SlotLayer, "update", update)
+    monkeypatch.setattr(executor.StaticCacheLayer, "update", update)
     with torch.autocast("cpu", torch.bfloat16):
         out = greedy(llama, PROMPTS, num_samples=2)
     assert given == {(torch.float32, torch.bfloat16)} and len(out.tokens) == 10
     assert {store.dtype for layer in layers for store in layer.stores} == {torch.bfloat16}
 
 
-def test_a_model_that_is_to_decode_alone(llama, monkeypatch):
-    """No padding then, and the same results."""
-    model = copy.deepcopy(llama)
-    model.decode_alone = True
-    masks, forward = [], model.forward
-    monkeypatch.setattr(model, "forward", lambda **k: (masks.append(k["attention_mask"]), forward(**k))[1])
-    prompts = [*PROMPTS, [1, 2, 3]]
-    assert greedy(model, prompts, num_samples=2).tokens == greedy(llama, prompts, num_samples=2).tokens
+def test_prompts_of_one_length_have_no_padding(llama, monkeypatch):
+    """And the same results."""
+    masks, forward, prompts = [], llama.forward, [*PROMPTS, [1, 2, 3]]
+    wanted = greedy(llama, prompts, num_samples=2).tokens
+    monkeypatch.setattr(llama, "forward", lambda **k: (masks.append(k["attention_mask"]), forward(**k))[1])
+    assert greedy(llama, prompts, num_samples=2, equal_lengths=True).tokens == wanted
     assert all(mask.all() for mask in masks) and max(len(mask) for mask in masks) == 4
 
 
@@ -330,41 +327,27 @@ def test_logits_that_are_not_finite_are_an_error(llama):
             greedy(broken, PROMPTS, temperature=temperature, eos_id=7, generator=seeded())
 
 
-def test_max_new_tokens_cuts(llama):
-    whole = [reference(llama, prompt, 12) for prompt in PROMPTS]
-    assert greedy(llama, PROMPTS, max_new_tokens=1).tokens == [row[:1] for row in whole]
-    for n, row in enumerate(whole):
-        end = row.index(row[4])                                    # stops at the first row[4]
-        assert greedy(llama, [PROMPTS[n]], max_new_tokens=end + 1, eos_id=row[4]).tokens == [row[:end + 1]]
-
-
 def test_no_prompts_no_completions(llama):
     assert greedy(llama, []) == Completions([], [])
-    assert generate(llama, [], eos_id=1, draws=draws([], 64)) == Completions([], [])
+    assert generate(llama, [], eos_id=1, uniforms=uniform_numbers([], 64)) == Completions([], [])
 
 
 def test_generate_leaves_its_inputs_and_the_gradients_alone(llama):
-    prompts, numbers = [list(p) for p in PROMPTS], draws(list("abcdefghij"), 12)
+    prompts, numbers = [list(p) for p in PROMPTS], uniform_numbers(list("abcdefghij"), 12)
     before = numbers.clone()
-    greedy(llama, prompts, num_samples=2, temperature=1, draws=numbers)
+    greedy(llama, prompts, num_samples=2, temperature=1, uniforms=numbers)
     assert prompts == PROMPTS and torch.equal(numbers, before) and all(p.grad is None for p in llama.parameters())
 
 
-@pytest.mark.parametrize("options", [{"num_samples": 0}, {"num_samples": [1, 2]}, {"num_samples": [1, 0, 1, 1, 1]},
-                                     {"max_new_tokens": 0}, {"temperature": -0.1}])
-def test_bad_arguments(llama, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
+@pytest.mark.parametrize("options, words", [
+    ({"num_samples": 0}, "num_samples"), ({"num_samples": [1, 2]}, "num_samples"), ({"max_new_tokens": 0}, "max_new"),
+    ({"num_samples": [1, 0, 1, 1, 1]}, "num_samples"), ({"temperature": -0.1}, "temperature"),
+    ({"temperature": 1.0}, "uniforms"), ({"temperature": 1.0, "uniforms": uniform_numbers(["a"] * 4, 12)}, "uniforms"),
+    ({"temperature": 1.0, "uniforms": uniform_numbers(["a"] * 5, 11)}, "uniforms")])
+def test_bad_arguments(llama, options, words):
+    with pytest.raises(ValueError, match=words):
         greedy(llama, PROMPTS, **options)
-
-
-def test_draws_are_needed_at_a_temperature(llama):
-    for numbers in (None, draws(list("abcd"), 12), draws(list("abcde"), 11)):
-        with pytest.raises(ValueError, match="draws"):
-            generate(llama, PROMPTS, max_new_tokens=12, eos_id=-1, draws=numbers)
-
-
-def test_empty_prompts_are_refused(llama):
-    with pytest.raises(ValueError, match="prompt"):
+    with pytest.raises(ValueError, match="prompts"):
         greedy(llama, [[1], []])
 
 
@@ -376,7 +359,8 @@ def test_the_context_is_not_overrun(llama):
 
 
 def test_what_counts_as_context():
-    """Not a window; longrope's original length, beyond which a batch is computed with other frequencies."""
+    """Not a window; longrope's original length, beyond which a batch is computed with other
+    frequencies; the tokens up to which sparse attention sees all."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32,
             "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
     sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8,
@@ -385,6 +369,8 @@ def test_what_counts_as_context():
     assert executor.context_of(LlamaForCausalLM(LlamaConfig(**sizes))) == 64
     mistral = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, num_key_value_heads=1, sliding_window=5))
     assert executor.context_of(mistral) == 64
+    sparse = tiny_of("deepseek_v32", index_topk=32, num_key_value_heads=4), tiny_of("doge", keep_window_size=32)
+    assert [executor.context_of(model) for model in sparse] == [32, 32]
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=1))
     assert executor.context_of(bloom) == float("inf")
 
@@ -475,16 +461,16 @@ def tiny_of(kind, **sizes):
     return model
 
 
-def compare_family(model, kind, whole):
+def compare_family(model, whole, **options):
     """Greedy rows against `whole`, those of transformers one prompt at a time: ragged, several samples, prompts read
     in one pass and in many, rows that leave."""
     wanted = [row for row, S in zip(whole, COUNTS) for _ in range(S)]
     eos = max(range(64), key=lambda t: len({row.index(t) if t in row else -1 for row in whole}))
     cut = [row[:row.index(eos) + 1] if eos in row else row for row in wanted]
-    assert greedy(model, RAGGED, num_samples=COUNTS, max_new_tokens=10).tokens == wanted
+    assert greedy(model, RAGGED, num_samples=COUNTS, max_new_tokens=10, **options).tokens == wanted
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor, "PASS", 15)
-        out = greedy(model, RAGGED, num_samples=COUNTS, max_new_tokens=10, eos_id=eos)
+        patch.setattr(executor, "PREFILL_TOKENS", 15)
+        out = greedy(model, RAGGED, num_samples=COUNTS, max_new_tokens=10, eos_id=eos, **options)
     assert out.tokens == cut
     for row, (prompt, tokens) in enumerate(zip([p for p, S in zip(RAGGED, COUNTS) for _ in range(S)], cut)):
         assert out.logprobs[row] == pytest.approx(score(model, prompt, tokens), abs=2e-3)
@@ -492,14 +478,14 @@ def compare_family(model, kind, whole):
 
 def compare_gradient(model):
     """Of the loss over ragged rows, padded on the right, against that of each row alone, by the model's own forward."""
-    executor.check_head(model)
+    lm = LM(model, executor.tiny_tokenizer(["a"]))
     rows = [(ids, ids[1:] + [IGNORE]) for ids in RAGGED if len(ids) > 1]
     count = sum(len(ids) - 1 for ids, _ in rows)
     grads = []
     for padded in (True, False):
         model.zero_grad()
         if padded:
-            loss = executor.sequence_loss(model, rows, PAD)
+            loss = executor.sequence_loss(lm, rows)
         else:
             loss = sum(F.cross_entropy(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0], torch.tensor(labels),
                                        ignore_index=IGNORE, reduction="sum") for ids, labels in rows) / count
@@ -515,7 +501,6 @@ def compare_score(model, folder):
     the last hidden state that transformers gives of the whole model; then saved and loaded."""
     tokenizer = executor.tiny_tokenizer(["a b"])
     judge = rm.RubricRewardModel(model.base_model, tokenizer, ["clear", "right"]).eval()
-    rm.check_backbone(judge)
     for head in (*judge.dimension_heads, judge.total_head):
         torch.nn.init.normal_(head.weight, std=0.3)
     ids = executor.pad(RAGGED, PAD, "cpu")
@@ -535,25 +520,13 @@ def compare_score(model, folder):
     assert torch.equal(again[0], labels) and torch.equal(again[1], total)
 
 
-@pytest.mark.parametrize("kind, reason", [("bert", "other weights, such as pooler.dense"), ("bart", "other weights"),
-                                          ("llama4_text", "other weights"), ("trocr", "no base model of theirs"),
-                                          ("cpmant", "padding behind a text")])
-def test_a_backbone_that_could_not_score_is_refused_by_name(kind, reason):
-    """Before hours of training, not when it is loaded."""
-    more = {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 1} if kind == "llama4_text" else {}
-    judge = rm.RubricRewardModel(tiny_of(kind, **more).base_model, None, ["clear"])
-    with pytest.raises(UserError, match=f"{kind} models cannot be the backbone of a reward model: .*{reason}"):
-        rm.check_backbone(judge)
-
-
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_families_decode_and_score_as_transformers_does(kind, capsys, tmp_path):
     model = tiny_of(kind)
-    executor.check_decoding(model, kind)
-    assert not getattr(model, "decode_alone", False) and not capsys.readouterr().out
+    assert executor.check_decoding(model) is False and not capsys.readouterr().out
     whole = [reference(model, prompt, 10) for prompt in RAGGED]
     assert len({tuple(row) for row in whole}) == len(RAGGED)
-    compare_family(model, kind, whole)
+    compare_family(model, whole)
     compare_gradient(model)
     compare_score(model, tmp_path)
 
@@ -568,23 +541,21 @@ def test_the_text_part_of_a_model_that_also_sees_decodes():
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config = transformers.GenerationConfig(pad_token_id=PAD)
-    executor.check_decoding(model, "gemma3")
-    assert not hasattr(model, "decode_alone") and executor.context_of(model) == 128
-    compare_family(model, "gemma3", [reference(model, prompt, 10) for prompt in RAGGED])
+    assert executor.check_decoding(model) is False and executor.context_of(model) == 128
+    compare_family(model, [reference(model, prompt, 10) for prompt in RAGGED])
 
 
 def test_a_family_that_looks_at_padding_is_decoded_in_equal_lengths(capsys):
     """Bart's decoder takes its positions from the cache."""
     model = tiny_of("bart")
-    executor.check_decoding(model, "folder")
-    assert model.decode_alone and "folder: padding may change what bart models compute" in capsys.readouterr().out
-    compare_family(model, "bart", [reference(model, prompt, 10) for prompt in RAGGED])
+    assert LM(model, executor.tiny_tokenizer(["a"])).equal_lengths and "equal length" in capsys.readouterr().out
+    compare_family(model, [reference(model, prompt, 10) for prompt in RAGGED], equal_lengths=True)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "rwkv", "recurrent_gemma"])
 def test_families_that_keep_their_state_elsewhere_are_refused_by_name(kind):
-    with pytest.raises(UserError, match=f"folder: {kind} models cannot be decoded here"):
-        executor.check_decoding(tiny_of(kind), "folder")
+    with pytest.raises(UserError, match=f"{kind} models cannot be decoded here"):
+        executor.check_decoding(tiny_of(kind))
 
 
 @pytest.mark.slow
@@ -593,7 +564,7 @@ def test_every_family_of_the_installed_transformers(capsys, tmp_path):
     then of the scores of a reward model on each backbone that decodes."""
     names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     matrix = {"equal": [], "equal without padding": [], "refused": [], "wrong in silence": [], "no tiny model": [],
-              "score equal": [], "score refused": [], "score wrong in silence": []}
+              "score equal": [], "score wrong in silence": []}
     for kind in sorted(names):
         whole = None
         for sizes in ({}, {"head_dim": None}, {"num_key_value_heads": 4}, {"num_key_value_heads": None},
@@ -608,20 +579,18 @@ def test_every_family_of_the_installed_transformers(capsys, tmp_path):
             matrix["no tiny model"].append(kind)
             continue
         try:
-            executor.check_decoding(model, kind)
+            equal = executor.check_decoding(model)
         except UserError:
             matrix["refused"].append(kind)
             continue
         try:
-            compare_family(model, kind, whole)
-            matrix["equal without padding" if getattr(model, "decode_alone", False) else "equal"].append(kind)
+            compare_family(model, whole, equal_lengths=equal)
+            matrix["equal without padding" if equal else "equal"].append(kind)
         except AssertionError as error:
             matrix["wrong in silence"].append(f"{kind} {str(error)[:300]}")
         try:
             compare_score(model, tmp_path / kind)
             matrix["score equal"].append(kind)
-        except UserError as error:
-            matrix["score refused"].append(f"{kind} ({str(error).partition(': ')[2]})")
         except Exception as error:
             matrix["score wrong in silence"].append(f"{kind} {error!r:.300}")
     with capsys.disabled():
@@ -643,69 +612,33 @@ def test_no_warning_of_transformers_comes_from_our_own_calls(tiny, caplog):
             model, tokenizer = executor.load(str(tiny[0]), "cpu", torch.float32)
             Executor(model, tokenizer, max_new_tokens=4).success(data.tiny_problems("math", 2, 0), None, 2)
             model.requires_grad_(True)
-            finetune(model, [([1, 2, 3], [2, 3, 4])], epochs=1, batch_size=1, learning_rate=1e-3, warmup=1, seed=0, pad_id=0,
-                     heldout=[([1, 2, 3], [2, 3, 4])], checkpointing=True)
-            executor.check_head(model)
+            finetune(LM(model, tokenizer), [([1, 2, 3], [2, 3, 4])], epochs=1, batch_size=1, learning_rate=1e-3, warmup=1,
+                     seed=0, heldout=[([1, 2, 3], [2, 3, 4])], checkpointing=True)
     finally:
         logger.removeHandler(caplog.handler)
     assert not [record.getMessage() for record in caplog.records if "deprecat" in record.getMessage()]
 
 
-# ---------------------------------------------------------------- scoring
-
-def test_pad():
-    rows = [[1, 2, 3], [4]]
-    assert executor.pad(rows, 9, "cpu").tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert rows == [[1, 2, 3], [4]]
+# ---------------------------------------------------------------- scoring and supervised training
 
 
-def test_without_dropout():
-    """Modules, attributes of layers that use the functional form, and the config."""
-    from transformers import OPTConfig, OPTForCausalLM
-    model = OPTForCausalLM(OPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16,
-                                     word_embed_proj_dim=16, dropout=0.5, attention_dropout=0.5, layerdrop=0.5))
-    model.add_module("other", torch.nn.Dropout(0.5))
-    run = lambda: model(torch.arange(9)[None]).logits
-    assert not torch.equal(model.train()(torch.arange(9)[None]).logits, run())
-    executor.without_dropout(model)
-    assert torch.equal(run(), run()) and torch.equal(run(), model.eval()(torch.arange(9)[None]).logits)
-    assert torch.equal(model.train().other(torch.ones(9)), torch.ones(9))
-
-
-def test_token_logits_are_those_of_the_model(model):
-    """Right padding without a mask does not reach back under causal attention; rows come in the order of `at`."""
-    ids = executor.pad(PROMPTS, PAD, "cpu")
-    at = torch.tensor([ids.shape[1] * n + t for n, p in enumerate(PROMPTS) for t in range(max(0, len(p) - 2), len(p))])
-    with torch.no_grad():
-        got = token_logits(model, ids, at)
-        wanted = torch.cat([model(torch.tensor([p])).logits[0, max(0, len(p) - 2):] for p in PROMPTS])
-        assert token_logits(model, ids, at[:0]).shape == (0, V)
-        assert torch.equal(token_logits(model, ids, at.flip(0)), got.flip(0))
-    assert got.shape == (len(at), V)
-    assert torch.allclose(got, wanted, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind, plain", [("qwen3", True), ("phi3", True), ("gemma2", False), ("granite", False), ("cohere2", False)])
+@pytest.mark.parametrize("kind, plain", [("llama", True), ("qwen3", True), ("phi3", True), ("gemma2", False),
+                                         ("granite", False), ("cohere2", False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_scored_as_the_model_computes_them(kind, plain, dtype):
-    """Gemma caps them, Granite and Cohere scale them: then they come from the model's own forward pass."""
+    """At the selected positions, in their order, from rows padded on the right. Gemma caps its logits, Granite and
+    Cohere scale them: then they come from the model's own forward pass."""
     model = tiny_of(kind, logits_scaling=2.0).to(dtype)
     model.get_output_embeddings().weight.data *= 20                # a cap of 30 shows
-    assert executor.check_head(model) == plain
-    ids = torch.tensor(RAGGED[:1])
+    lm = LM(model, executor.tiny_tokenizer(["a"]))
+    assert lm.plain_head == plain
+    ids = executor.pad(RAGGED, PAD, "cpu")
+    positions = torch.tensor([12 * n + t for n, row in enumerate(RAGGED) for t in range(max(0, len(row) - 2), len(row))])
     with torch.no_grad():
-        assert torch.allclose(token_logits(model, ids, torch.arange(12)), model(ids).logits[0], atol=1e-4 if dtype == torch.float32 else 0.3)
-
-
-def test_adamw_is_fused_on_cuda_only():
-    assert not executor.adamw([torch.nn.Parameter(torch.ones(2))], 1e-3).defaults["fused"]
-    class Far(torch.nn.Parameter):
-        is_cuda = True
-    made = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "AdamW", lambda parameters, **options: made.append(options))
-        executor.adamw([Far(torch.ones(2))], 1e-3, betas=(0.9, 0.98))
-    assert made == [{"lr": 1e-3, "fused": True, "betas": (0.9, 0.98)}]
+        hidden = lm.hidden(ids, positions)
+        wanted = torch.cat([model(torch.tensor([row])).logits[0, -2:] for row in RAGGED])
+        assert torch.allclose(lm.head(hidden), wanted, atol=1e-3 if dtype == torch.float32 else 1.0)
+        assert torch.equal(lm.hidden(ids, positions.flip(0)), hidden.flip(0)) and len(lm.head(hidden[:0])) == 0
 
 
 def test_checkpointing_computes_the_same_gradient(llama):
@@ -714,36 +647,32 @@ def test_checkpointing_computes_the_same_gradient(llama):
         model = copy.deepcopy(llama)
         if checkpointing:
             executor.enable_checkpointing(model)
-            assert not model.training
-        model.train()
-        executor.sequence_loss(model, [(PROMPTS[0], PROMPTS[0])], PAD).backward()
+        lm = LM(model.eval(), executor.tiny_tokenizer(["a"]))
+        model.train(checkpointing)
+        executor.sequence_loss(lm, [(PROMPTS[0], PROMPTS[0])]).backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
 
 
-def test_a_router_that_is_noisy_in_training_is_refused():
-    """The policy that is scored has to be the one that was sampled."""
+def test_checkpointing_leaves_no_noise_in_training():
+    """The policy that is scored has to be the one that was sampled. Dropout goes, a noisy router is refused."""
+    model, ids = tiny_of("opt", dropout=0.5, attention_dropout=0.5, layerdrop=0.5), torch.tensor(RAGGED[:1])
+    model.add_module("other", torch.nn.Dropout(0.5))
+    wanted = model(ids).logits
+    executor.enable_checkpointing(model)
+    assert torch.equal(model.train()(ids).logits, wanted) and torch.equal(model.other(torch.ones(9)), torch.ones(9))
     with pytest.raises(UserError, match="phimoe models compute something else in training"):
-        executor.enable_checkpointing(tiny_of("phimoe", num_key_value_heads=4, router_jitter_noise=0.3, input_jitter_noise=0.3))
+        executor.enable_checkpointing(tiny_of("phimoe", num_key_value_heads=4, router_jitter_noise=0.3))
 
 
-def test_finetune_under_autocast(words, monkeypatch):
-    """The weights stay float32, the loss is nearly the same."""
-    sequences, losses = [base_sequence(words, EXAMPLE)] * 2, []
-    for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(executor, "work_dtype", lambda model, dtype=dtype: dtype)
-        torch.manual_seed(0)
-        model = executor.tiny_model(len(words), 16, 1)
-        losses.append(finetune(model, sequences, epochs=3, batch_size=1, learning_rate=1e-3, warmup=1, seed=0, pad_id=0))
-        assert model.dtype == torch.float32
-    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+@pytest.mark.parametrize("device, parameters, native, wanted", [
+    ("cuda", 10**9, True, torch.bfloat16), ("cuda", 10**6, True, torch.float32), ("cuda", 10**9, False, torch.float32),
+    ("cpu", 10**9, False, torch.float32), ("cpu", 10**9, True, torch.bfloat16), ("cpu", 10**6, True, torch.float32)])
+def test_what_matrix_products_are_computed_in(device, parameters, native, wanted, monkeypatch):
+    """bfloat16 where the hardware multiplies it (a T4 does not). The tiny world is float32 everywhere."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": native}, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
 
-
-@pytest.mark.parametrize("device, parameters, wanted", [("cuda", 10**9, torch.bfloat16), ("cuda", 10**6, torch.float32),
-                                                        ("cpu", 10**9, torch.float32)])
-def test_what_matrix_products_are_computed_in(device, parameters, wanted, monkeypatch):
-    """The tiny world is float32 on CUDA, too: its tables agree with those of a CPU (here one without bfloat16)."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     class Model:
         def parameters(self):
             return [torch.empty(parameters, device="meta")]
@@ -751,17 +680,132 @@ def test_what_matrix_products_are_computed_in(device, parameters, wanted, monkey
     assert executor.work_dtype(Model()) == wanted
 
 
+def test_finetune_under_autocast(words, monkeypatch):
+    """The weights stay float32, the loss is nearly the same."""
+    sequences, losses = [base_sequence(words, EXAMPLE)] * 2, []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(executor, "work_dtype", lambda model, dtype=dtype: dtype)
+        lm = small(words)
+        losses.append(finetune(lm, sequences, epochs=3, batch_size=1, learning_rate=1e-3, warmup=1, seed=0))
+        assert lm.model.dtype == torch.float32
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_heldout_loss_is_a_mean_over_tokens(words):
     """However the sequences fall into batches."""
-    torch.manual_seed(0)
-    model = executor.tiny_model(len(words), 16, 1)
+    lm = small(words)
     sequences = [base_sequence(words, EXAMPLE), base_sequence(words, BaseExample("Mia .\n", "", False, "", " 1"))] * 2
-    whole = executor.sequence_loss(model, sequences, 0).item()
+    whole = executor.sequence_loss(lm, sequences).item()
     for size in (1, 3, 4):
-        assert executor.heldout_loss(model, sequences, batch_size=size, pad_id=0) == pytest.approx(whole, abs=1e-5)
+        assert executor.heldout_loss(lm, sequences, batch_size=size) == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("broken", [0, 3])
+def test_a_training_that_diverges_says_where_and_what_to_do(words, broken):
+    lm, sequences = small(words), [base_sequence(words, EXAMPLE)] * 8
+    lm.model.model.norm.register_forward_hook(
+        lambda layer, args, output, count=iter(range(99)): output * float("nan") if next(count) >= broken else None)
+    with pytest.raises(FloatingPointError, match=f"finetune, step {broken}: .* not finite; .*delete .* lower --learning_rate"):
+        finetune(lm, sequences, epochs=1, batch_size=1, learning_rate=1e-3, warmup=1, seed=0)
+    assert all(torch.isfinite(p).all() for p in lm.model.parameters())
+
+
+def test_finetune_teaches_both_roles_and_where_to_stop(words):
+    """Eight sequences learned by heart (but for the number in the first line): the loss falls, the planner stops
+    after its closing tag, the executor after its answer. A label off by one position, or an EOS out of the loss, fails here."""
+    examples = [BaseExample(f"Mia has {a} .\n", f"<reasoning>{a} + {b} = ?</reasoning>", True, "\nAnswer:", f" {a + b}")
+                for a, b in ((1, 5), (2, 3), (3, 3), (4, 5), (5, 2), (6, 1), (7, 2), (8, 1))]
+    sequences = [base_sequence(words, e) for e in examples]
+    before = json.dumps(sequences)
+    lm = small(words, 32, 2)
+    model = lm.model
+
+    @torch.no_grad()
+    def loss():
+        return sum(F.cross_entropy(model(torch.tensor([ids])).logits[0], torch.tensor(labels), ignore_index=IGNORE).item()
+                   for ids, labels in sequences) / len(sequences)
+    first = loss()
+    last = finetune(lm, sequences, epochs=120, batch_size=4, learning_rate=8e-3, warmup=10, seed=0)
+    assert loss() < 0.3 < 2 < first and last < 0.3
+    assert not model.training and json.dumps(sequences) == before
+    read = lambda prompt: words.batch_decode(generate(model, [words(prompt)["input_ids"]], temperature=0, max_new_tokens=12,
+                                                      eos_id=words.eos_token_id).tokens)[0]
+    for e in examples:
+        assert read(e.prompt) == e.trace + "<eos>"
+        assert read(e.prompt + e.trace + e.ask) == e.answer + "<eos>"
+
+
+def test_finetune_is_reproducible_and_its_batch_ignores_padding(words):
+    """The same seed gives the same weights; a batch of ragged sequences has the loss of its tokens, not of its pads."""
+    sequences = [base_sequence(words, EXAMPLE), base_sequence(words, BaseExample("Mia .\n", "", False, "", " 1"))]
+
+    def train():
+        lm = small(words)
+        value = finetune(lm, sequences, epochs=1, batch_size=2, learning_rate=1e-3, warmup=1, seed=0)
+        return value, torch.cat([p.detach().flatten() for p in lm.model.parameters()])
+    value, weights = train()
+    again, same = train()
+    assert value == again and torch.equal(weights, same)
+    model = small(words).model
+    with torch.no_grad():
+        each = [F.cross_entropy(model(torch.tensor([ids])).logits[0], torch.tensor(labels), ignore_index=IGNORE, reduction="sum")
+                for ids, labels in sequences]
+    count = sum(label != IGNORE for _, labels in sequences for label in labels)
+    assert value == pytest.approx(sum(each).item() / count, abs=1e-4)
+
+
+def test_finetune_stops_early_and_keeps_the_best_weights(words, monkeypatch):
+    """Held-out sequences that say the opposite: their loss falls while the model learns the words, then rises."""
+    say = lambda answer: base_sequence(words, BaseExample("Mia has 1 .\n", "", False, "Answer:", answer))
+    learn, held = [say(" 1")] * 4, [say(" 1"), say(" 5")]
+    run = lambda heldout: finetune(lm, learn, epochs=200, batch_size=4, learning_rate=8e-3, warmup=10, seed=0, heldout=heldout)
+    measure = lambda: executor.heldout_loss(lm, held, 1)
+    lm = small(words)
+    start = copy.deepcopy(lm.model.state_dict())
+    first = measure()
+    run(())
+    overfit = measure()
+    lm.model.load_state_dict(start)
+    run(held)
+    best = measure()
+    assert best < first and best < overfit and not lm.model.training
+    lm.model.load_state_dict(start)                                # a training that can only harm changes nothing
+    real, calls = executor.heldout_loss, []
+    monkeypatch.setattr(executor, "heldout_loss", lambda *args: calls.append(1) or real(*args))
+    finetune(lm, [say(" 5")], epochs=20, batch_size=1, learning_rate=1.0, warmup=0, seed=0, heldout=held)
+    assert len(calls) == 3, "at the start, and two without a new minimum"
+    assert measure() == pytest.approx(first)
+
+
+@pytest.mark.parametrize("heldout", [False, True])
+@pytest.mark.parametrize("stop_at", [1, 4, 10])
+def test_a_stopped_training_goes_on_bit_for_bit(words, tmp_path, monkeypatch, stop_at, heldout):
+    """Weights, optimizer, order of the batches, the minimum of the held-out loss. A finished one returns at once."""
+    sequences = [base_sequence(words, BaseExample(f"Mia has {a} .\n", "", False, "Answer:", f" {a}")) for a in range(9)]
+    run = lambda progress: finetune(lm, sequences, epochs=9, batch_size=4, learning_rate=3e-3, warmup=2, seed=0,
+                                    heldout=sequences[:2] if heldout else (), progress=progress)
+    lm = small(words)
+    wanted, weights = run(None), copy.deepcopy(lm.model.state_dict())
+    saves, save = [], executor.save_progress
+
+    def stop(*args):
+        save(*args)
+        saves.append(args)
+        if len(saves) == stop_at:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(executor, "save_progress", stop)
+    lm = small(words)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "progress.pt")
+    steps, real = [], executor.descend
+    monkeypatch.setattr(executor, "descend", lambda *args: steps.append(1) or real(*args))
+    lm = small(words)
+    assert run(tmp_path / "progress.pt") == wanted and len(steps) == 20 - 2 * stop_at
+    assert all(torch.equal(x, weights[name]) for name, x in lm.model.state_dict().items())
 
 
 # ---------------------------------------------------------------- loading
+
 
 def test_load_gives_back_what_was_saved(tiny):
     folder, model, tokenizer = tiny
@@ -784,7 +828,6 @@ def without_eos(folder):
 
 
 def without_a_tensor(folder):
-    from safetensors.torch import load_file, save_file
     path = folder / "model.safetensors"
     tensors = load_file(path)
     tensors.pop(next(name for name in tensors if "mlp" in name))
@@ -792,32 +835,10 @@ def without_a_tensor(folder):
 
 
 def with_a_wrong_shape(folder):
-    from safetensors.torch import load_file, save_file
     path = folder / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"] = torch.ones(7)
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize("damage, words", [
-    (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "tokenizer"),
-    (without_eos, "EOS"),
-    (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
-    (lambda f: (f / "config.json").unlink(), "config.json"),
-    (lambda f: (f / "config.json").write_text("{"), "config|tokenizer"),
-    (shutil.rmtree, "tokenizer"),
-    pytest.param(lambda f: (f / "model.safetensors").write_bytes(b"cut"), "model.safetensors"),
-    pytest.param(with_a_wrong_shape, "model.norm.weight|causal LM"),
-    pytest.param(without_a_tensor, "mlp|causal LM"),          # else random weights, silently
-], ids=["no-tokenizer", "no-eos", "no-weights", "no-config", "bad-config", "no-folder", "cut-weights", "wrong-shape", "no-tensor"])
-def test_load_says_what_is_missing(tiny, tmp_path, damage, words):
-    """One line that names the folder and the mend; never a traceback from the depths, never a random model."""
-    folder = tmp_path / "copy"
-    shutil.copytree(tiny[0], folder)
-    damage(folder)
-    with pytest.raises(UserError, match=words) as error:
-        executor.load(str(folder), "cpu")
-    assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
 def larger_tokenizer(folder):
@@ -830,41 +851,22 @@ def raising_template(folder):
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")
 
 
-def another_tokenizer(folder):
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    words = list(content["model"]["vocab"])
-    content["model"]["vocab"] = {word: i for i, word in enumerate(words[:3] + words[:2:-1])}
-    path.write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize("damage, words", [(larger_tokenizer, "the tokenizer has .* tokens, the model's embedding table"),
-                                           (raising_template, "chat template .*no users here")])
-def test_load_refuses_what_does_not_fit(tiny, tmp_path, damage, words):
-    test_load_says_what_is_missing(tiny, tmp_path, damage, words)
-
-
-def test_a_tokenizer_that_took_the_place_of_another_is_found(tiny, tmp_path, monkeypatch):
-    """As transformers does for some model types, without a word."""
+@pytest.mark.parametrize("damage, words", [
+    (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "tokenizer"), (without_eos, "EOS"),
+    (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    (lambda f: (f / "config.json").unlink(), "config.json|tokenizer"),
+    (lambda f: (f / "config.json").write_text("{"), "config|tokenizer"), (shutil.rmtree, "tokenizer"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "causal LM"),
+    (with_a_wrong_shape, "model.norm.weight|causal LM"), (without_a_tensor, "the weights lack model.layers.0.mlp"),
+    (larger_tokenizer, "the tokenizer has .* tokens, more than the model"), (raising_template, "chat template .*no users here")])
+def test_load_says_what_is_wrong(tiny, tmp_path, damage, words):
+    """One line that names the folder; never a traceback from the depths, never a random model."""
     folder = tmp_path / "copy"
     shutil.copytree(tiny[0], folder)
-    other = transformers.AutoTokenizer.from_pretrained(folder)
-    another_tokenizer(folder)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: other)
-    with pytest.raises(UserError, match="reads another tokenizer"):
+    damage(folder)
+    with pytest.raises(UserError, match=words) as error:
         executor.load(str(folder), "cpu")
-
-
-@pytest.mark.parametrize("error, words", [(ImportError("needs bitsandbytes"), "a library that is not installed .*bitsandbytes"),
-                                          (ValueError("unknown architecture"), "unknown architecture"),
-                                          (OSError("no file"), "config.json and model.safetensors")])
-def test_load_names_the_reason(tiny, monkeypatch, error, words):
-    def fail(*_, **__):
-        raise error
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
-    with pytest.raises(UserError, match=words) as raised:
-        executor.load(str(tiny[0]), "cpu")
-    assert "config.json" not in str(raised.value) or isinstance(error, OSError)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
 class Careless(LlamaForCausalLM):
@@ -878,7 +880,7 @@ class Leaky(LlamaForCausalLM):
     def forward(self, attention_mask=None, **given):
         if attention_mask is not None and len(attention_mask) > 1 and attention_mask.shape[1] > 6:
             attention_mask = attention_mask.clone()
-            attention_mask[..., 6] = 1
+            attention_mask[..., 2] = 1
         return super().forward(attention_mask=attention_mask, **given)
 
 
@@ -889,43 +891,31 @@ class Forgetful(LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_load_tries_decoding(model, dtype, capsys):
-    """Once, on every model, in 16 bits as strictly: a padded row in our cache against the same tokens alone."""
+def test_decoding_is_tried(model, dtype, capsys):
+    """On every model, in 16 bits as strictly: with padding and cache against the same tokens alone."""
     before = copy.deepcopy(model).to(dtype)
-    executor.check_decoding(before, "folder")
-    assert before.dtype == dtype and not hasattr(before, "decode_alone")
-    assert all(torch.equal(p, q.to(dtype)) for p, q in zip(before.parameters(), model.parameters()))
+    assert executor.check_decoding(before) is False
+    assert all(torch.equal(p, q.to(dtype)) and p.dtype == dtype for p, q in zip(before.parameters(), model.parameters()))
     for cls in (Careless, Leaky):
         damaged = random_model("llama").to(dtype)
         damaged.__class__ = cls
-        executor.check_decoding(damaged, "folder")
-        assert damaged.decode_alone and "groups of equal length" in capsys.readouterr().out
+        assert executor.check_decoding(damaged) and "groups of equal length" in capsys.readouterr().out
     damaged.__class__ = Forgetful
-    with pytest.raises(UserError, match="folder: llama models cannot be decoded here: with cached keys"):
-        executor.check_decoding(damaged, "folder")
+    with pytest.raises(UserError, match="llama models cannot be decoded here: a cache changes"):
+        executor.check_decoding(damaged)
     damaged.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        executor.check_decoding(damaged, "folder")
+        executor.check_decoding(damaged)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [5, 8, 3000])
-def test_load_accepts_sound_models(dtype, size):
+def test_sound_models_are_accepted(dtype, size):
     """Whatever the precision, and however small the vocabulary."""
     torch.manual_seed(size)
     config = LlamaConfig(vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
                          initializer_range=0.3)
-    model = LlamaForCausalLM(config).eval().to(dtype)
-    executor.check_decoding(model, "folder")
-    assert not hasattr(model, "decode_alone")
-
-
-def test_a_model_without_sdpa_is_loaded_with_what_it_has(tmp_path, tiny):
-    """GPT-OSS knows eager attention only."""
-    model = tiny_of("gpt_oss", vocab_size=len(tiny[2]))
-    model.save_pretrained(tmp_path)
-    tiny[2].save_pretrained(tmp_path)
-    assert executor.load(str(tmp_path), "cpu")[0].config._attn_implementation == "eager"
+    assert executor.check_decoding(LlamaForCausalLM(config).eval().to(dtype)) is False
 
 
 def test_every_end_that_model_or_tokenizer_names():
@@ -959,27 +949,34 @@ def test_cache_tokens_are_measured(model):
         assert 10**4 < executor.cache_tokens(tiny_of(kind), 1.0) < 10**8
 
 
-def test_pick_device_turns_cudnn_attention_off(monkeypatch):
-    """It builds a plan for every exact shape, and decoding has a new shape at every token."""
-    calls = []
-    monkeypatch.setattr(torch, "empty", lambda *_, device: type("T", (), {"device": torch.device(device)}))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
-    executor.pick_device("cpu")
-    assert calls == []
-    executor.pick_device("cuda")
-    assert calls == [False]
-
-
 def test_a_gpu_that_torch_does_not_see_is_no_silent_cpu(tmp_path, monkeypatch):
-    driver = tmp_path / "version"
-    monkeypatch.setattr(executor, "DRIVER", driver)
+    monkeypatch.setattr(executor, "DRIVERS", [tmp_path / "version"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert executor.pick_device().type == "cpu"
-    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Sat Feb 17 22:55:48 UTC 2024\n")
-    with pytest.raises(UserError, match=rf"535.161.08 .*torch {torch.__version__.replace('+', '.')}.*--device cpu") as error:
+    (tmp_path / "version").write_text("NVRM version: 535.161.08")
+    with pytest.raises(UserError, match="--device cpu"):
         executor.pick_device()
-    assert "\n" not in str(error.value) and executor.pick_device("cpu").type == "cpu"
+    assert executor.pick_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="--device nowhere"):
+        executor.pick_device("nowhere")
+
+
+def test_base_of_a_run(tiny, tmp_path):
+    """A folder or a name. Weights that were replaced are noticed."""
+    base = tmp_path / "base" / "base.json"
+    with pytest.raises(UserError, match="executor.py --run_dir"):
+        executor.base_of(tmp_path)
+    for model, wanted in ((".", str(tmp_path / "base")), ("Qwen/x", "Qwen/x")):
+        data.write_atomic(base, json.dumps({"model": model}))
+        assert executor.base_of(tmp_path) == wanted
+    folder = str(shutil.copytree(tiny[0], tmp_path / "model"))
+    record = {"model": folder, "fingerprint": executor.fingerprint_of(folder), "chat_template_kwargs": {}}
+    data.write_atomic(base, json.dumps(record))
+    executor.load_for(tmp_path, folder, "cpu")
+    weights = load_file(f"{folder}/model.safetensors")
+    save_file({name: x + 1 for name, x in weights.items()}, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="its weights have changed"):
+        executor.load_for(tmp_path, folder, "cpu")
 
 
 # ---------------------------------------------------------------- LoRA
@@ -1003,7 +1000,7 @@ def test_an_adapter_is_what_the_formula_says(model):
     bare, fresh = model(IDS).logits, copy.deepcopy(model)
     lora = executor.Lora(fresh, 3, 6.0)
     assert torch.equal(fresh(IDS).logits, bare)
-    assert lora.targets == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"] and len(lora.layers) == 14
+    assert len(lora.layers) == 14
     changed, lora = adapted(model)
     merged = copy.deepcopy(model)
     for name, layer in merged.named_modules():
@@ -1018,74 +1015,52 @@ def test_an_adapter_is_what_the_formula_says(model):
     assert not torch.equal(changed(IDS).logits, bare), "an error inside must not leave it off"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_adds_in_the_dtype_of_its_layer(model, dtype):
+    """With or without autocast, on weights of either dtype."""
+    changed, lora = adapted(copy.deepcopy(model).to(dtype))
+    plain = changed(IDS).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = changed(IDS).logits
+    assert plain.dtype == dtype and torch.allclose(plain.float(), mixed.float(), atol=0.1 * plain.abs().max().item())
+
+
 def test_only_the_adapter_learns_also_with_checkpointing(model):
     """The gradients do not depend on recomputation, and nothing but A and B has one."""
     grads = []
     for checkpointing in (False, True):
-        changed, lora = adapted(model, targets=("q_proj", "down_proj"))
+        changed, lora = adapted(model)
         if checkpointing:
             executor.enable_checkpointing(changed)
             changed.train()
-        F.cross_entropy(token_logits(changed, IDS, torch.arange(7)), IDS[0]).backward()
+        F.cross_entropy(changed(IDS, use_cache=False).logits[0], IDS[0]).backward()
         grads.append({name: p.grad for name, p in changed.named_parameters() if p.grad is not None})
-        assert len(grads[-1]) == 2 * 2 * 2 and all(name.endswith((".lora_A", ".lora_B")) for name in grads[-1])
+        assert len(grads[-1]) == 2 * 14 and all(name.endswith((".lora_A", ".lora_B")) for name in grads[-1])
     assert all(g.abs().max() > 0 and torch.allclose(g, grads[1][name], atol=1e-6) for name, g in grads[0].items())
 
 
-def test_save_merged_and_for_peft(tiny, model, tmp_path):
-    """A plain folder that anyone loads, tied head or not, and beside it what peft reads: these names, these shapes."""
-    from safetensors.torch import load_file
-    for kind, base in (("tied", tiny[1]), ("own", model)):
-        folder = tmp_path / kind
-        changed, lora = adapted(base)
-        before = {name: x.clone() for name, x in changed.state_dict().items()}
-        lora.save(folder, "some/base")
-        assert all(torch.equal(x, before[name]) for name, x in changed.state_dict().items()), "saving must not merge in place"
-        plain = type(base).from_pretrained(folder).eval()
-        with torch.no_grad():
-            assert torch.allclose(plain(IDS).logits, changed(IDS).logits, atol=1e-4)
-        assert plain.state_dict().keys() == base.state_dict().keys()
-        config, tensors = json.loads((folder / "adapter" / "adapter_config.json").read_text()), load_file(
-            folder / "adapter" / "adapter_model.safetensors")
-        assert (config["peft_type"], config["task_type"], config["r"], config["lora_alpha"]) == ("LORA", "CAUSAL_LM", 3, 6.0)
-        assert config["base_model_name_or_path"] == "some/base" and "q_proj" in config["target_modules"]
-        assert len(tensors) == 2 * 14
-        wide = base.config.intermediate_size
-        name = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
-        assert tensors[name.format("A")].shape == (3, wide) and tensors[name.format("B")].shape == (32, 3)
-        again = copy.deepcopy(base)
-        executor.Lora.load(again, folder / "adapter")
-        with torch.no_grad():
-            assert torch.equal(again(IDS).logits, changed(IDS).logits)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["tied", "own", "bfloat16"])
 @torch.no_grad()
-def test_merged_in_place(model, tmp_path, dtype):
-    """A plain model that computes the same, with the weights that `save` writes; also of a backbone without a head."""
-    changed, lora = adapted(copy.deepcopy(model).to(dtype).model)
-    want = changed(IDS).last_hidden_state
-    lora.save(tmp_path, "base")
-    lora.merge()
-    assert changed.state_dict().keys() == model.model.state_dict().keys()
-    assert not any(layer._forward_hooks for layer in changed.modules())
-    assert executor._distance(want, changed(IDS).last_hidden_state) < (1e-5 if dtype == torch.float32 else 0.05)
-    saved = type(changed).from_pretrained(tmp_path, dtype=dtype)
-    assert all(torch.equal(x, saved.state_dict()[name]) and x.dtype == dtype for name, x in changed.state_dict().items())
-
-
-def test_an_adapter_says_how_much_it_reaches(model):
-    lora = executor.Lora(copy.deepcopy(model), 3, 6.0)
-    every = sum(p.numel() for p in model.parameters())
-    assert lora.share == pytest.approx(sum(layer.weight.numel() for layer in lora.layers.values()) / every)
-    experts = executor.Lora(tiny_of("qwen3_moe"), 3, 6.0)
-    assert 0 < experts.share < 0.7 < lora.share
-
-
-def test_a_layer_that_returns_several_things_is_refused_by_name():
-    """The router of Llama 4 is a linear layer that returns scores and logits."""
-    with pytest.raises(UserError, match=r"router \(Llama4Router\) returns a tuple"):
-        executor.Lora(tiny_of("llama4_text", intermediate_size_mlp=48, interleave_moe_layer_step=1), 3, 6.0)
+def test_save_merges_and_keeps_the_adapter_for_peft(tiny, model, tmp_path, kind):
+    """A plain folder that anyone loads, tied head or not, and beside it what peft reads: these names, these shapes."""
+    base = copy.deepcopy(tiny[1] if kind == "tied" else model).to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    changed, lora = adapted(base)
+    want, atol = changed(IDS).logits.float(), 1e-4 if kind != "bfloat16" else 1.0
+    lora.save(tmp_path, "some/base")
+    plain = type(base).from_pretrained(tmp_path, dtype=base.dtype).eval()
+    for merged in (plain, changed):
+        assert torch.allclose(merged(IDS).logits.float(), want, atol=atol)
+        assert merged.state_dict().keys() == base.state_dict().keys() and merged.dtype == base.dtype
+    config, tensors = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()), load_file(
+        tmp_path / "adapter" / "adapter_model.safetensors")
+    assert (config["peft_type"], config["task_type"], config["r"], config["lora_alpha"]) == ("LORA", "CAUSAL_LM", 3, 6.0)
+    assert config["base_model_name_or_path"] == "some/base" and "q_proj" in config["target_modules"]
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
+    assert len(tensors) == 2 * 14 and tensors[name.format("A")].shape == (3, base.config.intermediate_size)
+    assert tensors[name.format("B")].shape == (32, 3)
+    again = copy.deepcopy(base)
+    executor.Lora.load(again, tmp_path / "adapter")
+    assert torch.allclose(again(IDS).logits.float(), want, atol=0 if kind != "bfloat16" else atol)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")               # of peft's calls
@@ -1093,9 +1068,9 @@ def test_peft_and_we_read_each_other(model, tmp_path):
     """The adapter means the same to peft (which nothing else here needs), in both directions."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     changed, lora = adapted(model)
+    want = changed(IDS).logits
     lora.save(tmp_path, "base")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter").eval()
-    want = changed(IDS).logits
     assert torch.allclose(theirs(IDS).logits, want, atol=1e-6)
     theirs.save_pretrained(tmp_path / "theirs")
     again = copy.deepcopy(model)
@@ -1104,26 +1079,17 @@ def test_peft_and_we_read_each_other(model, tmp_path):
 
 
 def test_an_adapter_that_does_not_match_is_an_error(llama, tmp_path):
-    """It names the folder and the tensor; half an adapter would be a model that nobody trained."""
+    """It names the folder; half an adapter would be a model that nobody trained."""
     adapted(llama)[1].save(tmp_path, "base")
     folder = tmp_path / "adapter"
-    other = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48))
-    with pytest.raises(UserError, match=r"adapter.*down_proj.lora_B.weight is \(32, 3\), must be \(16, 3\)"):
-        executor.Lora.load(other, folder)
-    deeper = LlamaForCausalLM(LlamaConfig(**{**llama.config.to_dict(), "num_hidden_layers": 3}))
-    with pytest.raises(UserError, match="layers.2.*is None"):
-        executor.Lora.load(deeper, folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    for change, words in (({"target_modules": ["query"]}, "query"), ({"r": None}, "not an adapter"), ({"use_dora": True}, "use_dora"),
-                          ({"bias": "all"}, "bias")):
-        (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(UserError, match=words):
-            executor.Lora.load(copy.deepcopy(llama), folder)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2}, {"num_hidden_layers": 3}
+    for size in sizes:
+        other = LlamaForCausalLM(LlamaConfig(**{**llama.config.to_dict(), "head_dim": None, **size}))
+        with pytest.raises(UserError, match="adapter: not an adapter of this model"):
+            executor.Lora.load(other, folder)
     (folder / "adapter_model.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match="not an adapter"):
+    with pytest.raises(UserError, match="adapter: not an adapter"):
         executor.Lora.load(copy.deepcopy(llama), folder)
-    with pytest.raises(UserError, match="nothing"):
-        executor.Lora(copy.deepcopy(llama), 3, 6.0, ("q_proj", "nothing"))
 
 
 # ---------------------------------------------------------------- the frozen executor
@@ -1135,7 +1101,8 @@ RIGHT, HALF, BROKEN = "\ndef f(x):\n    return x + 1", "\ndef f(x):\n    return 
 
 @pytest.fixture
 def canned(tiny, monkeypatch):
-    """canned(outputs) -> (Executor, calls): decoding is replaced by these outputs, one list per call of generate."""
+    """canned(outputs) -> (Executor, calls): decoding is replaced by these outputs, one list per call of generate. One that
+    ends in ~ was cut."""
     texts = [DIGITS, RIGHT, HALF, BROKEN, *(data.executor_prompt(p, p.reference_reasoning) for p in [*MATH, CODE])]
     tokenizer = executor.tiny_tokenizer(texts)
 
@@ -1146,11 +1113,14 @@ def canned(tiny, monkeypatch):
             if not prompts:
                 return Completions([], [])
             calls.append({"prompts": prompts, "num_samples": num_samples, **given})
-            tokens = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in queue.pop(0)]
+            ends = {None: [], True: [tokenizer.eos_token_id]}
+            tokens = [tokenizer(text.rstrip("~"))["input_ids"] + ends["~" not in text or None] for text in queue.pop(0)]
             assert len(tokens) == sum(num_samples) and len(num_samples) == len(prompts)
             return Completions(tokens, [[0.0] * len(t) for t in tokens])
+        monkeypatch.setattr(executor, "check_decoding", lambda model: False)
+        frozen = Executor(tiny[1], tokenizer, max_new_tokens=9, **options)
         monkeypatch.setattr(executor, "generate", fake)
-        return Executor(tiny[1], tokenizer, max_new_tokens=9, **options), calls
+        return frozen, calls
     return make
 
 
@@ -1212,7 +1182,7 @@ def test_traces_and_baselines_in_one_call(canned):
     assert baseline == [1, 1, 2] and len(calls) == 1 and calls[0]["num_samples"] == [3, 3, 3, 2, 2]
     wanted = [f"run 0 7 {id} {sample} {k}" for id, sample in (("m0", 0), ("m0", 1), ("m1", 0)) for k in range(3)]
     wanted += [f"alone 0 {id} {k}" for id in ("m0", "m1") for k in range(2)]
-    assert torch.equal(calls[0]["draws"], draws(wanted, 9))
+    assert torch.equal(calls[0]["uniforms"], uniform_numbers(wanted, 9))
     runs, baseline = frozen.run_with_baseline(MATH[:1], ["a"], 2, "8")
     assert baseline == [1] and calls[1]["num_samples"] == [3] and len(calls) == 2
     assert frozen.baseline(MATH, 2) == [1, 2] and len(calls) == 2
@@ -1222,7 +1192,7 @@ def test_traces_may_be_missing_and_repeats_differ(canned):
     frozen, calls = canned([" 20", " 21", " 21"], seed=5)
     runs = frozen.run(MATH, ["a", None], [1, 2])
     assert [[run.ok for run in row] for row in runs] == [[True], [True, True]]
-    assert torch.equal(calls[0]["draws"], draws(["run 5  m0 0 0", "alone 5 m1 0", "alone 5 m1 1"], 9))
+    assert torch.equal(calls[0]["uniforms"], uniform_numbers(["run 5  m0 0 0", "alone 5 m1 0", "alone 5 m1 1"], 9))
     with pytest.raises(ValueError):
         frozen.run(MATH, ["a"], 2)
 
@@ -1234,11 +1204,31 @@ def test_the_executor_stops_at_every_end_and_keeps_to_its_memory(canned, tiny):
     assert calls[0]["max_cache_tokens"] == executor.cache_tokens(tiny[1], 1e-3) < executor.cache_tokens(tiny[1], 4.0)
 
 
-def test_a_prompt_beyond_the_context_is_the_users_error(tiny):
-    frozen = Executor(tiny[1], tiny[2], max_new_tokens=400)
-    long = dataclasses.replace(data.tiny_problems("math", 1, 0)[0], problem=" Mia" * 200)
-    with pytest.raises(UserError, match="the executor: a prompt of .* tokens and 400 new ones exceed"):
-        frozen.success([long], None, 1)
+def test_a_trace_without_room_is_a_failed_run(tiny):
+    """It gets no output and the others keep their random numbers. A problem without room is the user's error."""
+    problems = data.tiny_problems("math", 2, 0)
+    frozen = Executor(tiny[1], tiny[2], max_new_tokens=6, exec_score="pass_rate")
+    traces = [p.reference_reasoning for p in problems]
+    wanted = frozen.run(problems, traces, 2, "1")
+    spent = dict(frozen.spent)
+    runs = frozen.run([problems[0], problems[0], problems[1]], [traces[0], "Mia " * 600, traces[1]], 2, "1")
+    assert [runs[0], runs[2]] == wanted and runs[1] == [executor.Run("", False, 0.0, True)] * 2
+    assert all(count == 2 * spent[name] for name, count in frozen.spent.items())
+    with pytest.raises(UserError, match="tiny.*: the executor's prompt of .* tokens and 6 new ones exceed its context of 512"):
+        frozen.success([dataclasses.replace(problems[0], problem=" Mia" * 600)], None, 1)
+
+
+def test_cut_outputs_are_marked(canned):
+    frozen, _ = canned([" 20", " 20 2~", " 20~"])
+    assert [(run.ok, run.truncated) for run in frozen.run(MATH[:1], None, 3)[0]] == [(True, False), (False, True), (True, True)]
+
+
+def test_a_damaged_executor_is_not_blamed_on_the_planner(tiny):
+    model = copy.deepcopy(tiny[1])
+    frozen = Executor(model, tiny[2], max_new_tokens=3)
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="the frozen executor .*not finite"):
+        frozen.success(data.tiny_problems("math", 1, 0), None, 1)
 
 
 def test_state_is_a_copy(canned):
@@ -1306,6 +1296,7 @@ def test_pad_id_falls_back_to_eos():
 
 # ---------------------------------------------------------------- the tiny base model
 
+
 def test_tiny_tokenizer_restores_every_text(tiny):
     """A space lost between code and line would break every program; digits are single tokens."""
     _, _, tokenizer = tiny
@@ -1319,14 +1310,6 @@ def test_tiny_tokenizer_restores_every_text(tiny):
     assert len(tokenizer(" 47")["input_ids"]) == 2
     assert len(tokenizer(data.CLOSE)["input_ids"]) == 1
     assert tokenizer("zebra")["input_ids"] == [tokenizer.unk_token_id]
-
-
-EXAMPLE = BaseExample("Mia has 7 .\n", "<reasoning>7 + 5 = ?</reasoning>", True, "\nAnswer:", " 12")
-
-
-@pytest.fixture(scope="module")
-def words():
-    return executor.tiny_tokenizer([EXAMPLE.prompt + EXAMPLE.trace + EXAMPLE.ask + EXAMPLE.answer, DIGITS])
 
 
 def targets(tokenizer, example):
@@ -1367,97 +1350,7 @@ def test_the_pieces_of_a_sequence_tokenize_like_the_whole(tiny):
             assert len(ids) == len(encode(whole))
 
 
-def test_a_word_outside_the_vocabulary_is_an_error(words):
-    with pytest.raises(ValueError, match="zebra"):
-        base_sequence(words, BaseExample("zebra", "", False, "", " 12"))
-
-
-def test_finetune_teaches_both_roles_and_where_to_stop(words):
-    """Eight sequences learned by heart (but for the number in the first line): the loss falls, the planner stops after its closing tag, the executor after
-    its answer. A label off by one position, or an EOS out of the loss, fails here."""
-    examples = [BaseExample(f"Mia has {a} .\n", f"<reasoning>{a} + {b} = ?</reasoning>", True, "\nAnswer:", f" {a + b}")
-                for a, b in ((1, 5), (2, 3), (3, 3), (4, 5), (5, 2), (6, 1), (7, 2), (8, 1))]
-    sequences = [base_sequence(words, e) for e in examples]
-    before = json.dumps(sequences)
-    torch.manual_seed(0)
-    model = executor.tiny_model(len(words), 32, 2)
-
-    @torch.no_grad()
-    def loss():
-        return sum(F.cross_entropy(model(torch.tensor([ids])).logits[0], torch.tensor(labels), ignore_index=IGNORE).item()
-                   for ids, labels in sequences) / len(sequences)
-    first = loss()
-    last = finetune(model, sequences, epochs=120, batch_size=4, learning_rate=8e-3, warmup=10, seed=0, pad_id=0)
-    assert loss() < 0.3 < 2 < first and last < 0.3
-    assert not model.training and json.dumps(sequences) == before
-    read = lambda prompt: words.batch_decode(generate(model, [words(prompt)["input_ids"]], temperature=0, max_new_tokens=12,
-                                                      eos_id=words.eos_token_id).tokens)[0]
-    for e in examples:
-        assert read(e.prompt) == e.trace + "<eos>"
-        assert read(e.prompt + e.trace + e.ask) == e.answer + "<eos>"
-
-
-def test_finetune_is_reproducible_and_its_batch_ignores_padding(words):
-    """The same seed gives the same weights; a batch of ragged sequences has the loss of its tokens, not of its pads."""
-    sequences = [base_sequence(words, EXAMPLE), base_sequence(words, BaseExample("Mia .\n", "", False, "", " 1"))]
-
-    def train(rows, pad_id):
-        torch.manual_seed(0)
-        model = executor.tiny_model(len(words), 16, 1)
-        value = finetune(model, rows, epochs=1, batch_size=2, learning_rate=1e-3, warmup=1, seed=0, pad_id=pad_id)
-        return value, torch.cat([p.detach().flatten() for p in model.parameters()])
-    value, weights = train(sequences, 0)
-    again, same = train(sequences, 0)
-    assert value == again and torch.equal(weights, same)
-    assert train(sequences, 5)[0] == pytest.approx(value, abs=1e-6)
-    torch.manual_seed(0)
-    model = executor.tiny_model(len(words), 16, 1)
-    with torch.no_grad():
-        each = [F.cross_entropy(model(torch.tensor([ids])).logits[0], torch.tensor(labels), ignore_index=IGNORE, reduction="sum")
-                for ids, labels in sequences]
-    count = sum(label != IGNORE for _, labels in sequences for label in labels)
-    assert value == pytest.approx(sum(each).item() / count, abs=1e-4)
-
-
-def test_finetune_stops_early_and_keeps_the_best_weights(words, monkeypatch):
-    """Held-out sequences that say the opposite: their loss falls while the model learns the words, then rises."""
-    say = lambda answer: base_sequence(words, BaseExample("Mia has 1 .\n", "", False, "Answer:", answer))
-    learn, held = [say(" 1")] * 4, [say(" 1"), say(" 5")]
-    run = lambda heldout: finetune(model, learn, epochs=200, batch_size=4, learning_rate=8e-3, warmup=10, seed=0, pad_id=0,
-                                   heldout=heldout)
-    measure = lambda: executor.heldout_loss(model, held, batch_size=1, pad_id=0)
-    torch.manual_seed(0)
-    model = executor.tiny_model(len(words), 16, 1)
-    start = copy.deepcopy(model.state_dict())
-    first = measure()
-    run(())
-    overfit = measure()
-    model.load_state_dict(start)
-    run(held)
-    best = measure()
-    assert best < first and best < overfit and not model.training
-    model.load_state_dict(start)                                   # a training that can only harm changes nothing
-    real, calls = executor.heldout_loss, []
-    monkeypatch.setattr(executor, "heldout_loss", lambda *args, **more: calls.append(1) or real(*args, **more))
-    finetune(model, [say(" 5")], epochs=20, batch_size=1, learning_rate=1.0, warmup=0, seed=0, pad_id=0, heldout=held)
-    assert len(calls) == 3, "at the start, and two without a new minimum"
-    assert measure() == pytest.approx(first)
-
-
 # ---------------------------------------------------------------- the command
-
-def test_base_of_a_run(tmp_path):
-    base = tmp_path / "base" / "base.json"
-    with pytest.raises(UserError, match="executor.py --run_dir"):
-        executor.base_of(tmp_path)
-    base.parent.mkdir()
-    base.write_text('{"model": "."}')
-    assert executor.base_of(tmp_path) == str(tmp_path / "base")
-    base.write_text('{"model": "Qwen/x"}')
-    assert executor.base_of(tmp_path) == "Qwen/x"
-    base.write_text("{")
-    with pytest.raises(UserError, match="base.json: damaged"):
-        executor.base_of(tmp_path)
 
 
 def test_the_command_trains_checks_and_is_skipped_when_done(tmp_path, capsys):
@@ -1465,13 +1358,11 @@ def test_the_command_trains_checks_and_is_skipped_when_done(tmp_path, capsys):
     run = tmp_path / "run"
     arguments = ["--run_dir", str(run), "--sequences", "64", "--hidden", "16", "--layers", "1", "--eval_problems", "2",
                  "--device", "cpu"]
-    with pytest.raises(UserError, match="heldout.jsonl"):
-        executor.main([*arguments, "--run_dir", str(tmp_path / "empty")])
     data.main(["--run_dir", str(run), "--train", "3", "--heldout", "3"])
     executor.main(arguments)
     record = json.loads((run / "base" / "base.json").read_text())
     assert record["model"] == "." and record["problems"] == 2
-    assert 0 <= record["no_trace"] <= 1 and 0 <= record["reference_trace"] <= 1
+    assert all(0 <= record[name] <= 1 for name in ("no_trace", "reference_trace", "executor_truncated"))
     executor.load(executor.base_of(run), "cpu")
     stamp = (run / "base" / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
@@ -1480,8 +1371,18 @@ def test_the_command_trains_checks_and_is_skipped_when_done(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"next: python rm.py --run_dir {run}"
     with pytest.raises(UserError, match="--hidden"):
         executor.main([*arguments, "--hidden", "32"])
+    shutil.rmtree(run / "base")
     with pytest.raises(UserError, match="leave out --model"):
-        executor.main(["--run_dir", str(tmp_path / "run2"), "--model", "x"]) if shutil.copytree(run / "groups", tmp_path / "run2" / "groups") else None
+        executor.main(["--run_dir", str(run), "--model", "x"])
+
+
+def test_cut_outputs_are_said_with_the_flag(tmp_path, capsys):
+    """They count as failures: a user who does not know that reads too low a success."""
+    data.main(["--run_dir", str(tmp_path), "--train", "3", "--heldout", "3"])
+    executor.main(["--run_dir", str(tmp_path), "--sequences", "16", "--hidden", "16", "--layers", "1", "--eval_problems", "3",
+                   "--device", "cpu", "--max_answer_tokens", "1"])
+    record = json.loads((tmp_path / "base" / "base.json").read_text())
+    assert record["executor_truncated"] > 0.5 and "--max_answer_tokens" in capsys.readouterr().out
 
 
 def test_bench_prints_one_table(tiny, monkeypatch):
