@@ -4,10 +4,9 @@
     python tests/bench_kernels.py --rows 4096        fits a card of 8 GB
     python tests/bench_kernels.py --out FILE.json    the numbers also as JSON
 
-Times are medians after a warm-up. A floor is the time in which a copy, measured in the same run, moves
-the bytes that must be moved: a forward reads 2 bytes per logit, a backward reads 2 and writes 2; the floor of the head
-is its three matrix products. Peak is memory beyond the inputs. Without CUDA a few rows run in Triton's interpreter:
-their errors are real, their times mean nothing.
+Times are medians. A floor is the time in which a copy, measured in the same run, moves the bytes that must be moved: a
+forward reads 2 bytes per logit, a backward reads 2 and writes 2; the floor of the head is its three matrix products.
+Peak is memory beyond the inputs. Without CUDA a few rows run in Triton's interpreter, and times mean nothing.
 """
 import argparse
 import json
@@ -53,7 +52,8 @@ def errors(s):
     for logp, _, A in (ours, truth):
         (A * logp).sum().backward()
     gaps = [(a - b).abs().max().item() for a, b in zip((*ours, x.grad), (*truth, y.grad))]
-    return dict(zip(("logp", "entropy", "A", "gradient"), [*gaps[:3], gaps[3] / y.grad.abs().max().item()]))
+    gaps[3] /= y.grad.abs().max().item()
+    return dict(zip(("logp", "entropy", "A", "gradient"), gaps))
 
 
 def clock(work, repeats, prepare=tuple):
@@ -92,11 +92,10 @@ def head_in_pieces(hidden, head, s, rows=3072):
 def times(rows, V, H, device, repeats):
     """{name: {"ms", "floor", "peak"}} for one vocabulary, and the GB/s of a copy."""
     s = step(rows, V, torch.bfloat16, device)
-    logits = s["logits"].requires_grad_()
-    other = torch.empty_like(logits)
-    with torch.no_grad():
-        copy = 2 * logits.nbytes / clock(lambda: other.copy_(logits), repeats) / 1e6
+    other = torch.empty_like(s["logits"])
+    copy = 2 * other.nbytes / clock(lambda: other.copy_(s["logits"]), repeats) / 1e6
     del other
+    logits = s["logits"].requires_grad_()
     read = logits.nbytes / copy / 1e6
     found = {}
     for name, function, options in (("", grpo.advantage_logp, {"inplace": True}),
