@@ -9,9 +9,9 @@ torch and triton >= 3.6. Without a GPU it runs in Triton's interpreter (TRITON_I
 M rows, one per sampled token; V vocabulary; B traces; groups of G traces. For a row x of trace b, with
 C = log2(e) / temperature and m the largest x so far:
 
-    s    = sum 2^(x C - m C)                  lse     = m C + log2 s                       p = 2^(x C - lse)
-    logp = ln 2 (x[target] C - lse)           entropy = ln 2 (log2 s - sum d 2^d / s)      d = x C - m C
-    A    = -mu / (sqrt(mean (r - r_b - mu)^2) + 1e-6)                                      mu = mean (r - r_b)
+    s    = sum 2^(x C - m C)            lse     = m C + log2 s                       p = 2^(x C - lse)
+    logp = ln 2 (x[target] C - lse)     entropy = ln 2 (lse - C sum p x)
+    A    = -mean d / (sqrt(mean d^2 - (mean d)^2) + 1e-6)                            d = r - r_b over the group
     dx   = dlogp (onehot - p) / temperature
 
 Rewards are measured from the row's own, so equal rewards give exactly 0; r - mean leaves rounding noise, which a tiny
@@ -20,102 +20,83 @@ bfloat16: 2 V are read forward, 2 V read and 2 V written backward, over the logi
 (float64 for float64 logits), no atomics: equal inputs give equal bits. A new dtype, V, temperature, scale or power of
 two above G compiles again; a new M, B or stride does not.
 """
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-BLOCK, FORWARD_WARPS, BACKWARD_WARPS = 4096, 4, 8       # fixed: autotuning would run the in-place kernel several times
-
-
-@triton.jit(do_not_specialize=["B", "G"])
-def _forward(X, stride, TARGET, R, SEQ, LOGP, ENTROPY, LSE, ADVANTAGE, B, G, V: tl.constexpr, TAU: tl.constexpr,
-             BLOCK: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)                 # 32768 rows of 151936 logits are 2.3 x 2^31
-    dtype: tl.constexpr = LOGP.dtype.element_ty
-    C: tl.constexpr = LOG2E / TAU
-    X += row * stride
-    col = tl.arange(0, BLOCK)
-    top = tl.full((), -1e30, dtype)                     # m; finite, so that a first block of -inf is harmless
-    total = tl.full((), 0.0, dtype)                     # sum of 2^d
-    weighted = tl.full((), 0.0, dtype)                  # sum of d 2^d, for the entropy
-    for start in range(0, V, BLOCK):
-        x = tl.load(X + start + col, mask=start + col < V, other=-float("inf")).to(dtype)
-        new = tl.maximum(top, tl.max(x, 0))
-        d = x * C - new * C
-        e = tl.exp2(d)
-        shift = (top - new) * C
-        keep = tl.exp2(shift)
-        weighted = keep * (weighted + total * shift) + tl.sum(e * tl.maximum(d, -1e30), 0)      # 0 * -inf is NaN
-        total = keep * total + tl.sum(e, 0)
-        top = new
-
-    target = tl.load(TARGET + row)
-    x = tl.load(X + target, mask=(target >= 0) & (target < V), other=float("nan")).to(dtype)    # NaN, not a fault
-    d = tl.fma(x, tl.full((), C, dtype), -top * C)      # rounded as in the loop, so that the rounding cancels
-    size = tl.log2(total)
-    tl.store(LOGP + row, (d - size) * LN2)
-    tl.store(ENTROPY + row, (size - weighted / total) * LN2)
-    tl.store(LSE + row, top * C + size + 0 * x)         # NaN where x is: the gradient is loud too
-
-    if R is not None:
-        seq = tl.load(SEQ + row).to(tl.int64)
-        inside = (seq >= 0) & (seq < B)
-        i = tl.arange(0, GROUP)
-        r = tl.load(R + seq // G * G + i, mask=(i < G) & inside, other=0.0)
-        own = tl.load(R + seq, mask=inside, other=float("nan"))
-        d = tl.where(i < G, r - own, 0.0)
-        A = -tl.sum(d, 0) / G
-        if SCALE:
-            square = tl.where(i < G, (d + A) * (d + A), 0.0)
-            A = A / (tl.sqrt(tl.sum(square, 0) / G) + 1e-6)
-        tl.store(ADVANTAGE + row, A)
+LN2 = tl.constexpr(math.log(2))
+BLOCK = 4096                        # fixed: autotuning would run the in-place kernel several times
 
 
 @triton.jit
-def _backward(X, stride, TARGET, LSE, DLOGP, DX, dstride, V: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    dtype: tl.constexpr = LSE.dtype.element_ty
-    C: tl.constexpr = LOG2E / TAU
+def _forward(X, stride, TARGET, R, SEQ, LOGP, ENTROPY, LSE, ADVANTAGE, B, G, V: tl.constexpr, C: tl.constexpr,
+             BLOCK: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)                 # 32768 rows of 151936 logits are 2.3 x 2^31
+    dtype: tl.constexpr = LOGP.dtype.element_ty
     X += row * stride
-    DX += row * dstride
-    target, lse = tl.load(TARGET + row), tl.load(LSE + row)
-    slope = tl.load(DLOGP + row) / TAU
+    top = tl.full((), -1e30, dtype)                     # m; finite, so that a first block of -inf is harmless
+    total = tl.full((), 0.0, dtype)                     # s
+    weighted = total                                    # sum of x 2^(x C - m C), for the entropy
     for start in range(0, V, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        x = tl.load(X + col, mask=col < V, other=0.0).to(dtype)
-        minus = -slope * tl.exp2(x * C - lse)
-        dx = tl.where(col == target, slope + minus, minus)
-        tl.store(DX + col, dx.to(DX.dtype.element_ty), mask=col < V)            # DX may be X
+        x = tl.load(X + col, mask=col < V, other=-float("inf")).to(dtype)
+        new = tl.maximum(top, tl.max(x, 0))
+        e = tl.exp2(x * C - new * C)
+        keep = tl.exp2((top - new) * C)
+        total = keep * total + tl.sum(e, 0)
+        weighted = keep * weighted + tl.sum(e * tl.maximum(x, -1e30), 0)        # 0 * -inf is NaN
+        top = new
+    target = tl.load(TARGET + row)
+    inside = (target >= 0) & (target < V)
+    x = tl.load(X + target, mask=inside).to(dtype)
+    lse = top * C + tl.log2(total)
+    tl.store(ENTROPY + row, (lse - weighted / total * C) * LN2)
+    lse = tl.where(inside, lse, float("nan"))           # NaN in logp and gradient, not a fault
+    tl.store(LSE + row, lse)
+    tl.store(LOGP + row, (x * C - lse) * LN2)
+
+    seq = tl.load(SEQ + row)
+    inside = (seq >= 0) & (seq < B)
+    own = tl.load(R + seq, mask=inside, other=float("nan"))
+    i = tl.arange(0, GROUP)
+    d = tl.load(R + seq // G * G + i, mask=(i < G) & inside, other=own) - own
+    A = -tl.sum(d, 0) / G
+    if SCALE:
+        A /= tl.sqrt(tl.sum(d * d, 0) / G - A * A) + 1e-6                       # no cancellation: one d is 0
+    tl.store(ADVANTAGE + row, A)
 
 
-def _require(ok, message):
-    """What would read beyond a tensor, or be wrong in silence. The rest is torch's and Triton's to say."""
-    if not ok:
-        raise ValueError(message)
+@triton.jit
+def _backward(X, stride, TARGET, LSE, DLOGP, DX, dstride, V: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    X += row * stride
+    DX += row * dstride
+    target = tl.load(TARGET + row)
+    lse = tl.load(LSE + row)
+    slope = tl.load(DLOGP + row)
+    for start in range(0, V, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        x = tl.load(X + col, mask=col < V, other=0.0).to(lse.dtype)
+        p = tl.exp2(x * C - lse)
+        dx = slope * tl.where(col == target, 1 - p, -p)
+        tl.store(DX + col, dx, mask=col < V)            # DX may be X
 
 
 class _AdvantageLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, reward, seq, group_size, temperature, scale, inplace):
         M, V = logits.shape
-        _require(logits.stride(1) == 1, "logits: the last stride must be 1")
-        _require(not inplace or logits.stride(0) >= V, "logits: rows must not overlap if inplace")
-        _require(target.shape == (M,), "target: must hold one token per row of logits")
-        _require(temperature > 0, "temperature: must be positive")
-        B = 0
-        if reward is not None:
-            B = len(reward)
-            _require(seq.shape == (M,), "seq: must hold one trace per row of logits")
-            _require(B % group_size == 0, f"reward: {B} numbers are not whole groups of {group_size}")
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logp, entropy, lse, A = (logits.new_empty(M, dtype=dtype) for _ in range(4))
-        ctx.constants = dict(V=V, TAU=float(temperature), BLOCK=min(BLOCK, triton.next_power_of_2(V)))
-        with torch.cuda.device_of(logits):
-            _forward[(M,)](logits, logits.stride(0), target, reward, seq, logp, entropy, lse, A, B, group_size,
-                           GROUP=triton.next_power_of_2(group_size), SCALE=scale, **ctx.constants,
-                           num_warps=FORWARD_WARPS)
+        ctx.constants = dict(V=V, C=math.log2(math.e) / temperature, BLOCK=min(BLOCK, triton.next_power_of_2(V)))
+        with torch.cuda.device_of(logits):                      # autograd does it for the backward
+            _forward[(M,)](logits, logits.stride(0), target, reward.to(dtype).contiguous(), seq, logp, entropy, lse, A,
+                           len(reward), group_size, GROUP=triton.next_power_of_2(group_size), SCALE=scale,
+                           **ctx.constants, num_warps=4)
         ctx.save_for_backward(logits, target, lse)
+        ctx.temperature = temperature
         ctx.inplace = inplace
         ctx.mark_non_differentiable(entropy, A)
         return logp, entropy, A
@@ -125,12 +106,11 @@ class _AdvantageLogp(torch.autograd.Function):
     def backward(ctx, dlogp, *_):
         logits, target, lse = ctx.saved_tensors
         dlogits = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
-        with torch.cuda.device_of(logits):
-            _backward[(len(logits),)](logits, logits.stride(0), target, lse, dlogp.contiguous(), dlogits,
-                                      dlogits.stride(0), **ctx.constants, num_warps=BACKWARD_WARPS)
+        _backward[(len(logits),)](logits, logits.stride(0), target, lse, dlogp / ctx.temperature, dlogits,
+                                  dlogits.stride(0), **ctx.constants, num_warps=8)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)      # whoever still needs the logits gets an error
-        return dlogits, None, None, None, None, None, None, None
+        return dlogits, *[None] * 7
 
 
 def advantage_logp(logits, target, reward, seq, group_size, temperature=1.0, scale=True, inplace=False):
@@ -147,11 +127,9 @@ def advantage_logp(logits, target, reward, seq, group_size, temperature=1.0, sca
 
     Only logp carries gradient, to the logits, once. ValueError for wrong shapes and strides.
     """
-    reward = reward.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
+    if logits.stride(1) != 1 or inplace and logits.stride(0) < logits.shape[1]:
+        raise ValueError("logits: need last stride 1 and, if inplace, rows that do not overlap")
+    if not target.shape == seq.shape == logits.shape[:1] or len(reward) % group_size:
+        raise ValueError("target, seq: need one number per row of logits; reward: needs whole groups")
     return _AdvantageLogp.apply(logits, target.contiguous(), reward, seq.contiguous(), group_size, temperature, scale,
                                 inplace)
-
-
-def token_logp(logits, target, temperature=1.0):
-    """Log-prob, which carries gradient, and entropy (M,) of each target (M,) under logits (M, V)."""
-    return _AdvantageLogp.apply(logits, target.contiguous(), None, None, 1, temperature, False, False)[:2]

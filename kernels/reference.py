@@ -26,13 +26,12 @@ def token_logp(logits, target, temperature=1.0):
     Computes in float32 (float64 for float64 logits): a bfloat16 log-softmax over 152k tokens is off by 1e-2.
     A target outside [0, V) gives NaN, in the gradient too.
     """
-    V = logits.shape[1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logq = torch.log_softmax(logits / temperature, dim=-1)
-    logp = logq.gather(1, target.clamp(0, V - 1)[:, None])[:, 0]
-    inside = (target >= 0) & (target < V)
+    inside = target.clamp(0, logits.shape[1] - 1)
+    logp = logq.gather(1, inside[:, None])[:, 0]
     entropy = -(logq.exp() * logq.clamp(min=-1e30)).sum(-1)                    # a probability of 0 adds 0, not 0 * inf
-    return logp * torch.where(inside, 1.0, float("nan")), entropy.detach()
+    return logp * torch.where(target == inside, 1.0, float("nan")), entropy.detach()
 
 
 def advantage_logp(logits, target, reward, seq, group_size, temperature=1.0, scale=True):
