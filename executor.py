@@ -13,13 +13,14 @@ the tiny base model) are for reference. Sections 1 and 3 are the decoder. They n
     python executor.py --run_dir runs/tiny-math                            # trains the tiny base model
     python executor.py --run_dir runs/gsm8k-math --model Qwen/Qwen2.5-0.5B-Instruct
 
-Left out: paged caches, continuous batching, several GPUs, captured graphs.
+Left out: paged caches, continuous batching, several GPUs.
 """
 
 # ---------------------------------------------------------------------------------------------------- 1. decoding
 
 import itertools
 import math
+import os
 import random
 from dataclasses import dataclass
 
@@ -53,9 +54,15 @@ class StaticCacheLayer(DynamicLayer):
     def __init__(self, slots: int):
         super().__init__()
         self.slots, self.filled, self.stores = slots, 0, []
+        self.next_slot = None                     # (1,) int64 on the device, in a captured step
 
     def update(self, keys, values, *_, **__):
-        """Attention calls this. Appends (R, heads, T, width) and returns everything stored so far."""
+        """Attention calls this. Appends (R, heads, T, width) and returns everything stored so far, or all slots in a
+        captured step."""
+        if self.next_slot is not None:
+            for store, new in zip(self.stores, (keys, values)):
+                store.index_copy_(2, self.next_slot, new.to(store.dtype))
+            return self.stores
         if not self.stores:
             # Zeros, because a masked slot has weight 0 and 0 * NaN is NaN. In the dtype of the values, because under
             # autocast rotary embeddings return keys in float32.
@@ -83,7 +90,7 @@ def empty_cache(model, slots: int) -> DynamicCache:
 
 def forward(model, ids, position, mask, cache) -> torch.Tensor:
     """Appends ids (R, T) to the cache and returns the logits (R, V) after the last one. Each token sees the slots up
-    to its own where mask (R, slots so far) is 1."""
+    to its own where mask (R, slots so far) is 1. A mask (R, 1, 1, L) is added to the attention scores instead."""
     # An index, not the number 1: for a number models take a slice, and on a CPU torch would then multiply with one
     # copy of the head for every row (gigabytes, seconds).
     last = torch.arange(ids.shape[1] - 1, ids.shape[1], device=ids.device)
@@ -111,6 +118,74 @@ def prefill(model, prompts: list[list[int]], slots: int):
         end = min(start + columns, P)
         logits = forward(model, ids[:, start:end], position[:, start:end].clamp(min=0), mask[:, :end], cache)
     return logits, cache, mask, length                                            # positions count from 0
+
+
+GRAPHS = os.environ.get("TRACELIFT_GRAPHS") != "0"        # capture decoding steps on CUDA
+
+
+def decoding_step(model, cache, mask, first: int):
+    """A function (token (R,), position (R,), slot) -> logits (R, V) that appends one token to each row. `first` is its
+    first slot. mask[:, slot] must be 1 by then."""
+    global GRAPHS
+    if GRAPHS and mask.is_cuda and all(type(layer) is StaticCacheLayer for layer in cache.layers):
+        try:
+            return captured_step(model, cache, mask, first)
+        except RuntimeError as error:
+            GRAPHS = False
+            print(f"decoding goes on without captured steps: {str(error).splitlines()[0]}")
+            for layer in cache.layers:
+                layer.next_slot = None
+    return lambda token, position, slot: forward(model, token[:, None], position[:, None], mask[:, :slot + 1], cache)
+
+
+def captured_step(model, cache, mask, first: int):
+    """`decoding_step` as a CUDA graph: one launch per token instead of about a thousand. A graph reads and writes fixed
+    tensors. So attention sees all slots, and a bias hides the empty ones. RuntimeError where capture fails."""
+    rows, slots = mask.shape
+    token, position = torch.zeros(2, rows, 1, dtype=torch.long, device=mask.device)
+    next_slot = torch.full((1,), first, device=mask.device)
+    for layer in cache.layers:                    # trial runs write to the first slot, and so does the first token
+        layer.filled, layer.next_slot = first, next_slot
+    # A multiple of eight slots. torch would copy a bias of another width in every layer.
+    bias = cache.layers[0].stores[0].new_zeros(rows, 1, 1, slots + -slots % 8)[..., :slots]
+    bias.masked_fill_(mask[:, None, None] == 0, torch.finfo(bias.dtype).min)
+
+    def run():
+        bias.index_fill_(3, next_slot, 0.0)
+        return forward(model, token, position, bias, cache)
+
+    replay, logits = capture(run)
+
+    def step(new_token, new_position, slot):
+        token.copy_(new_token[:, None])
+        position.copy_(new_position[:, None])
+        next_slot.fill_(slot)
+        replay()
+        return logits
+    return step
+
+
+def capture(run):
+    """(replay, output): replay() repeats on the GPU what run() launches, and overwrites `output`. RuntimeError where
+    the graph computes something else than run()."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):                 # libraries choose their kernels and allocate their workspaces
+        run()
+        wanted = run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    graph.replay()
+    if not alike(wanted, output, 0.02):
+        raise RuntimeError("a captured step computes something else")
+    return graph.replay, output
+
+
+def alike(wanted: torch.Tensor, found: torch.Tensor, tolerance: float) -> bool:
+    """Whether no two numbers differ by more than `tolerance` times the largest wanted one."""
+    return torch.allclose(wanted, found, rtol=0, atol=tolerance * wanted.abs().max().item())
 
 
 def sample(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,7 +237,7 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
       prefill   reads every prompt once, padded on the left, so that all prompts end in the same slot
       copy      gives each sample its own copy of the prompt's keys and values
       decode    adds one token to all rows at a time, in the same slot of every row
-      leave     removes finished rows once they are a quarter of the batch
+      leave     removes finished rows once they are a quarter of the batch (on CUDA a half)
 
                         prefill         copy                 decode               leave
           prompt A    . a a a      . a a a |  . .        . a a a | x E        b b b b | y y
@@ -199,35 +274,41 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
         logits, mask, position = logits[rows], mask[rows], position[rows]
         uniform = uniforms[out_index].to(device)                                  # (R, max_new_tokens)
 
-        # 3. Decode.
-        done = [False] * len(out_index)
-        for step in range(max_new_tokens):
-            token, logp = sample(logits, temperature, uniform[:, step])
-            on_host = torch.stack([token.double(), logp.double()]).tolist()       # the only wait for the device
-            for row, (t, log) in enumerate(zip(*on_host)):
-                if done[row]:
-                    continue
-                if not math.isfinite(log):
-                    raise FloatingPointError("the model's logits are not finite; its weights are damaged, or too large "
-                                             "for its dtype")
-                result.tokens[out_index[row]].append(int(t))
-                result.logprobs[out_index[row]].append(log)
-                done[row] = int(t) in ends
-            if all(done) or step == max_new_tokens - 1:
-                break
+        # 3. Decode. The host reads `look` tokens at a time. Until then finished rows go on, unread.
+        look, largest = (8, 0.5) if device.type == "cuda" else (1, 0.75)
+        done, step, unread = [False] * len(out_index), None, []
+        for t in range(max_new_tokens):
+            token, logp = sample(logits, temperature, uniform[:, t])
+            unread.append(torch.stack([token.double(), logp.double()]))
+            last = t == max_new_tokens - 1
+            if len(unread) == look or last:
+                on_host, unread = torch.stack(unread, dim=-1).tolist(), []        # (2, R, look)
+                for row, (tokens, logprobs) in enumerate(zip(*on_host)):
+                    for new, log in zip(tokens, logprobs):
+                        if done[row]:
+                            break
+                        if not math.isfinite(log):
+                            raise FloatingPointError("the model's logits are not finite; its weights are damaged, or "
+                                                     "too large for its dtype")
+                        result.tokens[out_index[row]].append(int(new))
+                        result.logprobs[out_index[row]].append(log)
+                        done[row] = int(new) in ends
+                if all(done) or last:
+                    break
 
-            # 4. Leave. Moving the other rows costs as much as a few steps.
-            stay = [row for row, over in enumerate(done) if not over]
-            if len(stay) <= 0.75 * len(done):
-                rows = torch.tensor(stay, device=device)
-                cache.reorder_cache(rows)
-                token, mask, position, uniform = token[rows], mask[rows], position[rows], uniform[rows]
-                out_index = [out_index[row] for row in stay]
-                done = [False] * len(stay)
-            mask[:, P + step] = 1
-            logits = forward(model, token[:, None], position[:, None], mask[:, :P + step + 1], cache)
+                # 4. Leave. Moving the other rows costs a few steps, and on CUDA a capture.
+                stay = [row for row, over in enumerate(done) if not over]
+                if len(stay) <= largest * len(done):
+                    rows = torch.tensor(stay, device=device)
+                    cache.reorder_cache(rows)
+                    token, mask, position, uniform = token[rows], mask[rows], position[rows], uniform[rows]
+                    out_index = [out_index[row] for row in stay]
+                    done, step = [False] * len(stay), None
+            mask[:, P + t] = 1
+            step = step or decoding_step(model, cache, mask, P + t)
+            logits = step(token, position, P + t)
             position = position + 1
-        del cache                                                                 # before the next one is allocated
+        del cache, step                                                           # before the next one is allocated
     return result
 
 
@@ -450,7 +531,6 @@ def check_arguments(model, prompts, samples, new: int, temperature: float, unifo
 
 import copy
 import json
-import os
 import re
 import sys
 from contextlib import contextmanager
@@ -528,6 +608,37 @@ def adamw(parameters, lr: float, **options) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=lr, fused=parameters[0].is_cuda, **options)
 
 
+class MuonAdamW:
+    """Muon (github.com/KellerJordan/Muon) for the matrices of the layers, AdamW for embedding and norms. Muon's updates
+    are scaled to the size of AdamW's (arXiv 2502.16982), so both have one learning rate."""
+
+    def __init__(self, model, lr: float):
+        embedding = model.get_input_embeddings().weight
+        matrices = [p for p in model.parameters() if p.dim() == 2 and p is not embedding]
+        rest = [p for p in model.parameters() if p.dim() != 2 or p is embedding]
+        self.parts = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                      adamw(rest, lr, betas=(0.9, 0.98), weight_decay=0.01)]
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, saved: list[dict]) -> None:
+        for part, state in zip(self.parts, saved):
+            part.load_state_dict(state)
+
+
 def descend(optimizer, lr: float, max_norm: float, where: str) -> float:
     """One optimizer step with the gradient clipped to `max_norm`. Returns the norm before clipping. FloatingPointError
     where it is not finite; the weights are then unchanged."""
@@ -560,7 +671,7 @@ def enable_checkpointing(model) -> None:
         enable({"use_reentrant": False})
         ids = _some_ids(model, 16)[None]
         training, evaluation = (model.train(mode)(input_ids=ids, use_cache=False).logits for mode in (True, False))
-        if not torch.allclose(training, evaluation, rtol=0, atol=1e-3 * evaluation.abs().max().item()):
+        if not alike(evaluation, training, 1e-3):
             raise UserError(f"--checkpointing 1: {model.config.model_type} models compute something else in training mode")
 
 
@@ -589,18 +700,18 @@ def load_progress(path: Path | None, model, optimizer, values: tuple) -> tuple:
 
 def finetune(lm: LM, sequences: list[tuple[list[int], list[int]]], *, epochs: float, batch_size: int,
              learning_rate: float, warmup: int, seed: int, title: str = "finetune", heldout=(),
-             checkpointing: bool = False, progress: Path | None = None) -> float:
+             checkpointing: bool = False, progress: Path | None = None, optimizer=None) -> float:
     """Supervised training on (ids, labels). labels[t] follows ids[t], or is IGNORE where there is no loss. Batches hold
     sequences of similar length. Linear warm-up, then linear decay to 0. Returns the mean loss of the last tenth.
 
     heldout: the loss of these sequences is measured at the start and ten times on the way. Two measurements without a
     new minimum end the training, and the model keeps the weights of the minimum. `checkpointing` saves memory.
     progress: a file that is written ten times on the way, from which a stopped training goes on, bit for bit. A
-    finished training returns at once. FloatingPointError for a loss or gradient that is not finite."""
+    finished training returns at once. optimizer: AdamW unless given. FloatingPointError for a loss or gradient that is not finite."""
     model = lm.model
     if checkpointing:
         enable_checkpointing(model)
-    optimizer = adamw(model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = optimizer or adamw(model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     total = max(1, round(len(sequences) * epochs / batch_size))
     begin, losses, best, since, weights = load_progress(progress, model, optimizer, (0, [], math.inf, 0, None))
     batches = itertools.islice(training_order(sequences, batch_size, seed), begin, None)
@@ -783,7 +894,7 @@ def check_head(model) -> bool:
     rounding = 1e-3 if model.dtype == torch.float32 else 0.03
     try:
         ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-        return torch.allclose(ours, logits, rtol=0, atol=rounding * logits.abs().max().item())
+        return alike(logits, ours, rounding)
     except (RuntimeError, AttributeError, TypeError):              # a layer between hidden states and head
         return False
 
@@ -1123,7 +1234,7 @@ class BaseSettings(data.Options):
     layers: int = option(4, "depth of the tiny model", low=1, only={"model": ("",)})
     sequences: int = option(52000, "of the tiny corpus, one problem each, one epoch", low=1, only={"model": ("",)})
     batch_size: int = option(16, "sequences per step, also of the cold start", low=1)
-    learning_rate: float = option(2e-3, "peak of the tiny model, AdamW", above=0, only={"model": ("",)})
+    learning_rate: float = option(2e-3, "peak of the tiny model, Muon and AdamW", above=0, only={"model": ("",)})
     warmup: int = option(100, "steps of linear warm-up, also of the cold start; then linear decay to 0", low=0)
     seed: int = option(0, "seed of corpus, initial weights, order and the executor runs of the check")
     eval_problems: int = option(300, "held-out problems for the check at the end", low=1)
@@ -1187,7 +1298,8 @@ def train_tiny(s: BaseSettings, task_type: str, progress: Path) -> tuple[LM, flo
         lm = LM(tiny_model(len(tokenizer), s.hidden, s.layers).to(pick_device(s.device)), tokenizer)
     sequences = [base_sequence(tokenizer, example) for example in corpus]
     return lm, finetune(lm, sequences, epochs=1, batch_size=s.batch_size, learning_rate=s.learning_rate,
-                        warmup=s.warmup, seed=s.seed, title="base model", progress=progress)
+                        warmup=s.warmup, seed=s.seed, title="base model", progress=progress,
+                        optimizer=MuonAdamW(lm.model, s.learning_rate))
 
 
 def template_arguments(s: BaseSettings) -> dict:
