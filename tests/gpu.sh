@@ -21,4 +21,4 @@ if [ "${SKIP_INSTALL:-0}" = 1 ]; then python=python3; fi
 command -v "$python" >/dev/null ||
   { echo "gpu.sh: there is no .venv; ./run.sh makes it, or set SKIP_INSTALL=1" >&2; exit 2; }
 export HF_HUB_OFFLINE=1
-exec "$python" tests/gpu.py "$@"
+exec "$python" tests/tools/gpu.py "$@"

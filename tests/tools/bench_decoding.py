@@ -1,8 +1,8 @@
 """Tokens per second of `executor.generate` beside transformers' own `generate`, on the executor's work of one step.
 
-    python tests/bench_decoding.py --model FOLDER                   # the defaults: two problems of a training step
-    python tests/bench_decoding.py --model FOLDER --shared 150      # prompts of a problem begin with 150 equal tokens
-    python tests/bench_decoding.py --problems 8 --new_tokens 64     # a whole step; without a model a small random one
+    python tests/tools/bench_decoding.py --model FOLDER                   # the defaults: two problems of a training step
+    python tests/tools/bench_decoding.py --model FOLDER --shared 150      # prompts of a problem begin with 150 equal tokens
+    python tests/tools/bench_decoding.py --problems 8 --new_tokens 64     # a whole step; without a model a small random one
 
 Greedily, so that all can be compared: in float32 every output must be equal. Methods take turns within one process,
 `--rounds` times; the table gives medians and ranges.
@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402

@@ -1,9 +1,9 @@
 """Right first, then fast: the fused kernels beside eager PyTorch, torch.compile and, where installed, Liger-Kernel.
 
-    python tests/bench_kernels.py                    32768 rows of 49152 and of 151936 logits in bf16: a GPU of 80 GB
-    python tests/bench_kernels.py --rows 4096        fits a card of 8 GB
-    python tests/bench_kernels.py --sweep            block sizes and warps instead of rivals
-    python tests/bench_kernels.py --out FILE.json    the numbers also as JSON
+    python tests/tools/bench_kernels.py                    32768 rows of 49152 and of 151936 logits in bf16: a GPU of 80 GB
+    python tests/tools/bench_kernels.py --rows 4096        fits a card of 8 GB
+    python tests/tools/bench_kernels.py --sweep            block sizes and warps instead of rivals
+    python tests/tools/bench_kernels.py --out FILE.json    the numbers also as JSON
 
 Errors are of an off-policy step with KL. Times are of an on-policy one, in which every row has a gradient whatever the
 logits hold (clipped rows need no backward, and in-place ones overwrite the logits): medians of CUDA events after a
@@ -25,7 +25,7 @@ import torch
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"                 # before triton is imported
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import kernels  # noqa: E402
 from kernels import grpo  # noqa: E402
 

@@ -1,8 +1,8 @@
 """Completions per second of the executor on a server, where the server takes a fixed time for a request and does any
 number of them at once.
 
-    python tests/bench_server.py                     # with 1, 4, 16 and 64 requests in flight
-    python tests/bench_server.py --outputs 4         # of each prompt, in one answer
+    python tests/tools/bench_server.py                     # with 1, 4, 16 and 64 requests in flight
+    python tests/tools/bench_server.py --outputs 4         # of each prompt, in one answer
 
 The server knows no model and runs in a process of its own, on the same cores. Where the share of the ideal falls, one of
 the two is the limit; the client's own processor time tells how many requests it could make in a second.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import LlamaConfig  # noqa: E402
 

@@ -1,6 +1,6 @@
 """Where the time of a training step goes, and how near that is to what the machine can do.
 
-    python tests/bench_step.py --run_dir runs/smollm2-math --planner planner-exec_only-seed0
+    python tests/tools/bench_step.py --run_dir runs/smollm2-math --planner planner-exec_only-seed0
 
 Seconds of rollout, reward and update are those that the training has written down. The limit beside them: the floating
 point operations of the phase's matrix products, at the speed that a matrix product of that size reaches on this machine
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
 import executor  # noqa: E402
 import tracelift  # noqa: E402

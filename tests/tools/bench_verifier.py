@@ -1,6 +1,6 @@
 """What the verifier costs, beside plain subprocesses in the same run; what forks cost; its memory over 10,000 programs.
 
-    python tests/bench_verifier.py [--rounds 5] [--ballast 0 3] [--memory] [--no-site]
+    python tests/tools/bench_verifier.py [--rounds 5] [--ballast 0 3] [--memory] [--no-site]
 
 Every program is distinct and has four stdin tests; the rival is one subprocess per test that stops at the first failed
 one, bare and with a limit set by preexec_fn, which makes Python fork the whole trainer.  Programs per second depend on
@@ -18,7 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import verify  # noqa: E402
 

@@ -1,6 +1,6 @@
 """How many instructions a logit costs: compiles the kernels for sm_90 (no GPU needed) and counts their inner loops.
 
-    python tests/count_instructions.py
+    python tests/tools/count_instructions.py
 
 An H200 starts at most 128 instructions per SM and cycle (16 of ex2); while it reads an element of bf16 logits at full
 bandwidth it has time for about 14 of them (forward). A kernel with more is slower than memory.
@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"                     # the kernels have to be compiled, whoever calls
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402

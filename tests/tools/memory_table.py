@@ -1,6 +1,6 @@
 """GPU memory of a training, computed from the shapes of its model: the table of the README.
 
-    python tests/memory_table.py
+    python tests/tools/memory_table.py
 
 Counted is what lives from step to step, or through a whole phase: weights, gradients, AdamW's two moments, the 16-bit
 copies of the weights that autocast makes for a forward pass, an adapter, keys and values. Not counted: activations,

@@ -1,6 +1,6 @@
 """Stops a training at random moments, again and again, and checks that it always ends with the same weights and metrics.
 
-    python tests/soak.py --starts 100                  # Linux; as root also with a full disk, on a small tmpfs
+    python tests/tools/soak.py --starts 100                  # Linux; as root also with a full disk, on a small tmpfs
 
 Each start trains a toy planner for 20 steps, with checkpoints every 3, and is ended after a random time by one of:
 SIGKILL, SIGTERM, SIGINT, a full disk, a log that lost its end (SIGKILL and a truncated metrics.jsonl, as after a power
@@ -28,7 +28,7 @@ from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
