@@ -302,12 +302,11 @@ def train_measured(size: Size, run_dir: Path, flags: list[str], keep: bool) -> l
     for change in changes:
         change.start()
     try:
-        tracelift.train(s)
+        folder = tracelift.train(s)
     finally:
         for change in changes:
             change.stop()
-    path, = run_dir.glob(f"planner-{s.name}-seed0*/metrics.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for i, line in enumerate(lines):                      # rollout, reward, update, write: peaks[0] is before the first
         line |= {f"peak_gib_{phase}": peaks[4 * i + j] for j, phase in enumerate(PHASES, 1)}
     return lines
