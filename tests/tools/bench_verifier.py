@@ -1,6 +1,6 @@
-"""What the verifier costs, beside plain subprocesses in the same run, and its memory over 10,000 programs.
+"""What the verifier costs, beside plain subprocesses in the same run.
 
-    python tests/tools/bench_verifier.py [--rounds 5] [--ballast 0 3] [--memory] [--no-site]
+    python tests/tools/bench_verifier.py [--rounds 5] [--ballast 0 3] [--no-site]
 
 Every program is distinct and has four stdin tests. The rival is one subprocess per test that stops at the first failed
 one, bare and with a limit set by preexec_fn, which makes Python fork the whole trainer. Programs per second depend on
@@ -32,9 +32,8 @@ def program(kind: str) -> str:
     return f"print(int(input()) + {FAULT[kind]})  # {next(NUMBERS)}"
 
 
-def verifier(kind: str, count: int, tests=TESTS, fail_fast: bool = True) -> None:
-    programs = [program(kind) for _ in range(count)]
-    verdicts = verify.run_programs(programs, [tests] * count, fail_fast=fail_fast)
+def verifier(kind: str, count: int, fail_fast: bool = True) -> None:
+    verdicts = verify.run_programs([program(kind) for _ in range(count)], [TESTS] * count, fail_fast=fail_fast)
     assert all(verdict.ok == (kind == "passing") for verdict in verdicts)
 
 
@@ -81,7 +80,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="each ratio is measured so often")
     parser.add_argument("--ballast", type=int, nargs="*", default=[0, 3], help="gigabytes that this process holds")
-    parser.add_argument("--memory", action="store_true", help="also run 10,000 programs and print this process's memory")
     parser.add_argument("--no-site", action="store_true", help="start the rival's interpreters with -S")
     options = parser.parse_args()
     PYTHON.extend(["-S"] * options.no_site)
@@ -91,10 +89,6 @@ def main() -> None:
         for kind in FAULT:
             compare(kind, options.rounds)
         del ballast
-    for done in range(2_000, 10_001 if options.memory else 0, 2_000):
-        verifier("passing", 2_000, TESTS[:1])
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        print(f"after {done:6,} programs: {pages * 4 / 1024:.1f} MiB in this process", flush=True)
 
 
 if __name__ == "__main__":

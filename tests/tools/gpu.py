@@ -76,15 +76,13 @@ def seconds_of(work) -> float:
     return time.perf_counter() - begin
 
 
-def reset_peak() -> None:
-    """From here on `peak_gib` counts anew."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
 def peak_gib() -> float | None:
-    """The most memory that tensors held since `reset_peak`, GiB; None on a CPU, where nobody counts it."""
-    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
+    """The most memory that tensors held since the last call, GiB; None on a CPU, where nobody counts it."""
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.cuda.max_memory_allocated() / GIB
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def random_model(shape: Shape, device, dtype):
@@ -249,7 +247,7 @@ def per_token(model, size: Size, rows: int) -> dict:
                               max_cache_tokens=rows * (size.prompt + size.long))
 
     first = seconds_of(lambda: decode(size.short))
-    reset_peak()
+    peak_gib()
     short = min(seconds_of(lambda: decode(size.short)) for _ in range(2))
     long = min(seconds_of(lambda: decode(size.long)) for _ in range(2))
     return {"ms_per_token": 1000 * (long - short) / (size.long - size.short), "first_call_s": first,
@@ -292,7 +290,6 @@ def train_measured(size: Size, run_dir: Path, flags: list[str], keep: bool) -> l
     def phase(self, name):
         synchronize()                                     # else a phase would pay for the one before it
         peaks.append(peak_gib())
-        reset_peak()
         plain(self, name)
 
     changes = [mock.patch.object(log, "phase", phase),
@@ -324,13 +321,10 @@ def step_flags(size: Size, run_dir: Path) -> list[str]:
 def make_run(run_dir: Path, size: Size, model_folder: str = "") -> None:
     """A run folder with school problems, a base model and a random reward model on it."""
     from rm import RubricRewardModel
-    groups = []
-    for i in range(size.problems * size.steps):
-        text = (f"A book shop has {3 + i % 7} shelves with {5 + i % 11} books each. On Monday morning the owner sells {i % 9} "
-                "of the books to a teacher, who wants them for a class. In the afternoon a truck arrives and brings 12 more "
-                "books, which the owner puts on the shelves at once. How many books are on the shelves in the evening?")
-        groups.append({"problem_id": f"p{i}", "source": "made", "task_type": "math", "problem": text,
-                       "reference_solution": "7", "positive_pool": [], "negative_bank": []})
+    text = ("A book shop has {} shelves with {} books each. On Monday morning the owner sells {} of the books to a teacher, who "
+            "wants them for a class. In the afternoon a truck brings 12 more. How many books are there in the evening?")
+    groups = [{"problem_id": f"p{i}", "source": "made", "task_type": "math", "problem": text.format(3 + i % 7, 5 + i % 11, i % 9),
+               "reference_solution": "7", "positive_pool": [], "negative_bank": []} for i in range(size.problems * size.steps)]
     data.write_groups(run_dir / "groups" / "train.jsonl", groups)
     base = Path(model_folder).resolve() if model_folder else run_dir / "base"
     device = executor.pick_device("cpu" if size is TOY else "cuda")

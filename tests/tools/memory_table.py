@@ -46,9 +46,8 @@ QWEN = {"0.5B": Shape(151936, 896, 24, 14, 2, 4864, True),
 
 def linear_layers(s: Shape) -> list[tuple[int, int, bool]]:
     """(inputs, outputs, whether it has a bias) of the linear layers of one block."""
-    query, key = (s.hidden, s.hidden, True), (s.hidden, s.hidden // s.heads * s.kv_heads, True)
-    output, up, down = (s.hidden, s.hidden, False), (s.hidden, s.intermediate, False), (s.intermediate, s.hidden, False)
-    return [query, key, key, output, up, up, down]        # values are as wide as keys, the gate as what it opens
+    key, up = (s.hidden, s.hidden // s.heads * s.kv_heads, True), (s.hidden, s.intermediate, False)
+    return [(s.hidden, s.hidden, True), key, key, (s.hidden, s.hidden, False), up, up, (s.intermediate, s.hidden, False)]
 
 
 def linear_numbers(s: Shape) -> int:

@@ -63,15 +63,11 @@ def start(run_dir: Path, said: Path) -> int:
         os._exit(code)                                    # never back into the parent's code
 
 
-def finish(pid: int, seconds: float) -> int | None:
-    """Its exit status, where it ends within the time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return status
-        time.sleep(0.005)
-    return None
+def stop(pid: int, seconds: float, sent: signal.Signals) -> int:
+    """Sends the signal after some seconds; to one that has ended in between it does nothing. Returns the exit code."""
+    time.sleep(seconds)
+    os.kill(pid, sent)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def outcome(run_dir: Path) -> dict:
@@ -93,17 +89,13 @@ def soak(stops: int, seed: int, folder: Path) -> None:
     assert status == 0 and len(wanted) == 6, said.read_text()
     while ended.total() < stops:
         pid, sent = start(folder / "run", said), rng.choice(SIGNALS)
-        status = finish(pid, rng.uniform(0.2, 0.7 * whole))
-        if status is None:
-            os.kill(pid, sent)
-            status = os.waitpid(pid, 0)[1]
+        code = stop(pid, rng.uniform(0.2, 0.7 * whole), sent)
+        text = said.read_text(errors="replace")
+        assert code in (0, -sent if sent == signal.SIGKILL else 130), f"{sent.name}: exit code {code}\n{text}"
+        assert "Traceback" not in text, f"{sent.name}\n{text}"
+        if code:
             ended[sent.name] += 1
-            allowed = (0, -sent if sent == signal.SIGKILL else 130)
         else:
-            allowed = (0,)
-        code, text = os.waitstatus_to_exitcode(status), said.read_text(errors="replace")
-        assert code in allowed and "Traceback" not in text, f"{sent.name}: exit status {code}\n{text}"
-        if code == 0:
             found = outcome(folder / "run")
             different = [name for name in wanted if found.get(name) != wanted[name]]
             assert not different, f"after {ended.total()} stops: {different}"
