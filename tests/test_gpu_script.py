@@ -113,7 +113,7 @@ def results(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("part, title, name", [
-    ("versions", "versions", "torch"), ("kernels", "ours, 16 rows of 1000", "total_ms"),
+    ("versions", "versions", "torch"), ("kernels", "head, in pieces, 16 rows of 1000", "ms"),
     ("decoding", "planner with LoRA, 4 rows", "ms_per_token"), ("step", "LoRA, without checkpointing", "update_s"),
     pytest.param("compile", "executor, torch.compile, 2 rows", "first_call_s", marks=pytest.mark.slow),
     pytest.param("tests", "test_triton_starts_and_is_chosen", "outcome", marks=pytest.mark.slow)])

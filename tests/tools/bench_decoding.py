@@ -68,7 +68,6 @@ def ours(module, model, prompts, s: BenchSettings) -> list[list[int]]:
 
 
 def import_file(path: str):
-    """A module from a file."""
     spec = importlib.util.spec_from_file_location("other", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["other"] = module

@@ -1,15 +1,17 @@
-"""Right first, then fast: the Triton kernels beside eager PyTorch, torch.compile and, where installed, Liger-Kernel.
+"""Right first, then fast: the fused kernels beside eager PyTorch and the memory's floor.
 
     python tests/tools/bench_kernels.py                    32768 rows of 49152 and of 151936 logits in bf16: a GPU of 80 GB
     python tests/tools/bench_kernels.py --rows 4096        fits a card of 8 GB
-    python tests/tools/bench_kernels.py --sweep            block sizes instead of rivals
+    python tests/tools/bench_kernels.py --out FILE.json    the numbers also as JSON
 
-Errors are those of log-prob and gradient against float64 on the same inputs. Times are medians of CUDA events after a
-warm-up, of the on-policy loss. A share is that of the bandwidth of a copy in the same run; peak is memory beyond the
-inputs. Without CUDA a few rows run in Triton's interpreter: their errors are real, their times mean nothing.
+Times are medians. A floor is the time in which a copy, measured in the same run, moves the bytes that must be moved: a
+forward reads 2 bytes per logit, a backward reads 2 and writes 2; the floor of the head is its three matrix products.
+Peak is memory beyond the inputs. Without CUDA a few rows run in Triton's interpreter, and times mean nothing.
 """
 import argparse
+import json
 import os
+import platform
 import statistics
 import sys
 import time
@@ -19,151 +21,129 @@ import torch
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"                  # before triton is imported
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    os.environ["TRITON_INTERPRET"] = "1"                 # before triton is imported
+sys.path.insert(0, str(next(p for p in Path(__file__).resolve().parents if (p / "kernels").is_dir())))
 from kernels import grpo, reference  # noqa: E402
 
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-GROUP = 8
+
+def step(rows, V, dtype, device):
+    """Arguments of advantage_logp: 8 traces of equal length, one group."""
+    g = torch.Generator(device).manual_seed(0)
+    logits = torch.empty(rows, V, dtype=dtype, device=device)
+    for part in logits.split(1024):                      # in parts: the random float32 would outgrow the card
+        part.copy_(torch.randn(part.shape, generator=g, device=device) * 3)
+    target = torch.randint(V, (rows,), generator=g, device=device)
+    seq = torch.arange(rows, device=device) * 8 // rows
+    return dict(logits=logits, target=target, reward=torch.rand(8, generator=g, device=device), seq=seq, group_size=8)
 
 
-def step(rows: int, V: int, dtype) -> dict:
-    """Arguments of advantage_logp for the tokens of 64 traces (8 where there are few rows)."""
-    g = torch.Generator(DEVICE).manual_seed(0)
-    B = 64 if rows % 64 == 0 else 8
-    logits = torch.empty(rows, V, dtype=dtype, device=DEVICE)
-    for part in logits.split(1024):                       # in parts: the random float32 would outgrow the card
-        part.copy_(torch.randn(part.shape, generator=g, device=DEVICE) * 3)
-    return {"logits": logits.requires_grad_(), "target": torch.randint(V, (rows,), generator=g, device=DEVICE),
-            "reward": torch.rand(B, generator=g, device=DEVICE), "group_size": GROUP,
-            "seq": torch.arange(B, device=DEVICE).repeat_interleave(rows // B)}
+def loss_of(function, s, **options):
+    """The on-policy loss, in which every row has a gradient."""
+    logp, _, A = function(**s, **options)
+    return -(A * logp).sum() / len(logp)
 
 
-def errors(rows: int, V: int, dtype) -> dict:
-    """Largest errors of log-prob, entropy, advantage and gradient (of its maximum) against float64."""
-    s = step(rows, V, dtype)
-    exact = s | {"logits": s["logits"].detach().double().requires_grad_(), "reward": s["reward"].double()}
-    ours, truth = grpo.advantage_logp(**s), reference.advantage_logp(**exact)
-    slope = torch.linspace(-1, 1, rows, device=DEVICE)
-    (slope * ours[0]).sum().backward()
-    (slope.double() * truth[0]).sum().backward()
-    wanted = exact["logits"].grad
-    plain = s["logits"].detach().log_softmax(-1).gather(1, s["target"][:, None])[:, 0]
-    found = {name: largest(a - b) for name, a, b in zip(("logp", "entropy", "advantage"), ours, truth)}
-    return found | {"gradient": largest(s["logits"].grad - wanted) / largest(wanted),
-                    "logp_of_log_softmax_in_this_dtype": largest(plain - truth[0])}
+def errors(s):
+    """Largest errors against float64 on the same inputs: of the gradient as a share of its maximum."""
+    x = s["logits"].requires_grad_()
+    y = x.detach().double().requires_grad_()
+    ours = grpo.advantage_logp(**s)
+    truth = reference.advantage_logp(**{**s, "logits": y})
+    for logp, _, A in (ours, truth):
+        (A * logp).sum().backward()
+    gaps = [(a - b).abs().max().item() for a, b in zip((*ours, x.grad), (*truth, y.grad))]
+    gaps[3] /= y.grad.abs().max().item()
+    return dict(zip(("logp", "entropy", "A", "gradient"), gaps))
 
 
-def largest(x) -> float:
-    return x.detach().double().abs().max().item()
-
-
-# ---- what is compared: each takes the arguments and returns the on-policy loss, a sum over the rows
-
-
-def ours(inplace: bool, logits, **s):
-    logp, entropy, A = grpo.advantage_logp(logits, **s, inplace=inplace)
-    return -((logp - logp.detach()).exp() * A).sum()
-
-
-def eager(logits, **s):
-    """As one writes it in PyTorch, the log-softmax in float32, entropy included."""
-    logp, entropy, A = reference.advantage_logp(logits, **s)
-    return -((logp - logp.detach()).exp() * A).sum()
-
-
-def liger(logits, target, reward, seq, group_size):
-    """Liger-Kernel's loss of the same tokens; it takes (B, L + 1, V) and leaves each last position out."""
-    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-    A = reference.group_advantage(reward, group_size)
-    target = target.view(len(reward), -1)[:, :-1].contiguous()
-    loss, *_ = triton_grpo_loss(logits.view(len(reward), -1, logits.shape[1]), None, None, target, A, temperature=1.0,
-                                beta=0.0, eps_low=0.2, eps_high=0.2, inplace=True)
-    return loss.sum()
-
-
-# ---- times
-
-
-def clock(work, repeats: int) -> float:
-    """Median milliseconds of work()."""
-    if not CUDA:
-        begin = time.perf_counter()
-        work()
-        return 1000 * (time.perf_counter() - begin)
+def clock(work, repeats, prepare=tuple):
+    """Median milliseconds of work(*prepare())."""
     times = []
-    for _ in range(repeats + 3):                          # one wait at the end: the host stays ahead and is not timed
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        work()
-        end.record()
-        times.append((begin, end))
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in times[3:])
+    for _ in range(repeats + 3 if CUDA else 1):
+        given = prepare()
+        if CUDA:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work(*given)
+        if CUDA:
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[3:] or times)
 
 
-def copy_bandwidth(x, repeats: int) -> float:
-    """GB/s, read and written, of copying x."""
-    other = torch.empty_like(x)
-    return 2 * x.nbytes / clock(lambda: other.copy_(x), repeats) / 1e6
-
-
-def measure(loss, s: dict, copy: float, repeats: int) -> dict:
-    """Milliseconds, shares of the bandwidth `copy`, and peak GB of a loss and its gradient."""
-    def both():
-        s["logits"].grad = None
-        loss(**s).backward()
-
-    both()                                                # compiles
-    s["logits"].grad = None
-    before = torch.cuda.memory_allocated() if CUDA else 0
+def peak(work):
+    """GB of GPU memory that work() needs beyond what is there."""
+    before = torch.cuda.memory_allocated()               # 0 without CUDA
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    both()
-    peak = torch.cuda.max_memory_allocated() - before if CUDA else 0
-    forward, total = clock(lambda: loss(**s), repeats), clock(both, repeats)
-    s["logits"].grad = None
-    size = s["logits"].nbytes / 1e6                       # read once forward; read and written backward
-    return {"forward_ms": forward, "forward_share": size / forward / copy, "backward_ms": total - forward,
-            "backward_share": 2 * size / max(total - forward, 1e-6) / copy, "total_ms": total, "peak_gb": peak / 1e9}
+    work()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
-def measure_all(rows: int, V: int, repeats: int = 20, sweep: bool = False):
-    """Yields (title, {name: number}). A rival that fails is a row; ours failing is an error."""
-    for dtype in (torch.float32, torch.bfloat16):
-        yield f"error in {dtype}", errors(min(rows, 512), V, dtype)
-    s = step(rows, V, torch.bfloat16)
-    copy = copy_bandwidth(s["logits"].detach(), repeats)
-    yield "copy", {"gb_per_s": copy}
-    if sweep:
-        for grpo.BLOCK in (1024, 2048, 4096, 8192, 16384):
-            yield f"ours, block {grpo.BLOCK}", measure(lambda **s: ours(True, **s), s, copy, repeats)
-        return
-    yield "ours, in place", measure(lambda **s: ours(True, **s), s, copy, repeats)
-    yield "ours", measure(lambda **s: ours(False, **s), s, copy, repeats)
-    rivals = {"eager PyTorch": eager}
-    if CUDA:
-        rivals |= {"Liger-Kernel, in place": liger, "torch.compile": torch.compile(eager, dynamic=False)}
-    for title, rival in rivals.items():
+def head_in_pieces(hidden, head, s, rows=3072):
+    """The walk's loop: the head sees some rows at a time and hands their gradient to one leaf."""
+    leaf = hidden.detach().requires_grad_()
+    for part in torch.arange(len(leaf), device=leaf.device).split(rows):
+        own = {**s, "logits": leaf[part] @ head.T, "target": s["target"][part], "seq": s["seq"][part]}
+        loss_of(grpo.advantage_logp, own, inplace=True).backward()
+    return leaf.grad
+
+
+def times(rows, V, H, device, repeats):
+    """{name: {"ms", "floor", "peak"}} for one vocabulary, and the GB/s of a copy."""
+    s = step(rows, V, torch.bfloat16, device)
+    other = torch.empty_like(s["logits"])
+    copy = 2 * other.nbytes / clock(lambda: other.copy_(s["logits"]), repeats) / 1e6
+    del other
+    logits = s["logits"].requires_grad_()
+    read = logits.nbytes / copy / 1e6
+    found = {}
+    for name, function, options in (("", grpo.advantage_logp, {"inplace": True}),
+                                    ("eager ", reference.advantage_logp, {})):
+        forward = lambda: loss_of(function, s, **options)  # noqa: E731
+        backward = lambda loss: torch.autograd.grad(loss, logits)  # noqa: E731
         try:
-            yield title, measure(rival, s, copy, repeats)
-        except Exception as error:                        # not installed, or it outgrows the card
-            s["logits"].grad = None
-            yield title, {"failed": f"{type(error).__name__}: {str(error)[:70]}".splitlines()[0]}
+            found[name + "forward"] = {"ms": clock(forward, repeats), "floor": read, "peak": peak(forward)}
+            found[name + "backward"] = {"ms": clock(backward, repeats, lambda: (forward(),)), "floor": 2 * read,
+                                        "peak": peak(lambda: backward(forward()))}
+        except torch.cuda.OutOfMemoryError:              # the float32 temporaries of eager PyTorch
+            found[name + "backward"] = {"failed": "out of memory"}
+    del logits, s["logits"]
+    hidden, head = (torch.randn(n, H, device=device).bfloat16().mul_(H ** -0.25) for n in (rows, V))
+    z = hidden[:3072] @ head.T
+    products = rows / len(z) * clock(lambda: (hidden[:3072] @ head.T, z @ head, z.T @ hidden[:3072]), repeats)
+    del z
+    head.requires_grad_()
+    pieces = lambda: head_in_pieces(hidden, head, s)  # noqa: E731
+    found["head, in pieces"] = {"ms": clock(pieces, repeats // 4), "floor": products, "peak": peak(pieces)}
+    return found, copy
 
 
-def main(argv=None) -> None:
-    """Prints a line for each measurement."""
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=32768 if CUDA else 16, help="a multiple of 64, or of 8 if small")
+    parser.add_argument("--rows", type=int, default=32768 if CUDA else 16, help="a multiple of 8")
     parser.add_argument("--vocab", type=int, nargs="+", default=[49152, 151936] if CUDA else [1000])
-    parser.add_argument("--sweep", action="store_true")
-    args = parser.parse_args(argv)
-    print(torch.cuda.get_device_name() if CUDA else "Triton's interpreter: times mean nothing", torch.__version__)
+    parser.add_argument("--hidden", type=int, default=896 if CUDA else 16)
+    parser.add_argument("--repeats", type=int, default=20 if CUDA else 1)
+    parser.add_argument("--out", help="a JSON file")
+    args = parser.parse_args()
+    device = torch.device("cuda" if CUDA else "cpu")
+    machine = torch.cuda.get_device_name() if CUDA else f"interpreter on {platform.machine()}: times mean nothing"
+    report = {"machine": machine, "torch": torch.__version__, "triton": grpo.triton.__version__, "rows": args.rows,
+              "errors": {}, "copy": {}, "times": {}}
+    print(f"{machine}, torch {report['torch']}, triton {report['triton']}")
+    for dtype in (torch.float32, torch.bfloat16):
+        gaps = report["errors"][str(dtype)[6:]] = errors(step(min(args.rows, 512), args.vocab[0], dtype, device))
+        print(f"{str(dtype)[6:]}: largest error against float64: " + ", ".join(f"{k} {v:.1e}" for k, v in gaps.items()))
     for V in args.vocab:
-        for title, numbers in measure_all(args.rows, V, sweep=args.sweep):
-            cells = [f"{name} {x:.3g}" if isinstance(x, float) else f"{name} {x}" for name, x in numbers.items()]
-            print(f"{args.rows} x {V}, {title}: {', '.join(cells)}", flush=True)
+        found, report["copy"][V] = times(args.rows, V, args.hidden, device, args.repeats)
+        report["times"][V] = found
+        print(f"\n{args.rows} rows of {V} bf16 logits, copy {report['copy'][V]:.0f} GB/s")
+        print(f"{'':20}{'ms':>8}{'floor':>8}{'peak GB':>9}")
+        for name, r in found.items():
+            print(f"{name:20}" + (r.get("failed") or f"{r['ms']:8.2f}{r['floor']:8.2f}{r['peak']:9.2f}"))
+    if args.out:
+        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

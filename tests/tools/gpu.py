@@ -149,8 +149,8 @@ def table(path: Path, part: str) -> str:
     """The record of a part as Markdown."""
     entry = Report(path, part).entry()
     columns = list(dict.fromkeys(name for numbers in entry["results"].values() for name in numbers))
-    lines = [f"**{part}**: {entry['outcome']}, {entry.get('seconds', 0):.0f} s. {entry['machine']['card']}, torch "
-             f"{entry['machine']['torch']}, {entry['date']}, `{entry['command']}`", "",
+    found = entry["machine"]
+    lines = [f"**{part}**: {entry['outcome']}. {found['card']}, torch {found['torch']}, {entry['date']}, `{entry['command']}`", "",
              row(["", *(name.replace("_", " ") for name in columns)]), "|---" * (1 + len(columns)) + "|"]
     for title, numbers in entry["results"].items():
         cells = [numbers.get(name) for name in columns]
@@ -196,13 +196,16 @@ def gpu_tests(report: Report, size: Size, arguments: list[str]) -> None:
 
 def kernel_bench(report: Report, size: Size, arguments: list[str]) -> None:
     """tests/tools/bench_kernels.py, with fewer rows where the card has less than 70 GB free."""
-    import bench_kernels
-    sizes = [(16, 1000)]
+    import bench_kernels as bench
+    device, rows, vocabularies, hidden, repeats = torch.device("cpu"), 16, (1000,), 16, 1
     if size is REAL:
         rows = 32768 if torch.cuda.mem_get_info()[0] > 70e9 else 4096
-        sizes = [(rows, 49152), (rows, 151936)]
-    for rows, V in sizes:
-        for title, numbers in bench_kernels.measure_all(rows, V):
+        device, vocabularies, hidden, repeats = executor.pick_device("cuda"), (49152, 151936), 896, 20
+    for dtype in (torch.float32, torch.bfloat16):
+        report.add(f"error in {dtype}", **bench.errors(bench.step(min(rows, 512), vocabularies[0], dtype, device)))
+    for V in vocabularies:
+        found, copy = bench.times(rows, V, hidden, device, repeats)
+        for title, numbers in (found | {"copy": {"gb_per_s": copy}}).items():
             report.add(f"{title}, {rows} rows of {V}", **numbers)
 
 
@@ -284,8 +287,7 @@ def train_measured(size: Size, run_dir: Path, flags: list[str], keep: bool) -> l
     keep=False: without checkpoints and a planner at the end."""
     import tracelift
     s = data.parse_settings(tracelift.TrainSettings, step_flags(size, run_dir) + flags, "tracelift.py train")
-    log, coin, peaks = tracelift.TrainingLog, random.Random(0), []
-    plain = log.phase
+    log, plain, coin, peaks = tracelift.TrainingLog, tracelift.TrainingLog.phase, random.Random(0), []
 
     def phase(self, name):
         synchronize()                                     # else a phase would pay for the one before it
@@ -330,8 +332,10 @@ def make_run(run_dir: Path, size: Size, model_folder: str = "") -> None:
     device = executor.pick_device("cpu" if size is TOY else "cuda")
     if not model_folder:
         save_random_base(base, size.shape, [data.problem_of(group) for group in groups], device)
-    record = {"model": str(base), "fingerprint": executor.fingerprint_of(str(base)), "chat_template_kwargs": {}}
-    data.write_atomic(run_dir / "base" / "base.json", json.dumps(record))
+    (run_dir / "base").mkdir(exist_ok=True)
+    record = {"model": str(base) if model_folder else ".", "fingerprint": executor.fingerprint_of(model_folder),
+              "chat_template_kwargs": {}}
+    (run_dir / "base" / "base.json").write_text(json.dumps(record))
     model, tokenizer = executor.load(str(base), device, torch.float32)
     RubricRewardModel(model.base_model, tokenizer, data.DIMENSIONS["math"]).to(device).save_pretrained(run_dir / "rm")
 
@@ -381,8 +385,8 @@ def inside(part: str, dry: bool, path: Path, arguments: list[str]) -> int:
 
 def outside(part: str, dry: bool, path: Path, arguments: list[str]) -> bool:
     """Runs a part in a process of its own and prints its table. Whether it is complete."""
-    child = subprocess.Popen([sys.executable, __file__, "inside", *["dry"] * dry, part, *arguments], cwd=ROOT,
-                             start_new_session=True)
+    words = [sys.executable, __file__, "inside", *["dry"] * dry, part, *arguments]
+    child = subprocess.Popen(words, cwd=ROOT, start_new_session=True)
     report, outcome = Report(path, part), "stopped"
     try:
         outcome = f"failed: exit code {child.wait(LIMIT)}"

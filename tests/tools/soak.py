@@ -1,13 +1,12 @@
 """Stops a run at random moments, again and again, and checks that it always ends with the same bits.
 
-    python tests/tools/soak.py --stops 30              # some minutes on a core; Linux
+    python tests/tools/soak.py [STOPS [SEED]]             # 30 stops take some minutes on a core; Linux
 
 A toy run is base model, reward model and two planners. Each start goes through its commands and is ended after a random
 time by SIGKILL, SIGTERM or SIGINT; the next one continues. When a run gets through, its weights and metrics are compared
 with those of a run that was never stopped, and a new one is begun. Fails at the first difference, traceback or wrong
 exit status.
 """
-import argparse
 import json
 import os
 import random
@@ -80,14 +79,14 @@ def outcome(run_dir: Path) -> dict:
     return found
 
 
-def soak(stops: int, seed: int, folder: Path) -> None:
+def soak(stops: int = 30, seed: int = 0, *, folder: Path) -> None:
     """Prints what happened. AssertionError at the first fault."""
     rng, ended, equal, said = random.Random(seed), Counter(), 0, folder / "said.txt"
     begin = time.monotonic()
     _, status = os.waitpid(start(folder / "straight", said), 0)
     whole, wanted = time.monotonic() - begin, outcome(folder / "straight")
     assert status == 0 and len(wanted) == 6, said.read_text()
-    while ended.total() < stops:
+    while ended.total() < stops or not equal:
         pid, sent = start(folder / "run", said), rng.choice(SIGNALS)
         code = stop(pid, rng.uniform(0.2, 0.7 * whole), sent)
         text = said.read_text(errors="replace")
@@ -106,16 +105,7 @@ def soak(stops: int, seed: int, folder: Path) -> None:
           "stopped")
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stops", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        soak(args.stops, args.seed, Path(folder))
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
+        soak(*map(int, sys.argv[1:]), folder=Path(temporary))
