@@ -1,4 +1,4 @@
-"""What all tests share: the repository on sys.path, one thread, no network, and a tiny random model on disk."""
+"""What all tests share: the repository and tests/tools on sys.path, one thread, no network, and a tiny random model on disk."""
 import os
 import sys
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"                       # before transformers is imported: no test may reach the hub
 os.environ["TRITON_INTERPRET"] = "1"                     # before triton is: its own functions read it only then
 os.environ.setdefault("OMP_NUM_THREADS", "1")            # for the processes that tests start
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "tools")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
