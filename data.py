@@ -214,11 +214,8 @@ def true_tokenizer(tokenizer, folder):
     transformers builds a tokenizer of its own from the vocabulary, whatever the file says."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
-    file = Path(folder) / "tokenizer.json"
-    if not file.is_file():
-        return tokenizer
-    wanted = Tokenizer.from_file(str(file)).encode(SENTENCE, add_special_tokens=False).ids
-    if tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] == wanted:
+    file, said = Path(folder) / "tokenizer.json", tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]
+    if not file.is_file() or said == Tokenizer.from_file(str(file)).encode(SENTENCE, add_special_tokens=False).ids:
         return tokenizer
     print(f"{file}: transformers would read another tokenizer from this folder; the one in the file is used")
     return PreTrainedTokenizerFast.from_pretrained(folder)
@@ -349,7 +346,7 @@ LEAVES = {"a text": lambda value: isinstance(value, str),
           "missing": lambda value: value is None}
 
 
-def check_form(value, form, where: str) -> None:
+def check_form(value, form, where):
     """UserError for the first place where a JSON value differs from a form: the name of a leaf, {key: form}, [the form
     of every item], or (form, form, ...) of which one must fit."""
     if isinstance(form, tuple):
@@ -360,10 +357,11 @@ def check_form(value, form, where: str) -> None:
     kind = {list: "a list", dict: "an object"}.get(type(form), form)
     if not LEAVES[kind](value):
         raise UserError(f"{where} must be {kind}, is {value!r:.60}")
-    if kind is not form:
-        parts = form.items() if kind == "an object" else enumerate(form * len(value))
-        for key, part in parts:
-            check_form(value.get(key) if kind == "an object" else value[key], part, f"{where}: key {key!r}")
+    if kind == "a list":
+        value, form = dict(enumerate(value)), dict(enumerate(form * len(value)))
+    if isinstance(form, dict):
+        for key, part in form.items():
+            check_form(value.get(key), part, f"{where}: key {key!r}")
 
 
 def read_records(path, form: dict) -> list[tuple[str, dict]]:
@@ -401,12 +399,12 @@ def domain_of(group: dict) -> str | None:
     return group["task_type"] if group.get("task_type") in DIMENSIONS else None
 
 
-def _gsm8k_group(row: dict, name: str) -> dict:
-    reasoning = hide_result(worked_solution(row["answer"]), final_answer(row["answer"]))
+def _gsm8k_group(row, name):
+    reasoning = hide_result(_worked(row["answer"]), _final(row["answer"]))
     return group_of(Problem(f"gsm8k-{name}", "gsm8k", "math", row["question"].strip(), row["answer"], [], reasoning))
 
 
-def _mbpp_group(row: dict, name: str) -> dict:
+def _mbpp_group(row, name):
     """The problem shows its first test, as usual, since nothing else names the function."""
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
     tests = [{"assert": f"{setup}\n{test}".strip()} for test in row["test_list"]]
@@ -414,7 +412,7 @@ def _mbpp_group(row: dict, name: str) -> dict:
     return group_of(Problem(f"mbpp-{row.get('task_id', name)}", "mbpp", "code", text, row["code"], tests))
 
 
-def _humaneval_group(row: dict, name: str) -> dict:
+def _humaneval_group(row, name):
     """The official test is one statement, run after the program."""
     test = {"assert": f"{row['test']}\ncheck({row['entry_point']})"}
     program = row["prompt"] + row["canonical_solution"]
@@ -501,14 +499,15 @@ def join_tests(groups: list[tuple[str, dict]], path) -> None:
     a row has the flag `is_reward_test`, only the tests that bear it count; at most 8. Groups without a row get none."""
     tests_of = {}
     for where, row in read_records(path, {"problem_id": "a text", "tests": _TESTS}):
-        if row["problem_id"] in tests_of:
-            raise UserError(f"{where}: problem_id {row['problem_id']!r} was there before; it must be unique")
-        marked = [test for test in row["tests"] if test.get("is_reward_test")]
-        flagged = any("is_reward_test" in test for test in row["tests"])
-        tests_of[row["problem_id"]] = (marked if flagged else row["tests"])[:8]
+        name, tests = row["problem_id"], row["tests"]
+        if name in tests_of:
+            raise UserError(f"{where}: problem_id {name!r} was there before; it must be unique")
+        if any("is_reward_test" in test for test in tests):
+            tests = [test for test in tests if test.get("is_reward_test")]
+        tests_of[name] = tests[:8]
     for _, group in groups:
         if domain_of(group) == "code":
-            if isinstance(group.get("tests"), str):               # a text stays for the reward model to read
+            if isinstance(group.get("tests"), str):               # the reward model goes on reading it
                 group.setdefault("tests_or_constraints", group["tests"])
             group["tests"] = tests_of.get(group["problem_id"], [])
 
@@ -540,7 +539,7 @@ def teachable(path, groups: list[tuple[str, dict]], n: int, need: str = "") -> l
     return list(kept.values())
 
 
-def _why_not(group: dict, need: str) -> str | None:
+def _why_not(group, need):
     """Why a group cannot teach; None for one that can."""
     problem, solution = problem_of(group), group["reference_solution"]
     good = {trace["reasoning"].strip() for trace in group["positive_pool"]}
@@ -549,8 +548,7 @@ def _why_not(group: dict, need: str) -> str | None:
     if need == "trace" and not good:
         return "no annotation says what is a calculation"
     if problem.task_type == "math":
-        known = verify.extract_answer(solution) is not None and verify.math_equal(solution, solution)
-        return None if known else "the reference answer has no value"
+        return None if verify.math_equal(verify.extract_answer(solution), solution) else "the reference answer has no value"
     if not problem.tests:
         return "no tests in --tests FILE" if need == "tests" else None
     verdict, = verify.run_programs([verify.extract_code(solution)], [problem.tests])
@@ -652,7 +650,7 @@ def parse_chain(reasoning: str) -> list[Equation] | None:
     return chain if chain and render_chain(chain) == reasoning else None
 
 
-def _chain(start: int, steps: list) -> list[Equation]:
+def _chain(start, steps):
     """Equations of a computation, the last result left open; none if a value leaves 10..99 (always two digits, so that
     the tiny model need not learn to line numbers up)."""
     chain = []
@@ -756,7 +754,7 @@ class TinyMath(Tiny):
 
 # ---- code
 
-# operation: the step of a plan, its wording in a problem, its line of the program, what it does to x; {} is its constant
+# operation: the step of a plan, its wording in a problem, its line of the program, what it does to x ({}: the constant)
 PLAN, WORDING, LINE, FUNCTION = range(4)
 CODE_OPS = {"add": ("add {}", "increase it by {}", "x = x + {}", operator.add),
             "subtract": ("subtract {}", "decrease it by {}", "x = x - {}", operator.sub),
@@ -774,7 +772,7 @@ class Step(NamedTuple):
     op: str
     n: int
 
-    def show(self, column: int) -> str:
+    def show(self, column):
         return CODE_OPS[self.op][column].format(self.n)
 
 
@@ -803,7 +801,7 @@ def outputs(steps: list[Step]) -> list[int]:
     return values
 
 
-def _program(lines) -> str:
+def _program(lines):
     return "\n    ".join(["def f(x):", *lines, "return x"])
 
 
@@ -835,7 +833,7 @@ class TinyCode(Tiny):
         tests = [{"assert": f"assert f({x}) == {value}"} for x, value in zip(CODE_INPUTS, values)]
         return str(values), f"{text} .", _program(step.show(LINE) for step in steps), tests, render_plan(steps)
 
-    def told(self, problem) -> list[Step]:
+    def told(self, problem):
         """Plan steps in the order in which the problem's text names them."""
         wordings = re.findall(r"(?:\. |all that , )((?!after|before)[^.]+) (?=\.)", problem.problem)
         return [_TOLD[wording] for wording in wordings]
@@ -958,7 +956,7 @@ def base_corpus(task_type: str, n: int, seed: int) -> list[BaseExample]:
     return examples
 
 
-def _corpus_trace(world: Tiny, problem: Problem, rng) -> str:
+def _corpus_trace(world, problem, rng):
     careful = problem.reference_reasoning
     flaws = [world.flaw(problem, kind, rng) for kind in NEGATIVE_KINDS[problem.task_type]]
     flaw = rng.choice([flaw for flaw in flaws if flaw and flaw != careful])
@@ -966,7 +964,7 @@ def _corpus_trace(world: Tiny, problem: Problem, rng) -> str:
     return careful if style < 0.25 else world.habit(problem) if style < 0.8 else flaw
 
 
-def _intervention(problem: Problem, trace: str) -> str:
+def _intervention(problem, trace):
     """" 2 : 33 - 2 = ?": the first step that differs from the reference, and the reference's; "stop" past its end."""
     steps, right = split_steps(problem, trace), split_steps(problem, problem.reference_reasoning)
     for i, (step, wanted) in enumerate(itertools.zip_longest(steps, right, fillvalue="stop")):
@@ -996,8 +994,6 @@ _ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 _NUMBER = r"(?<![\d.,])\d+(?:\.\d+)?(?![\d,]*\d)"
 _WORKING = re.compile(r"[$\d(][\d.,$% +*/x()-]*= *\$?$")          # "48/2 = $" before an annotation
 _OPERATOR = re.compile(r"(?<=[\d.%) ])[-+*/](?=[\d.( $])")
-_STATED = re.compile(r"(?<![\d.)*/+%-])(?<!\d )((?:\( *)*-?[\d.]+(?: *\)| *[-+*/] *(?:\( *)*-?[\d.]+)*?"
-                     r" *[-+*/] *(?:\( *)*[\d.]+(?: *\))*) *= *(-?\d+\.?\d*)(?![\d%]| *[-+*/] *\d)")
 _WRONG_OPERATOR = {"+": "-", "-": "+", "*": "+", "/": "*"}
 _SIGNS = {"*": "[*x×]", "/": "[/÷]", "+": "[+]", "-": "[-]"}      # as the words before an annotation may write them
 
@@ -1017,13 +1013,13 @@ class GSM8K(Source):
     def flaw(self, problem, kind, rng):
         if kind == "answer_leak":
             return self.perturb(problem, problem.reference_reasoning, kind, rng)
-        flawed = self.perturb(problem, worked_solution(problem.reference_solution), kind, rng)
-        return flawed and hide_result(flawed, final_answer(problem.reference_solution))
+        flawed = self.perturb(problem, _worked(problem.reference_solution), kind, rng)
+        return flawed and hide_result(flawed, _final(problem.reference_solution))
 
     def perturb(self, problem, reasoning, kind, rng):
         found = list(_ANNOTATION.finditer(reasoning))
         if kind == "answer_leak":
-            return f"{reasoning}\nThe final answer is {final_answer(problem.reference_solution)}."
+            return f"{reasoning}\nThe final answer is {_final(problem.reference_solution)}."
         if not found:
             return None
         if kind == "dropped_step":
@@ -1031,7 +1027,7 @@ class GSM8K(Source):
             del lines[rng.randrange(max(1, len(lines) - 1))]
             return "\n".join(lines) or None
         target = rng.choice(found[:-1] or found)                  # the last result is the executor's part
-        before, shown = split_working(reasoning[:target.start()])
+        before, shown = _split_working(reasoning[:target.start()])
         expression, result, rest = target[1], calculate(target[1]), reasoning[target.end():]
         if result is None or kind == "arithmetic_slip" and target is found[-1]:
             return None
@@ -1040,24 +1036,24 @@ class GSM8K(Source):
         if kind == "arithmetic_slip":
             wrong = result + rng.choice((-10, -2, -1, 1, 2, 10))
         else:
-            term, new = rng.choice(term_changes(problem, expression, kind) or [("(?!)", "")])
+            term, new = rng.choice(_term_changes(problem, expression, kind) or [("(?!)", "")])
             edited, places = re.subn(term, new, f"{shown}|{expression}")
             shown, expression = edited.split("|")
-            wrong = calculate(expression) if places == 2 else None                # once in words, once in the annotation
-        if wrong is None or wrong <= 0 or wrong == result or not rest.startswith(show(result)):
+            wrong = calculate(expression) if places == 2 else None          # once in words, once in the annotation
+        if wrong is None or wrong <= 0 or wrong == result or not rest.startswith(_show(result)):
             return None
-        return f"{before}{shown}<<{expression}={show(wrong)}>>{carry(rest, show(result), show(wrong))}"
+        return f"{before}{shown}<<{expression}={_show(wrong)}>>{_carry(rest, _show(result), _show(wrong))}"
 
 
 SOURCES["gsm8k", "math"] = GSM8K()
 
 
-def final_answer(solution: str) -> str:
+def _final(solution):
     """What stands behind the ####."""
     return solution.rpartition("####")[2].strip().replace(",", "")
 
 
-def worked_solution(solution: str) -> str:
+def _worked(solution):
     """A GSM8K solution without its last line, numbers without thousands commas (as in its annotations)."""
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", solution.partition("####")[0].strip())
 
@@ -1067,7 +1063,7 @@ def strip_annotations(text: str) -> str:
     return _ANNOTATION.sub("", text)
 
 
-def split_working(before: str) -> tuple[str, str]:
+def _split_working(before):
     """A text in front of an annotation: (what comes first, the calculation in words at its end)."""
     working = _WORKING.search(before)
     shown = working[0] if working else ""
@@ -1083,7 +1079,7 @@ def hide_result(annotated: str, answer: str = "") -> str | None:
         return None
     last = found[-1]
     line = annotated.rfind("\n", 0, last.start()) + 1
-    before, shown = split_working(annotated[line:last.start()])
+    before, shown = _split_working(annotated[line:last.start()])
     after = re.sub(r"^\d*\.?\d+", "?", annotated[last.end():])
     numbers = "|".join(re.escape(number) for number in {last[2].strip("$ "), answer} - {""})
     mention = re.compile(rf"(?<![\d.,])(?:{numbers})(?!\d|[.,]\d)")
@@ -1101,30 +1097,60 @@ def calculate(expression: str) -> Fraction | None:
         return None
 
 
+# (pattern, replacement), in this order: a text becomes numbers, signs that `calculate` reads, and ";" for words
+_ARITHMETIC = [(re.compile(pattern), new) for pattern, new in [
+    (r"(?m)^ *[-*•] ", ""), (r"(?<=\d)\*\*(?=\d)", "^"), (r"\*\*", ""),        # bullets, powers, bold
+    (r"\\times|\\cdot|[×·]", "*"), (r"\\div|÷", "/"), (r"[−–]", "-"), (r"[$\\]|(?<=\d),(?=\d{3})", ""),
+    (r"(?<=\d)[xX](?=\d)|(?<=[\w)%] )[xX](?= [\d(])", "*"), (r"(?<=[\d)])(?=\()", "*"),      # 4 x 3, 2(3+4)
+    (r"(?:(?<=[\d%)] )|half |third |quarter )(?:of|times|by|plus|minus)(?= [\d(])", "^"),   # not computed
+    (r" and (?=\d/\d+\b(?! *[-+*/=]))", " "), (r"(?<!\d)(\d{1,9}) (\d+/\d+)", r"(\1+\2)"),  # 2 and 1/2
+    (r"/ +(\d+/\d+)", r"/(\1)"),                                                # 14 / 1/4
+    (r"(?: ?[/-]? ?[A-Za-z]{2,20}\b){1,6}(?= {0,4}(?:[-+*=)]|/ ?[\d(]))", ""),  # units: 6 miles/hour * 2
+    (r"(?: ?/? ?[A-Za-z]{2,})+", ";"), (r" {0,4}([-+*/=^]) {0,4}", r"\1")]]
+_SIDES = re.compile(r"(?<![\w.^:+*/()%-])[\d.+*/()%-]+(?:=[\d.+*/()%-]+)+(?![\w^:+*/(%-]| \d)")
+_SINGLE = re.compile(r"\(*-?\d*(\.?)(\d*)(%?)[).]*")                          # one number
+
+
 def stated_calculations(text: str) -> list[bool]:
-    """Whether each calculation that a text states is true, in their order: "2 * 3 = 6", "4 x $1.50 = $6". "3 bags * 5 =
-    15 apples" is one; "15 = 15" is none, nor is what has variables, percent, mere words or "?" in it. Rounded decimals
-    are true, rounded integers are not: 10/3 = 3.33, but not 3. Units are not compared."""
-    text = strip_annotations(text).translate(str.maketrans("×·÷−–", "**/--", "$"))
-    text = re.sub(r"(?<=[\d )])[xX](?=[\d (])", "*", re.sub(r"(?<=\d),(?=\d{3})", "", text))
-    text = re.sub(r"(?: ?[/-]? ?\b[A-Za-z]{2,20}\b){1,6}(?= *[-+*/=)])", "", text)       # 3 bags * 5, 6 miles per hour * 2
-    text = re.sub(r"-?[A-Za-z]{2,}", ";", text)
+    """Whether each calculation that a text states is true, in their order: "2 * 3 = 6", "4 x $1.50 = 12/2 = $6" (two).
+
+    "3 bags * 5 = 15 apples" is one. "15 = 15" is none, nor is what has variables, powers, mere words or "?" in it.
+    Rounded decimals are true, rounded integers are not: 10/3 = 3.33, but not 3. 30% is 0.3 or 30. Units are not
+    compared."""
+    for pattern, new in _ARITHMETIC:
+        text = pattern.sub(new, text)
     right = []
-    for expression, said in _STATED.findall(text):
-        value, rounding = calculate(expression), 0
-        if "." in said:
-            rounding = Fraction(1, 10 ** len(said.partition(".")[2]))
-        if value is not None:
-            right.append(value == Fraction(said) or abs(value - Fraction(said)) < rounding)
+    for found in _SIDES.findall(text):
+        sides = found.split("=")
+        sides = sides[bool(_SINGLE.fullmatch(sides[0])):]          # a calculation begins with an operator
+        for pair in zip(sides, sides[1:]):
+            single = [_SINGLE.fullmatch(side) for side in pair]
+            verdicts = [] if all(single) else [_equal(pair, single, percent) for percent in ("", "/100")]
+            if verdicts and None not in verdicts:
+                right.append(any(verdicts))
     return right
 
 
-def show(number: Fraction) -> str:
+def _equal(pair, single, percent):
+    """Whether two sides are equal, but for the rounding of a single decimal; None if one cannot be computed."""
+    values, rounding = [], 0
+    for side, number in zip(pair, single):
+        extra = side.count("(") - side.count(")")                 # of a bracket around the whole: (5 + 3 = 8)
+        side = side.rstrip(".").removeprefix("(" * extra).removesuffix(")" * -extra)
+        values.append(calculate(re.sub(r"([\d.]+)%", rf"(\1{percent})", side)))
+        if number and (number[1] or number[3] and percent):
+            rounding = Fraction(1, 10 ** len(number[2]) * (100 if number[3] and percent else 1))
+    if None in values:
+        return None
+    return values[0] == values[1] or abs(values[0] - values[1]) < rounding
+
+
+def _show(number):
     """As solutions write it: 24, 2.5."""
     return str(number) if number.denominator == 1 else f"{float(number):.4f}".rstrip("0").rstrip(".")
 
 
-def term_changes(problem: Problem, expression: str, kind: str) -> list[tuple[str, str]]:
+def _term_changes(problem, expression, kind):
     """(pattern, replacement) for every operator (wrong_operation) or number (misread_quantity) of a calculation."""
     if kind == "wrong_operation":
         return [(_SIGNS[old], _WRONG_OPERATOR[old]) for old in _OPERATOR.findall(expression)]
@@ -1135,7 +1161,7 @@ def term_changes(problem: Problem, expression: str, kind: str) -> list[tuple[str
     return [(rf"(?<![\d.]){re.escape(old)}(?![\d.])", new) for old in used for new in given if new != old]
 
 
-def carry(rest: str, old: str, new: str) -> str:
+def _carry(rest, old, new):
     """Replaces a result in the text after it, and every later result that changes because of it."""
     changed = {old: new}                                          # results so far, as written before and now
     token = re.compile(f"{_ANNOTATION.pattern}|{_NUMBER}")
@@ -1146,7 +1172,7 @@ def carry(rest: str, old: str, new: str) -> str:
         expression = token.sub(redo, match[1])
         value = calculate(expression)
         if value is not None and expression != match[1]:
-            changed[match[2]] = show(value)
+            changed[match[2]] = _show(value)
         return f"<<{expression}={changed.get(match[2], match[2])}>>"
 
     return token.sub(redo, rest)
@@ -1228,9 +1254,6 @@ def replacing(path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)              # a full disk names no file
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1351,11 +1374,11 @@ GSM8K_SHA256 = {"train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed
                 "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
 
 
-def local(path: str, cache: str) -> str:
+def local(path: str) -> str:
     """The path itself. Of hf://datasets/OWNER/NAME/FILE, and of GSM8K's own address, a copy that is downloaded once."""
     if "://" not in path:
         return path
-    copy = Path(cache, "gsm8k", Path(path).name)
+    copy = Path("runs/cache/gsm8k", Path(path).name)
     try:
         if path.startswith("hf://"):
             from huggingface_hub import hf_hub_download
@@ -1380,8 +1403,8 @@ class DataSettings(Options):
     source: str = option("tiny", "tiny: generated; gsm8k: built from GSM8K solutions; groups: TraceLift-Groups as they "
                                  "are, or HumanEval or MBPP lines (no traces: no reward model)",
                          choices=("tiny", "gsm8k", "groups"))
-    data: str = option("", "training file (gsm8k or groups), or hf://datasets/OWNER/NAME/FILE; empty with gsm8k: "
-                           "downloaded once from its public repository", path=True, only={"source": ("gsm8k", "groups")})
+    data: str = option("", "training file, or hf://datasets/OWNER/NAME/FILE; empty with gsm8k: downloaded once from its "
+                           "public repository", path=True, only={"source": ("gsm8k", "groups")})
     heldout_data: str = option("", "held-out file, in the same format", path=True, only={"source": ("gsm8k", "groups")})
     tests: str = option("", "tests of code groups in a file of their own: {problem_id, tests: [{input, output, "
                             "is_reward_test}]} a line", path=True, only={"source": ("groups",)})
@@ -1391,7 +1414,6 @@ class DataSettings(Options):
     max_calculations: int = option(10**6, "use only problems whose solution has at most so many", low=1,
                                    only={"source": ("gsm8k",)})
     seed: int = option(0, "random seed for problems and flaws", only={"source": ("tiny", "gsm8k")})
-    cache: str = option("runs/cache", "folder for downloaded files", affects_result=False)
 
 
 def load_groups(s: DataSettings) -> dict[str, list[dict]]:
@@ -1401,22 +1423,22 @@ def load_groups(s: DataSettings) -> dict[str, list[dict]]:
     texts = [{" ".join(group["problem"].split()) for group in groups[split]} for split in ("train", "heldout")]
     both = sorted(texts[0] & texts[1])
     if both:
-        raise UserError(f"{len(both)} training problems are also held out, {both[0]!r:.80} among them: take them out of "
+        raise UserError(f"{len(both)} training problems are also held out, such as {both[0]!r:.80}; take them out of "
                         "--data or of --heldout_data")
     return groups
 
 
-def _split_groups(s: DataSettings, split: str, n: int) -> list[dict]:
+def _split_groups(s, split, n):
     """At most n groups of one split."""
     part, path = ("train", s.data) if split == "train" else ("test", s.heldout_data)
     spare = n + n // 4 + 4                                        # some problems allow too few flaws
     if s.source == "tiny":
         groups = build_groups(tiny_problems(s.task_type, spare, s.seed, split), s.negatives, s.seed)
     else:
-        path = local(path or GSM8K_URL.format(part), s.cache)
+        path = local(path or GSM8K_URL.format(part))
         groups = read_places(path)
         if s.tests:
-            join_tests(groups, local(s.tests, s.cache))
+            join_tests(groups, local(s.tests))
     if s.source == "groups":
         groups = teachable(path, groups, n, "tests" if s.tests else "")
     elif s.source == "gsm8k":
