@@ -223,46 +223,41 @@ def test_a_captured_step_computes_the_same(llama, monkeypatch, temperature, eos)
     """With a stand-in for the CUDA graph: fixed tensors, all slots, and a bias that hides the empty ones."""
     options = {"num_samples": 3, "temperature": temperature, "eos_id": eos, "max_new_tokens": 20,
                "uniforms": uniform_numbers([str(i) for i in range(15)], 20)}
-    wanted, replays = greedy(llama, PROMPTS, **options), []
+    wanted, replays, captures = greedy(llama, PROMPTS, **options), [], []
 
     def capture(run):
         output = run().clone()
+        captures.append(output.shape)
         return lambda: replays.append(output.copy_(run())), output
     monkeypatch.setattr(executor, "capture", capture)
     monkeypatch.setattr(executor, "decoding_step", executor.captured_step)
     found = greedy(llama, PROMPTS, **options)
-    assert found.tokens == wanted.tokens and len(replays) == max(map(len, wanted.tokens)) - 1
+    assert found.tokens == wanted.tokens and len(replays) == max(map(len, wanted.tokens)) - 1 + len(captures)
     for ours, theirs in zip(found.logprobs, wanted.logprobs):
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_a_capture_that_fails_is_said_once(llama, monkeypatch, capsys):
-    """Decoding goes on without, from the same slot."""
-    wanted = greedy(llama, PROMPTS, max_new_tokens=6)
+@pytest.mark.parametrize("damage", ["raises", "differs"])
+def test_a_capture_that_fails_is_said_once(llama, monkeypatch, capsys, damage):
+    """Or that computes something else. Decoding goes on without, from the same slot."""
+    wanted, real = greedy(llama, PROMPTS, max_new_tokens=6), executor.decoding_step
 
-    def fail(run):
-        run()
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
-    monkeypatch.setattr(executor, "capture", fail)
-    monkeypatch.setattr(executor, "GRAPHS", True)
-    real = executor.decoding_step
+    def capture(run):
+        output = run()
+        if damage == "raises":
+            raise ValueError("operation not permitted\nwhen stream is capturing")
+        return lambda: None, output + 0.1
 
     class OnCuda(torch.Tensor):
         is_cuda = True
+    monkeypatch.setattr(executor, "capture", capture)
+    monkeypatch.setattr(executor, "GRAPHS", True)
     monkeypatch.setattr(executor, "decoding_step", lambda model, cache, mask, first: real(
         model, cache, mask.as_subclass(OnCuda), first))
     for _ in range(2):
         assert greedy(llama, PROMPTS, max_new_tokens=6).tokens == wanted.tokens
-    assert capsys.readouterr().out == "decoding goes on without captured steps: operation not permitted\n"
-
-
-def test_logits_that_are_not_finite_are_an_error(llama):
-    """A broken model must not become a reward of 0."""
-    broken = copy.deepcopy(llama)
-    broken.model.norm.weight.data[3] = float("nan")
-    for temperature in (0, 1):
-        with pytest.raises(FloatingPointError, match="not finite"):
-            greedy(broken, PROMPTS, temperature=temperature, eos_id=7, generator=seeded())
+    said = capsys.readouterr().out
+    assert said.startswith("decoding goes on without captured steps: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("options, words", [
@@ -866,7 +861,7 @@ def test_base_of_a_run(tiny, tmp_path):
         data.write_atomic(base, json.dumps({"model": model}))
         assert executor.base_of(tmp_path) == wanted
     folder = str(shutil.copytree(tiny[0], tmp_path / "model"))
-    record = {"model": folder, "fingerprint": executor.fingerprint_of(folder), "chat_template_kwargs": {}}
+    record = {"model": folder, "fingerprint": data.fingerprint(folder), "chat_template_kwargs": {}}
     data.write_atomic(base, json.dumps(record))
     executor.load_for(tmp_path, folder, "cpu")
     weights = load_file(f"{folder}/model.safetensors")
