@@ -1,4 +1,4 @@
-"""What all tests share: the repository and tests/tools on sys.path, one thread, no network, and a tiny random model on disk."""
+"""What all tests share: repository and tests/tools on sys.path, one thread, no network, a tiny random model on disk."""
 import os
 import sys
 from pathlib import Path

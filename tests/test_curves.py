@@ -13,8 +13,8 @@ def log(folder, values, end=""):
 
 
 def test_curves_by_hand(tmp_path):
-    """Means over seeds of running means, a band between the seeds; what was not measured is not drawn. The half line of a
-    running training is left out, and a name needs no care."""
+    """Means over seeds of running means, a band between the seeds; what was not measured is not drawn. The half line of
+    a running training is left out, and a name needs no care."""
     run = tmp_path / "tiny <&"
     log(run / "planner-exec_only-seed0", [0.0, 1.0])
     log(run / "planner-exec_only-seed12.partial", [1.0, 1.0, 0.0], end='{"step"')
