@@ -1,5 +1,5 @@
-"""tests/gpu.sh without a GPU: its parts at toy size, and what it keeps when one fails. And the README's table of memory,
-against the tensors of a small model."""
+"""tests/gpu.sh without a GPU: its parts at toy size, and what it keeps when one fails. And the README's table of
+memory, against the tensors of a small model."""
 import json
 import os
 import subprocess
@@ -70,7 +70,8 @@ def test_a_training_holds_what_the_table_says(shape, role, tiny):
     want = memory_table.memory(shape, rank=4, rm_rank=4)[role] | {"backbone": 0}
     if "rm" in role:
         judge = rm.RubricRewardModel(model.base_model, tiny[2], data.DIMENSIONS["math"])
-        found = measured(judge, lambda ids: judge(ids, torch.ones_like(ids)), lambda out: torch.cat([x.flatten() for x in out]))
+        found = measured(judge, lambda ids: judge(ids, torch.ones_like(ids)),
+                         lambda outputs: torch.cat([x.flatten() for x in outputs]))
         if "LoRA" in role:
             want["backbone"] = memory_table.memory(shape, rm_rank=4)[role]["backbone"]
             lora.merge()
@@ -97,7 +98,8 @@ def test_keys_and_values(shape):
 
 def test_the_readme_has_the_table():
     """For models of the published sizes: 0.49, 1.54, 3.09 and 7.62 billion."""
-    assert [memory_table.model_numbers(s) for s in QWEN.values()] == [494_032_768, 1_543_714_304, 3_085_938_688, 7_615_616_512]
+    found = [memory_table.model_numbers(s) for s in QWEN.values()]
+    assert found == [494_032_768, 1_543_714_304, 3_085_938_688, 7_615_616_512]
     readme = (ROOT / "README.md").read_text()
     assert all(line in readme for line in memory_table.table().splitlines()[2:])
 
@@ -171,10 +173,11 @@ def test_a_part_that_takes_too_long_is_cut_with_all_it_started(results, monkeypa
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("words, said", [("decoding", "torch sees no CUDA GPU here"), ("dry nothing", "no part 'nothing'"),
-                                         ("dry", "choose all, versions, kernels")])
+@pytest.mark.parametrize("words, said", [
+    ("decoding", "torch sees no CUDA GPU here"), ("dry nothing", "no part 'nothing'"), ("dry", "choose all, versions")])
 def test_what_cannot_be_done_is_one_line(words, said):
     if words == "decoding" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = subprocess.run(["tests/gpu.sh", *words.split()], cwd=ROOT, env=os.environ | HERE, capture_output=True, text=True)
+    done = subprocess.run(["tests/gpu.sh", *words.split()], cwd=ROOT, env=os.environ | HERE, capture_output=True,
+                          text=True)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

@@ -49,7 +49,8 @@ def make_prompts(s: BenchSettings, vocabulary: int) -> list[list[int]]:
     for _ in range(s.problems):
         beginning = [rng.randrange(10, vocabulary) for _ in range(s.shared)]
         for _ in range(1 + s.traces):
-            prompts.append(beginning + [rng.randrange(10, vocabulary) for _ in range(rng.randint(s.shortest, s.longest))])
+            length = rng.randint(s.shortest, s.longest)
+            prompts.append(beginning + [rng.randrange(10, vocabulary) for _ in range(length)])
     return prompts
 
 
@@ -81,7 +82,10 @@ def bench(s: BenchSettings) -> str:
     torch.set_num_threads(s.threads)
     torch.manual_seed(0)
     device, dtype = executor.pick_device(s.device), getattr(torch, s.dtype)
-    model = executor.load(s.model, device, dtype)[0] if s.model else executor.tiny_model(8192, 256, 6).to(device, dtype).eval()
+    if s.model:
+        model = executor.load(s.model, device, dtype)[0]
+    else:
+        model = executor.tiny_model(8192, 256, 6).to(device, dtype).eval()
     model.generation_config.eos_token_id = None
     prompts = make_prompts(s, model.config.vocab_size)
     every = [prompt for prompt in prompts for _ in range(s.num_runs)]

@@ -1,8 +1,8 @@
 """Right first, then fast: the fused kernels beside eager PyTorch and the memory's floor.
 
-    python tests/tools/bench_kernels.py                    32768 rows of 49152 and of 151936 logits in bf16: a GPU of 80 GB
-    python tests/tools/bench_kernels.py --rows 4096        fits a card of 8 GB
-    python tests/tools/bench_kernels.py --out FILE.json    the numbers also as JSON
+    python tests/tools/bench_kernels.py                  32768 rows of 49152 and of 151936 bf16 logits: a GPU of 80 GB
+    python tests/tools/bench_kernels.py --rows 4096      fits a card of 8 GB
+    python tests/tools/bench_kernels.py --out FILE.json  the numbers also as JSON
 
 Times are medians. A floor is the time in which a copy, measured in the same run, moves the bytes that must be moved: a
 forward reads 2 bytes per logit, a backward reads 2 and writes 2; the floor of the head is its three matrix products.

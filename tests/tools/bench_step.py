@@ -2,10 +2,10 @@
 
     python tests/tools/bench_step.py --run_dir runs/smollm2-math --planner planner-exec_only-seed0
 
-Seconds are those of metrics.jsonl. The limit beside them: the floating point operations of a phase's matrix products, at
-the speed that a matrix product of that size reaches on this machine now. Reading P tokens through W weights takes 2 P W
-operations, a gradient twice as many more. Attention, sampling, the optimizer and memory traffic are not in the limit.
-Measure on the machine of the training, with nothing else at work.
+Seconds are those of metrics.jsonl. The limit beside them: the floating point operations of a phase's matrix products,
+at the speed that a matrix product of that size reaches on this machine now. Reading P tokens through W weights takes
+2 P W operations, a gradient twice as many more. Attention, sampling, the optimizer and memory traffic are not in the
+limit. Measure on the machine of the training, with nothing else at work.
 """
 import json
 import sys
@@ -51,7 +51,8 @@ def speed(rows: int, model, dtype, seconds: float = 2.0) -> float:
 def operations(now: dict, before: dict, prompts: int, body: int, head: int, G: int, rm_tokens: float) -> dict:
     """{phase: (operations on many tokens at once, those of decoding)} of a step; body, head: the weights of a dense
     model that every token passes, and those of its head; prompts: tokens of the planner's prompts."""
-    sampled, read, wrote = (now[key] - before[key] for key in ("planner_tokens", "executor_prompt_tokens", "executor_tokens"))
+    costs = ("planner_tokens", "executor_prompt_tokens", "executor_tokens")
+    sampled, read, wrote = (now[name] - before[name] for name in costs)
     update = body * (prompts * G + sampled) + head * sampled
     backward = 1 - now["groups_without_spread"]
     return {"rollout": (2 * body * prompts, 2 * (body + head) * sampled),
@@ -81,11 +82,13 @@ def report(s: StepSettings) -> str:
         if "rm" in tracelift.REWARDS[known["mode"]].needs:
             texts = sum(len(data.encode_text(tokenizer, data.rm_text(p, ""))) for p in chosen)
             rm_tokens = texts * G + lines[i]["trace_tokens"] * rows
-        for phase, (together, decoded) in operations(lines[i], lines[i - 1], prompts, body, table.numel(), G, rm_tokens).items():
+        needed = operations(lines[i], lines[i - 1], prompts, body, table.numel(), G, rm_tokens)
+        for phase, (together, decoded) in needed.items():
             spent[phase] += lines[i][f"seconds_{phase}"] / len(steps)
             limit[phase] += (together / many + decoded / few) / len(steps)
-    shown = [f"{s.planner}, steps {s.first} to {len(lines) - 1}, {dtype}; matrix products reach {many / 1e9:.0f} GFLOP/s "
-             f"with 2048 rows, {few / 1e9:.0f} with {rows}", "", "| phase | seconds a step | limit | share |", "|---" * 4 + "|"]
+    shown = [f"{s.planner}, steps {s.first} to {len(lines) - 1}, {dtype}; matrix products reach {many / 1e9:.0f} "
+             f"GFLOP/s with 2048 rows, {few / 1e9:.0f} with {rows}", "", "| phase | seconds a step | limit | share |",
+             "|---" * 4 + "|"]
     for phase in spent:
         shown.append(f"| {phase} | {spent[phase]:.1f} | {limit[phase]:.1f} | {limit[phase] / spent[phase]:.0%} |")
     return "\n".join(shown)

@@ -72,7 +72,8 @@ def compare(kind: str, rounds: int) -> None:
         for column, ratio in zip(found.values(), ratios):
             column.append(ratio)
     for title, column in found.items():
-        print(f"  {kind}, {title}: {statistics.median(column):.1f}x ({min(column):.1f} to {max(column):.1f})", flush=True)
+        middle = statistics.median(column)
+        print(f"  {kind}, {title}: {middle:.1f}x ({min(column):.1f} to {max(column):.1f})", flush=True)
 
 
 def main() -> None:

@@ -21,8 +21,9 @@ def svg_curves(run_dirs, metrics=("success", "leak")) -> str:
     parts, left = [], 40
     for run_dir in run_dirs:
         for metric in metrics:
-            parts.append(f'<g transform="translate({left} 30)"><text y="-10">{html.escape(Path(run_dir).name)}: {metric}'
-                         f'</text><text x="{WIDTH}" y="{HEIGHT + 30}" text-anchor="end">step</text>')
+            title = html.escape(f"{Path(run_dir).name}: {metric}")
+            parts.append(f'<g transform="translate({left} 30)"><text y="-10">{title}</text>'
+                         f'<text x="{WIDTH}" y="{HEIGHT + 30}" text-anchor="end">step</text>')
             seeds = {name: [] for name in names}
             for path in paths:
                 if path.parent.parent == Path(run_dir):
@@ -30,9 +31,11 @@ def svg_curves(run_dirs, metrics=("success", "leak")) -> str:
             steps = max([1, *(len(curve) for curves in seeds.values() for curve in curves)])
             for value in (0, 0.5, 1):
                 y = HEIGHT * (1 - value)
-                parts.append(f'<path d="M0 {y}H{WIDTH}" stroke="#ddd"/><text x="-6" y="{y + 4}" text-anchor="end">{value}</text>')
+                parts.append(f'<path d="M0 {y}H{WIDTH}" stroke="#ddd"/>'
+                             f'<text x="-6" y="{y + 4}" text-anchor="end">{value}</text>')
             for tick in (1, steps):
-                parts.append(f'<text x="{WIDTH * tick / steps:.0f}" y="{HEIGHT + 16}" text-anchor="middle">{tick}</text>')
+                x = WIDTH * tick / steps
+                parts.append(f'<text x="{x:.0f}" y="{HEIGHT + 16}" text-anchor="middle">{tick}</text>')
             for name, curves in seeds.items():
                 columns = list(zip(*filter(None, curves)))                # a column holds one step of all seeds
                 x = [WIDTH * (i + 1) / steps for i in range(len(columns))]
@@ -47,7 +50,8 @@ def svg_curves(run_dirs, metrics=("success", "leak")) -> str:
             parts.append("</g>")
             left += WIDTH + 50
     for i, name in enumerate(names):
-        parts.append(f'<text x="{40 + 150 * i}" y="{HEIGHT + 85}" fill="{COLORS[i % len(COLORS)]}">{html.escape(name)}</text>')
+        color = COLORS[i % len(COLORS)]
+        parts.append(f'<text x="{40 + 150 * i}" y="{HEIGHT + 85}" fill="{color}">{html.escape(name)}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{left}" height="{HEIGHT + 100}" font-family="sans-serif" '
             f'font-size="12"><rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n')
 

@@ -129,12 +129,14 @@ class Report:
 def machine(dry: bool) -> dict:
     """The card and the versions that a number depends on."""
     found = {name: value for name, value in data.environment().items() if name != "gpu"}
-    found |= {"cuda": torch.version.cuda, "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")}
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    found |= {"cuda": torch.version.cuda, "driver": driver}
     if dry:
         return found | {"card": "no GPU: dry run on a CPU"}
     card = torch.cuda.get_device_properties(0)
-    return found | {"card": card.name, "capability": f"{card.major}.{card.minor}", "memory_gib": card.total_memory / GIB,
-                    "processors": card.multi_processor_count, "cudnn": torch.backends.cudnn.version()}
+    return found | {"card": card.name, "capability": f"{card.major}.{card.minor}",
+                    "memory_gib": card.total_memory / GIB, "processors": card.multi_processor_count,
+                    "cudnn": torch.backends.cudnn.version()}
 
 
 def output_of(*command: str) -> str | None:
@@ -150,8 +152,9 @@ def table(path: Path, part: str) -> str:
     entry = Report(path, part).entry()
     columns = list(dict.fromkeys(name for numbers in entry["results"].values() for name in numbers))
     found = entry["machine"]
-    lines = [f"**{part}**: {entry['outcome']}. {found['card']}, torch {found['torch']}, {entry['date']}, `{entry['command']}`", "",
-             row(["", *(name.replace("_", " ") for name in columns)]), "|---" * (1 + len(columns)) + "|"]
+    lines = [f"**{part}**: {entry['outcome']}. {found['card']}, torch {found['torch']}, {entry['date']}, "
+             f"`{entry['command']}`", "", row(["", *(name.replace("_", " ") for name in columns)]),
+             "|---" * (1 + len(columns)) + "|"]
     for title, numbers in entry["results"].items():
         cells = [numbers.get(name) for name in columns]
         lines.append(row([title, *("" if x is None else f"{x:.4g}" if isinstance(x, float) else x for x in cells)]))
@@ -218,6 +221,8 @@ def decoding(report: Report, size: Size, arguments: list[str]) -> None:
     model = random_model(size.shape, device, torch.float32 if size is TOY else torch.bfloat16)
     for rows in size.rows:
         report.add(f"executor, {rows} rows", **per_token(model, size, rows))
+        with mock.patch.object(executor, "GRAPHS", False):
+            report.add(f"executor, step not captured, {rows} rows", **per_token(model, size, rows))
     executor.Lora(model, 16, 32.0)
     for rows in size.rows:
         report.add(f"planner with LoRA, {rows} rows", **per_token(model, size, rows))
@@ -232,8 +237,9 @@ def compiled_decoding(report: Report, size: Size, arguments: list[str]) -> None:
     model = random_model(size.shape, device, torch.float32 if size is TOY else torch.bfloat16)
     # inductor takes a minute on a slow CPU; the tracing before it is the same
     model.forward = torch.compile(model.forward, dynamic=True, backend="eager" if size is TOY else "inductor")
-    for rows in size.rows:
-        report.add(f"executor, torch.compile, {rows} rows", **per_token(model, size, rows))
+    with mock.patch.object(executor, "GRAPHS", False):
+        for rows in size.rows:
+            report.add(f"executor, torch.compile, {rows} rows", **per_token(model, size, rows))
 
 
 def per_token(model, size: Size, rows: int) -> dict:
@@ -294,8 +300,8 @@ def train_measured(size: Size, run_dir: Path, flags: list[str], keep: bool) -> l
         peaks.append(peak_gib())
         plain(self, name)
 
-    changes = [mock.patch.object(log, "phase", phase),
-               mock.patch.dict(tracelift.REWARDS, tracelift=tracelift.Mode(lambda *_: coin.random(), ("runs", "uplift", "rm")))]
+    luck = tracelift.Mode(lambda *_: coin.random(), needs=("runs", "uplift", "rm"))
+    changes = [mock.patch.object(log, "phase", phase), mock.patch.dict(tracelift.REWARDS, tracelift=luck)]
     if not keep:
         changes += [mock.patch.object(log, name, lambda *_: None) for name in ("save_checkpoint", "save_planner")]
     for change in changes:
@@ -323,18 +329,20 @@ def step_flags(size: Size, run_dir: Path) -> list[str]:
 def make_run(run_dir: Path, size: Size, model_folder: str = "") -> None:
     """A run folder with school problems, a base model and a random reward model on it."""
     from rm import RubricRewardModel
-    text = ("A book shop has {} shelves with {} books each. On Monday morning the owner sells {} of the books to a teacher, who "
-            "wants them for a class. In the afternoon a truck brings 12 more. How many books are there in the evening?")
-    groups = [{"problem_id": f"p{i}", "source": "made", "task_type": "math", "problem": text.format(3 + i % 7, 5 + i % 11, i % 9),
-               "reference_solution": "7", "positive_pool": [], "negative_bank": []} for i in range(size.problems * size.steps)]
+    text = ("A book shop has {} shelves with {} books each. On Monday morning the owner sells {} of the books to a "
+            "teacher, who wants them for a class. In the afternoon a truck brings 12 more. How many are there then?")
+    groups = []
+    for i in range(size.problems * size.steps):
+        groups.append({"problem_id": f"p{i}", "source": "made", "task_type": "math", "reference_solution": "7",
+                       "problem": text.format(3 + i % 7, 5 + i % 11, i % 9), "positive_pool": [], "negative_bank": []})
     data.write_groups(run_dir / "groups" / "train.jsonl", groups)
     base = Path(model_folder).resolve() if model_folder else run_dir / "base"
     device = executor.pick_device("cpu" if size is TOY else "cuda")
     if not model_folder:
         save_random_base(base, size.shape, [data.problem_of(group) for group in groups], device)
     (run_dir / "base").mkdir(exist_ok=True)
-    record = {"model": str(base) if model_folder else ".", "fingerprint": executor.fingerprint_of(model_folder),
-              "chat_template_kwargs": {}}
+    record = {"model": str(base) if model_folder else ".", "chat_template_kwargs": {}}
+    record["fingerprint"] = model_folder and data.fingerprint(str(base))
     (run_dir / "base" / "base.json").write_text(json.dumps(record))
     model, tokenizer = executor.load(str(base), device, torch.float32)
     RubricRewardModel(model.base_model, tokenizer, data.DIMENSIONS["math"]).to(device).save_pretrained(run_dir / "rm")

@@ -47,7 +47,8 @@ QWEN = {"0.5B": Shape(151936, 896, 24, 14, 2, 4864, True),
 def linear_layers(s: Shape) -> list[tuple[int, int, bool]]:
     """(inputs, outputs, whether it has a bias) of the linear layers of one block."""
     key, up = (s.hidden, s.hidden // s.heads * s.kv_heads, True), (s.hidden, s.intermediate, False)
-    return [(s.hidden, s.hidden, True), key, key, (s.hidden, s.hidden, False), up, up, (s.intermediate, s.hidden, False)]
+    query, output, down = (s.hidden, s.hidden, True), (s.hidden, s.hidden, False), (s.intermediate, s.hidden, False)
+    return [query, key, key, output, up, up, down]        # values are as wide as keys, the gate as what it opens
 
 
 def linear_numbers(s: Shape) -> int:
@@ -98,8 +99,8 @@ def memory(s: Shape, rank: int = 16, rm_rank: int = 32) -> dict[str, dict[str, i
 
 def table() -> str:
     """The README's table, as Markdown, in GiB."""
-    head = ["Qwen2.5", "all weights", "`--lora_rank 16`", "reward model: loaded / trained", "the same, `--lora_rank 32`",
-            "cache, 65,536 tokens"]
+    head = ["Qwen2.5", "all weights", "`--lora_rank 16`", "reward model: loaded / trained",
+            "the same, `--lora_rank 32`", "cache, 65,536 tokens"]
     lines = [row(head), "|---" * len(head) + "|"]
     for name, shape in QWEN.items():
         gib = {title: f"{sum(parts.values()) / GIB:.1f}" for title, parts in memory(shape).items()}

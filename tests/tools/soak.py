@@ -2,10 +2,10 @@
 
     python tests/tools/soak.py [STOPS [SEED]]             # 30 stops take some minutes on a core; Linux
 
-A toy run is base model, reward model and two planners. Each start goes through its commands and is ended after a random
-time by SIGKILL, SIGTERM or SIGINT; the next one continues. When a run gets through, its weights and metrics are compared
-with those of a run that was never stopped, and a new one is begun. Fails at the first difference, traceback or wrong
-exit status.
+A toy run is base model, reward model and two planners. Each start goes through its commands and is ended after a
+random time by SIGKILL, SIGTERM or SIGINT; the next one continues. When a run gets through, its weights and metrics are
+compared with those of a run that was never stopped, and a new one is begun. Fails at the first difference, traceback or
+wrong exit code.
 """
 import json
 import os
@@ -31,7 +31,8 @@ import executor  # noqa: E402
 import rm  # noqa: E402
 import tracelift  # noqa: E402
 
-TRAIN = "train --device cpu --steps 12 --save_every 3 --problems_per_step 2 --group_size 4 --max_trace_tokens 12 --warmup 2"
+TRAIN = ("train --device cpu --steps 12 --save_every 3 --problems_per_step 2 --group_size 4 --max_trace_tokens 12 "
+         "--warmup 2")
 COMMANDS = [(data, "--train 12 --heldout 5"),
             (executor, "--sequences 400 --hidden 32 --layers 2 --eval_problems 4 --max_answer_tokens 6 --device cpu"),
             (rm, "--max_groups 12 --epochs 4 --device cpu"),
@@ -41,7 +42,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 def start(run_dir: Path, said: Path) -> int:
-    """The commands in a process of their own (forked: importing torch takes longer than a training). Returns its pid."""
+    """The commands in a process of their own (forked: importing torch takes longer than training). Returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -74,8 +75,10 @@ def outcome(run_dir: Path) -> dict:
     found = {str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.glob("*/model.safetensors")}
     for path in run_dir.glob("planner-*/metrics.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        found[str(path.relative_to(run_dir))] = [{name: value for name, value in line.items()
-                                                  if not name.startswith(("seconds", "tokens_per_second"))} for line in lines]
+        for line in lines:
+            for name in [name for name in line if name.startswith(("seconds", "tokens_per_second"))]:
+                del line[name]
+        found[str(path.relative_to(run_dir))] = lines
     return found
 
 
@@ -100,9 +103,9 @@ def soak(stops: int = 30, seed: int = 0, *, folder: Path) -> None:
             assert not different, f"after {ended.total()} stops: {different}"
             shutil.rmtree(folder / "run")
             equal += 1
-    print(f"{ended.total()} stops ({', '.join(f'{n} {name}' for name, n in ended.items())}), seed {seed}; a straight run "
-          f"takes {whole:.0f} s here\n{equal} runs got through, with the weights and metrics of the one that was never "
-          "stopped")
+    kinds = ", ".join(f"{n} {name}" for name, n in ended.items())
+    print(f"{ended.total()} stops ({kinds}), seed {seed}; a straight run takes {whole:.0f} s here\n"
+          f"{equal} runs got through, with the weights and metrics of the one that was never stopped")
 
 
 if __name__ == "__main__":
