@@ -320,7 +320,7 @@ class Executor:
         self.max_new_tokens, self.temperature, self.max_cache_gib = max_new_tokens, temperature, max_cache_gib
         self.exec_score, self.seed = exec_score, seed
         self.spent = {"executor_prompt_tokens": 0, "executor_tokens": 0, "program_runs": 0}
-        self._baseline = {}                       # (problem_id, K): successes of K runs without a trace
+        self.baselines = {}                       # (problem_id, K): successes of K runs without a trace
         if model is not None:                     # None: the model is on a server, section 7
             self.lm = LM(freeze(model), tokenizer)
             self.context = self.lm.context
@@ -352,7 +352,7 @@ class Executor:
             runs[n] = list(itertools.islice(judged, num_runs[n]))
         for problem, trace, own in zip(problems, traces, runs):
             if trace is None:
-                self._baseline[problem.problem_id, len(own)] = sum(run.ok for run in own)
+                self.baselines[problem.problem_id, len(own)] = sum(run.ok for run in own)
         return runs
 
     def _rng_keys(self, problems, traces, num_runs, rng_key: str) -> list[list[str]]:
@@ -407,24 +407,24 @@ class Executor:
         new = self._without_baseline(problems, num_runs)
         counts = [1 + num_runs] * len(problems) + [num_runs] * len(new)
         runs = self.run(problems + new, traces + [None] * len(new), counts, rng_key)
-        return runs[:len(problems)], [self._baseline[p.problem_id, num_runs] for p in problems]
+        return runs[:len(problems)], [self.baselines[p.problem_id, num_runs] for p in problems]
 
     def baseline(self, problems: list[Problem], num_runs: int) -> list[int]:
         """Success counts of `num_runs` runs without a trace, measured where they are not known yet."""
         self.run(self._without_baseline(problems, num_runs), None, num_runs)
-        return [self._baseline[p.problem_id, num_runs] for p in problems]
+        return [self.baselines[p.problem_id, num_runs] for p in problems]
 
     def _without_baseline(self, problems, num_runs: int) -> list[Problem]:
-        new = {p.problem_id: p for p in problems if (p.problem_id, num_runs) not in self._baseline}
+        new = {p.problem_id: p for p in problems if (p.problem_id, num_runs) not in self.baselines}
         return list(new.values())
 
     def state(self) -> dict:
         """What a checkpoint needs: the baselines measured so far, and the costs."""
-        return {"baseline": dict(self._baseline), "spent": dict(self.spent)}
+        return {"baseline": dict(self.baselines), "spent": dict(self.spent)}
 
     def load_state(self, state: dict) -> None:
         """Restores `state`."""
-        self._baseline, self.spent = dict(state["baseline"]), dict(state["spent"])
+        self.baselines, self.spent = dict(state["baseline"]), dict(state["spent"])
 
 
 # -------------------------------------------------------------------------- 3. captured steps and checks of the decoder

@@ -1,29 +1,28 @@
 """TraceLift: train a reasoning planner with executor-grounded rewards (arXiv 2605.03862).
 
-A planner writes a reasoning trace. A frozen executor turns problem + trace into an artifact, an answer or a program;
-the verifier says whether it is right. Success alone also pays for traces that are right for the wrong reason. So the
-reward has a second part, in which the score of a rubric reward model *multiplies* what the trace was worth to the
-executor:
+A planner writes a reasoning trace. A frozen executor turns problem + trace into an answer or a program, and the
+verifier judges it. A reward for success alone also pays for traces that are right for the wrong reason. TraceLift
+therefore multiplies the score of a rubric reward model by what the trace was worth to the executor:
 
     uplift_i = mean_k success(problem, trace_i) - mean_k success(problem, no trace)     in [-1, 1], K runs each
     r_i      = w_e * e2e_i + w_r * rm_i * uplift_i                                      e2e_i: one more run with trace_i
     A_i      = (r_i - mean r) / (std r + eps)                                           over the G traces of a problem
-    loss     = mean over the step's sampled tokens of -min(rho A, clip(rho) A) + beta KL    rho = exp(logp - logp_old)
+    loss     = mean over the step's sampled tokens of -min(rho A, clip(rho) A) + beta KL    rho = exp(logp - old_logp)
 
 Letters: N problems, G traces of each, B = N * G traces of a step, K executor runs, T tokens, M sampled tokens, H
-hidden, V vocabulary.
+hidden, V vocabulary; b and m are a micro-batch's share of B and M.
 
-What differs from textbook GRPO: the sampler's temperature is the scorer's; all tokens of a step count the same, and
-their number is taken before micro-batches are cut; equal rewards give an advantage of exactly 0; there is no KL by
-default; with one update per rollout rho is 1, so clip and ratio have no effect. What differs from the paper is in the
+What differs from textbook GRPO: sampling and scoring use one temperature; every token of a step has the same weight,
+and the tokens are counted before micro-batches are cut; equal rewards give an advantage of exactly 0; there is no KL
+by default; with one update per rollout rho is 1, so the clip has no effect. What differs from the paper is in the
 README.
 
 The walk, top-down: this file to the fence; data.py, section 1 (what each role reads); rm.py, the model; executor.py,
-sections 1 and 2 (decoding, the frozen executor); kernels/reference.py (advantage and loss).
+sections 1 and 2 (decoding, the frozen executor); kernels/reference.py (advantage and log-prob).
 
     python tracelift.py int      --run_dir runs/tiny-math            # optional warm start; then train --init .../int
-    python tracelift.py select   --run_dir runs/gsm8k-math           # optional; then train --selected 1
-    python tracelift.py train    --run_dir runs/tiny-math --mode tracelift --seed 0      # several GPUs: section 6
+    python tracelift.py select   --run_dir runs/gsm8k-math           # then train --groups selected/train.jsonl
+    python tracelift.py train    --run_dir runs/tiny-math --mode tracelift --seed 0      # or with torchrun
     python tracelift.py evaluate --run_dir runs/tiny-math            # every planner of the run -> results.md
     python tracelift.py inspect  --run_dir runs/tiny-math            # a problem's traces, rewards and tokens
 """
@@ -38,62 +37,65 @@ import statistics
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
 import executor
 import kernels
-import verify
-from data import Problem, UserError, knob
-from executor import Completions, Executor, Run
+from data import Options, Problem, UserError, option
+from executor import LM, Executor, Run
 from rm import RubricRewardModel
 
 # ------------------------------------------------------------------------------------------ 1. the reward
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reward:
-    """The parts of one trace's reward beside the scalar; None where the mode does not measure a part. e2e is a run of
-    its own: what pays for success must not also decide whether the trace was worth it."""
-    e2e: float | None             # score of one executor run with the trace; success, or a program's partial score
-    rm: float | None              # the reward model's score of the trace, 0..1
-    with_trace: int | None        # successes of K more runs with the trace
-    without_trace: int | None     # successes of K runs without a trace
-    uplift: float | None          # (with_trace - without_trace) / K
+    """One trace's reward and its parts; None where the mode does not measure a part. e2e uses its own run, separate
+    from the K runs behind uplift, so one lucky run cannot raise both."""
+    e2e: float | None = None           # score of one executor run with the trace: 0 or 1, or a program's partial score
+    rm: float | None = None            # the reward model's score of the trace, 0..1
+    with_trace: int | None = None      # successes of K more runs with the trace
+    without_trace: int | None = None   # successes of K runs without a trace
+    uplift: float | None = None        # (with_trace - without_trace) / K
     total: float | None = None
-    repeats: int = 1              # K
+    num_runs: int = 1                  # K
+    text: str = ""                     # the trace, for rewards that look at it
+    trace_tokens: int = 0              # its length
 
 
 def product(r: Reward, w_e: float, w_r: float) -> float:
-    """The paper's reward: quality multiplies measured usefulness, so neither earns without the other. By default
-    w_e = w_r = 0.5: e2e 1, rm 0.9, 3 of 3 runs right with the trace and 1 of 3 without give
-    0.5 * 1 + 0.5 * 0.9 * (3 - 1) / 3 = 0.8."""
+    """The paper's reward: quality multiplies measured usefulness, so neither earns without the other. Hazard: with
+    uplift < 0, better quality costs. Example, w_e = w_r = 0.5: e2e 1, rm 0.9, 3 of 3 runs right with the trace and 1 of
+    3 without give 0.5 * 1 + 0.5 * 0.9 * (3 - 1) / 3 = 0.8."""
     return w_e * r.e2e + w_r * r.rm * r.uplift
 
 
 def product_for_code(r: Reward, w_e: float, w_r: float) -> float:
-    """The public code's variant for programs: clamp(e2e + 0.2 * rm * coeff, 0, 1). coeff: 1 with more successes with
-    the trace than without, -1 with fewer; on a tie the share of runs that succeeded, but 0.5 for one of three (theirs
-    too). With e2e = 1 the clamp removes a positive bonus: a passing trace gains nothing by being good."""
+    """The public code's variant for programs: clamp(e2e + 0.2 * rm * coeff, 0, 1). coeff is 1 with more successes with
+    the trace than without, -1 with fewer; on a tie it is the share of runs that succeeded, but 0.5 for one of three.
+    With e2e = 1 the clamp removes a positive bonus: a passing trace gains nothing by being good."""
     if r.with_trace > r.without_trace:
         coeff = 1.0
     elif r.with_trace < r.without_trace:
         coeff = -1.0
-    elif (r.with_trace, r.repeats) == (1, 3):
+    elif (r.with_trace, r.num_runs) == (1, 3):
         coeff = 0.5
     else:
-        coeff = r.with_trace / r.repeats
+        coeff = r.with_trace / r.num_runs
     return min(1.0, max(0.0, r.e2e + 0.2 * r.rm * coeff))
 
 
 def success_alone(r: Reward, w_e: float, w_r: float) -> float:
-    """What the product is compared with: success, whatever the trace is like."""
+    """The baseline that the product is compared with."""
     return r.e2e
 
 
@@ -103,17 +105,16 @@ def quality_alone(r: Reward, w_e: float, w_r: float) -> float:
 
 
 def success_and_uplift(r: Reward, w_e: float, w_r: float) -> float:
-    """The product without its quality; success itself is in it all the same."""
+    """The product without quality."""
     return w_e * r.e2e + w_r * r.uplift
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A reward function and what has to be measured for it. A new mode is one function and one line of REWARDS,
-    which is all that flags, training and run.sh know of modes."""
+    """A reward function and what it needs measured. A new mode is one function and one line of REWARDS."""
     total: Callable[[Reward, float, float], float]
     needs: tuple[str, ...]        # of "runs" (executor runs with the trace), "uplift" (K more, and K without), "rm"
-    weighted: bool = False        # w_e and w_r have an effect
+    weighted: bool = False        # uses w_e and w_r
 
 
 REWARDS = {"tracelift": Mode(product, needs=("runs", "uplift", "rm"), weighted=True),
@@ -121,906 +122,617 @@ REWARDS = {"tracelift": Mode(product, needs=("runs", "uplift", "rm"), weighted=T
            "exec_only": Mode(success_alone, needs=("runs",)),
            "rm_only": Mode(quality_alone, needs=("rm",)),
            "uplift_only": Mode(success_and_uplift, needs=("runs", "uplift"), weighted=True)}
+UPLIFT = [name for name, mode in REWARDS.items() if "uplift" in mode.needs]
+WEIGHTED = [name for name, mode in REWARDS.items() if mode.weighted]
 
 # ------------------------------------------------------------------------------------------ 2. settings
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What `train` and `int` share."""
-    run_dir: str = knob("runs/tiny-math", "run folder; holds groups/, base/ and rm/", affects_result=False)
-    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one", affects_result=False)
-    seed: int = knob(0, "of all sampling, and of every order", low=0)
-    max_trace_tokens: int = knob(80, "longest planner completion; a cut one is used as far as it goes", low=1)
-    executor_temperature: float = knob(0.7, "of the executor", low=0)
-    max_answer_tokens: int = knob(64, "longest executor output", low=1)
-    max_cache_gib: float = knob(executor.CACHE_GIB, "keys and values of one decoding batch, GiB", above=0,
-                                affects_result=False)
-    executor: str = knob("", "http://HOST:PORT/v1 of a server that runs the executor; empty: in process",
-                         affects_result=False)
-    executor_model: str = knob("", "name of the run's base model on that server")
+class Place(Options):
+    """What all commands share."""
+    run_dir: str = option("runs/tiny-math", "run folder; holds groups/, base/ and rm/", affects_result=False)
+    device: str = option("", "cuda, cpu, ...; empty: CUDA if available", affects_result=False)
+    seed: int = option(0, "random seed for sampling and shuffling", low=0)
+
+
+@dataclass(frozen=True)
+class Settings(Place):
+    """How traces are sampled and executed: shared by `train`, `int` and `select`."""
+    max_trace_tokens: int = option(80, "longest planner completion; a longer one is cut there and used as it is", low=1)
+    executor_temperature: float = option(0.7, "temperature of the executor", low=0)
+    max_answer_tokens: int = option(64, "longest executor output", low=1)
+    max_cache_gib: float = option(executor.CACHE_GIB, "keys and values of one decoding batch, GiB", above=0,
+                                  affects_result=False)
+    executor: str = option("", "http://HOST:PORT/v1 of a server that runs the executor; empty: in process",
+                           needs="executor_model", affects_result=False)
+    executor_model: str = option("", "name of the run's base model on that server", needs="executor")
 
 
 @dataclass(frozen=True)
 class TrainSettings(Settings):
     """Settings of `python tracelift.py train`."""
     # what
-    mode: str = knob("tracelift", "reward: " + ", ".join(REWARDS), choices=tuple(REWARDS))
-    name: str = knob("", "the planner is saved as planner-NAME-seedSEED; empty: the mode")
-    init: str = knob("", "model that the planner starts from; empty: the run's base model")
+    mode: str = option("tracelift", "reward: " + ", ".join(REWARDS), choices=tuple(REWARDS))
+    name: str = option("", "the planner is saved as planner-NAME-seedSEED; empty: the mode")
+    init: str = option("", "folder of the model that the planner starts from; empty: the run's base model", path=True)
+    groups: str = option("groups/train.jsonl", "training problems, a file in the run folder; or selected/train.jsonl")
     # sampling
-    steps: int = knob(80, "rollouts, each followed by inner_epochs updates; may grow later", low=1,
-                      affects_result=False)
-    problems_per_step: int = knob(12, "N", low=1)
-    group_size: int = knob(8, "G, traces per problem; the advantage compares them", low=2)
-    temperature: float = knob(1.0, "of the planner, in sampling and in scoring", above=0)
-    truncated: str = knob("use", "traces cut at the limit; use: as far as they go; mask: their tokens are not learned",
-                          choices=("use", "mask"))
-    selected: int = knob(0, "1: train on the problems that `tracelift.py select` kept", choices=(0, 1))
-    max_problems: int = knob(0, "train on this many problems only; 0: all", low=0)
+    steps: int = option(80, "rollouts, each followed by inner_epochs updates; may grow later", low=1,
+                        affects_result=False)
+    problems_per_step: int = option(12, "N", low=1)
+    group_size: int = option(8, "G, traces per problem", low=2)
+    temperature: float = option(1.0, "temperature of the planner, in sampling and in scoring", above=0)
+    truncated: str = option("use", "traces cut at max_trace_tokens; use: train on them; mask: leave their tokens out "
+                                   "of the loss", choices=("use", "mask"))
     # reward
-    repeats: int = knob(3, "K, executor runs behind each success rate; the paper's 3", low=1)
-    w_e: float = knob(0.5, "weight of end-to-end success", low=0)
-    w_r: float = knob(0.5, "weight of rm * uplift", low=0)
-    exec_score: str = knob("binary", "score of a program", choices=("binary", "pass_rate", "coderl", "hybrid"))
+    num_runs: int = option(3, "K, executor runs behind each success rate; the paper's 3", low=1, only={"mode": UPLIFT})
+    w_e: float = option(0.5, "weight of end-to-end success", low=0, only={"mode": WEIGHTED})
+    w_r: float = option(0.5, "weight of rm * uplift", low=0, only={"mode": WEIGHTED})
+    exec_score: str = option("binary", "score of a program", choices=("binary", "pass_rate", "coderl", "hybrid"))
     # loss
-    scale: str = knob("std", "std: divide advantages by the group's spread; none: do not (Dr. GRPO)",
-                      choices=("std", "none"))
-    weights: str = knob("dapo", "of tokens; dapo: mean over the step's tokens", choices=("dapo", "grpo", "dr_grpo"))
-    clip_low: float = knob(0.2, "PPO clip below 1; without effect unless inner_epochs > 1", low=0)
-    clip_high: float = knob(0.2, "PPO clip above 1", low=0)
-    beta: float = knob(0.0, "weight of the KL to the starting planner; 0 keeps no reference policy in memory", low=0)
+    scale: str = option("std", "std: divide advantages by the group's spread; none: do not (Dr. GRPO)",
+                        choices=("std", "none"))
+    loss_aggregation: str = option("dapo", "dapo: mean over the step's tokens; grpo: over each trace's, then over "
+                                           "traces; dr_grpo: as grpo, with max_trace_tokens as every length",
+                                   choices=("dapo", "grpo", "dr_grpo"))
+    clip_low: float = option(0.2, "PPO clip below 1", low=0, only={"inner_epochs": range(2, 1000)})
+    clip_high: float = option(0.2, "PPO clip above 1", low=0, only={"inner_epochs": range(2, 1000)})
+    beta: float = option(0.0, "weight of the KL to the starting planner; 0 keeps no reference policy in memory", low=0)
     # optimizer
-    inner_epochs: int = knob(1, "updates per rollout", low=1)
-    learning_rate: float = knob(3e-4, "AdamW, constant after warm-up; for the tiny model", above=0)
-    warmup: int = knob(5, "steps of linear warm-up", low=0)
-    grad_clip: float = knob(1.0, "largest gradient norm", above=0)
+    inner_epochs: int = option(1, "updates per rollout", low=1)
+    learning_rate: float = option(3e-4, "AdamW, constant after warm-up; for the tiny model", above=0)
+    warmup: int = option(5, "steps of linear warm-up", low=0)
+    grad_clip: float = option(1.0, "largest gradient norm", above=0)
     # memory
-    micro_tokens: int = knob(16384, "tokens per forward and backward, padding included; the gradient is the same up to "
-                                    "rounding", low=1, affects_result=False)
-    checkpointing: int = knob(0, "1: recompute activations in the backward pass", choices=(0, 1), affects_result=False)
-    lora_rank: int = knob(0, "0: train all weights of a copy of the base; else an adapter of this rank on the one base "
-                             "model that is executor and reference too", low=0)
-    lora_alpha: float = knob(32.0, "the adapter's part is scaled by alpha / rank", above=0)
+    micro_tokens: int = option(16384, "tokens per forward and backward pass, padding included; the gradient is the "
+                                      "same up to rounding", low=1, affects_result=False)
+    checkpointing: int = option(0, "1: recompute activations in the backward pass", choices=(0, 1),
+                                affects_result=False)
+    lora_rank: int = option(0, "0: train all weights of a copy of the base model; else an adapter of this rank on the "
+                               "one model that is also executor and reference", low=0)
+    lora_alpha: float = option(32.0, "scale of the adapter: alpha / rank", above=0, needs="lora_rank")
     # run
-    save_every: int = knob(20, "steps between checkpoints; a stopped run continues from the last one", low=1,
-                           affects_result=False)
-    eval_every: int = knob(0, "steps between greedy evaluations on eval_problems held-out problems; 0: none", low=0,
-                           affects_result=False)
-    eval_problems: int = knob(50, "held-out problems of these", low=1, affects_result=False)
+    save_every: int = option(20, "steps between checkpoints", low=1, affects_result=False)
+    eval_every: int = option(0, "steps between greedy evaluations on eval_problems held-out problems; 0: none", low=0,
+                             affects_result=False)
+    eval_problems: int = option(50, "held-out problems of these", low=1, needs="eval_every", affects_result=False)
 
 
 # ------------------------------------------------------------------------------------------ 3. rollout
 
 
 @dataclass
-class Batch:
-    """B = N * G sampled traces in problem-major order, and their M tokens as the loss wants them.
+class Trace:
+    """One sampled trace, from the rollout to the log."""
+    problem: Problem
+    text: str | None              # what the executor and the reward model read; None: no trace at all
+    prompt: list[int]             # ids that the planner read
+    tokens: list[int]             # ids that it sampled; the last one is EOS unless the trace was cut
+    logprobs: list[float]         # of each token when it was sampled
+    closed: bool = True           # the completion has a </reasoning>; otherwise all of it is the trace
+    cut: bool = False             # at max_trace_tokens
+    reward: Reward | None = None
+    runs: list[Run] | None = None         # executor runs; run 0 is e2e, the other K belong to uplift
 
-        ids      p0 p1 p2 t0 t1 E  .        p prompt, t sampled, E end of sequence, . padding
-        scored    -  -  x  x  x -  -        the logits at x predict ...
-        target   -  -  t0 t1 E  -  -        ... this token; kept where scored, M of them
-
-    What is scored follows from the lengths sampled, never from ids: the padding may be a real token, E for one. It
-    stands behind all that is scored, where causal attention does not look. E is in the loss, so that stopping is
-    learned; so is what was sampled after </reasoning>, though no one reads it. A completion that was cut at the limit
-    has no E; its tokens are in the loss like all others, unless --truncated mask leaves them out."""
-    problems: list[Problem]       # (B) each problem G times
-    traces: list[str]             # (B) what the executor and the reward model read
-    closed: list[bool]            # (B) the completion has a </reasoning>; without one the trace is all of it
-    truncated: list[bool]         # (B) cut at the limit: no E
-    completions: Completions      # tokens, and their log-probs when they were sampled
-    lengths: list[int]            # (B) tokens of prompt + completion
-    ids: torch.Tensor             # (B, T) prompt + completion, padded on the right
-    scored: torch.Tensor          # (B, T) bool, on the CPU
-    at: torch.Tensor              # (M,) int64, the scored places of ids.flatten()
-    target: torch.Tensor          # (M,) int64
-    sequence: torch.Tensor        # (M,) int64, the b of each token
-    sampled: torch.Tensor         # (M,) log-probs of the targets when they were sampled
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.tokens)
 
 
-def rollout(planner, tokenizer, problems: list[Problem], group_size: int, temperature: float, max_trace_tokens: int,
-            when: str, max_cache_tokens: int = 65536, learn_truncated: bool = True) -> Batch:
-    """`group_size` traces for each of N problems. `when` names the random numbers: what is drawn for a problem is a
-    function of `when`, the problem and the sample's number, not of the batch around it."""
-    prompts = [data.encode_prompt(tokenizer, data.planner_prompt(problem)) for problem in problems]
-    names = sample_names(problems, group_size, when)
-    completions, texts = complete(planner, tokenizer, prompts, group_size, temperature, max_trace_tokens, names,
-                                  max_cache_tokens)
-    ends = executor.eos_ids(planner, tokenizer)
-    truncated = [tokens[-1] not in ends for tokens in completions.tokens]
-
-    prompt_of = [prompt for prompt in prompts for _ in range(group_size)]                      # of each of the B
-    rows = [prompt + tokens for prompt, tokens in zip(prompt_of, completions.tokens)]
-    ids = executor.pad(rows, executor.pad_id(tokenizer), "cpu")                                # (B, T)
-    scored = torch.zeros(ids.shape, dtype=torch.bool)
-    sampled = []
-    for b, prompt in enumerate(prompt_of):
-        if learn_truncated or not truncated[b]:
-            scored[b, len(prompt) - 1:len(rows[b]) - 1] = True            # the last prompt token predicts the first
-            sampled += completions.logprobs[b]
-    at = scored.flatten().nonzero().squeeze(1)                                                 # (M,), see the picture
-    target = ids.flatten()[at + 1]
-    sequence = at // ids.shape[1]
-    device = planner.device
-    return Batch(problems=[problem for problem in problems for _ in range(group_size)],
-                 traces=[data.extract_reasoning(text) for text in texts],
-                 closed=[data.CLOSE in text.rpartition("</think>")[2] for text in texts], truncated=truncated,
-                 completions=completions, lengths=[len(row) for row in rows], ids=ids.to(device), scored=scored,
-                 at=at.to(device), target=target.to(device), sequence=sequence.to(device),
-                 sampled=torch.tensor(sampled, device=device))
-
-
-def complete(planner, tokenizer, prompts: list[list[int]], num_samples: int, temperature: float, max_tokens: int,
-             names: list[str], max_cache_tokens: int) -> tuple[Completions, list[str]]:
-    """Completions by the planner, also as text, in prompt-major order."""
-    try:
-        with executor.autocast(planner):                                  # as in scoring: the sampler is the scorer
-            completions = executor.generate(planner, prompts, num_samples=num_samples, max_new_tokens=max_tokens,
-                                            temperature=temperature, eos_id=executor.eos_ids(planner, tokenizer),
-                                            draws=executor.draws(names, max_tokens), max_cache_tokens=max_cache_tokens)
-    except executor.ContextError as error:
-        raise UserError(f"the planner: {error} (--max_trace_tokens)") from None
-    return completions, executor.decode_text(tokenizer, completions.tokens)
+def rollout(planner: LM, problems: list[Problem], group_size: int, temperature: float, rng_key: str, s: Settings,
+            begun: list[list[int]] | None = None) -> list[Trace]:
+    """B = N * G traces, G = `group_size` for each of N problems, in problem-major order. The random numbers of a trace
+    depend on rng_key, the problem and the trace's number alone, not on the batch around it. begun (N): ids that the
+    planner continues (InT)."""
+    begun = begun or [[]] * len(problems)
+    prompts = [data.encode_prompt(planner.tokenizer, data.planner_prompt(problem)) for problem in problems]
+    rng_keys = [f"trace {rng_key} {problem.problem_id} {g}" for problem in problems for g in range(group_size)]
+    sampled = planner.generate([prompt + ids for prompt, ids in zip(prompts, begun)], group_size, s.max_trace_tokens,
+                               temperature, rng_keys, s.max_cache_gib)
+    rows = [begun[b // group_size] + tokens for b, tokens in enumerate(sampled.tokens)]
+    traces = []
+    for b, text in enumerate(executor.decode_text(planner.tokenizer, rows)):
+        n, tokens, logprobs = b // group_size, sampled.tokens[b], sampled.logprobs[b]
+        traces.append(Trace(problems[n], data.extract_reasoning(text), prompts[n], tokens, logprobs,
+                            closed=data.CLOSE in text.rpartition("</think>")[2],
+                            cut=tokens[-1] not in planner.eos_ids))
+    return traces
 
 
 # ------------------------------------------------------------------------------------------ 4. measuring the reward
 
 
-def measure_rewards(problems: list[Problem], traces: list[str], frozen: Executor, rm: RubricRewardModel | None,
-                    mode: str, repeats: int, w_e: float, w_r: float,
-                    when: str = "") -> tuple[list[Reward], list[list[Run]]]:
-    """Rewards of B traces (problems[i] belongs to traces[i]) and the executor runs behind them: run 0 is e2e, the other
-    K are the uplift's.
+def measure_rewards(traces: list[Trace], frozen: Executor | None, rm: RubricRewardModel | None, s: TrainSettings,
+                    rng_key: str) -> None:
+    """Sets the reward and the executor runs of each of B traces.
 
-    A step of a mode with uplift costs N * G prompts with a trace, of 1 + K outputs each, and one prompt without, of K
-    outputs, for each of its problems that has none yet: the executor is frozen, so once is enough for the whole
-    training. N = 10, G = 4, K = 2: 50 prompts and 140 outputs at first, 40 and 120 when the problems come again.
+    A step with uplift costs B prompts with a trace, 1 + K outputs each, and one prompt without a trace, K outputs, for
+    each problem that is new: the executor is frozen, so one baseline serves the whole training. Hazard: its error stays
+    as long. With K = 3 and a true rate of 0.1, 27 % of problems get a baseline of 1/3 or more.
 
-    What could not be measured is no reward: a sandbox that cannot start (SandboxError), a reward model that is not
-    finite, an executor that fails end the training, with its last checkpoint. No program can end its helper process;
-    one that is lost all the same is replaced, and when several are lost in a row, that is SandboxError too."""
-    needs = REWARDS[mode].needs
-    scores: list = [None] * len(traces)
-    without: list = [None] * len(traces)
-    runs: list = [[] for _ in traces]
-    if "rm" in needs:                                     # it reads problem and trace, never what the executor wrote
-        texts = [data.rm_text(problem, trace) for problem, trace in zip(problems, traces)]
-        scores = rm.score(texts)[0].tolist()
-    if "uplift" in needs:
-        runs, without = frozen.run_with_baseline(problems, traces, repeats, when)
-    elif "runs" in needs:
-        runs = frozen.run(problems, traces, 1, when)
-    rewards = []
-    for own, score, baseline in zip(runs, scores, without):
-        e2e = own[0].score if own else None
-        with_trace, uplift = None, None
-        if baseline is not None:                          # uplift counts successes also where e2e is a partial score
-            with_trace = sum(run.ok for run in own[1:])
-            uplift = (with_trace - baseline) / repeats
-        parts = Reward(e2e, score, with_trace, baseline, uplift, repeats=repeats)
-        rewards.append(replace(parts, total=REWARDS[mode].total(parts, w_e, w_r)))
-    return rewards, runs
+    A failure to measure (sandbox, reward model, executor) is never a reward: it raises, and training stops. UserError
+    for a reward function that does not return a finite float."""
+    mode, K = REWARDS[s.mode], s.num_runs
+    problems, texts = [t.problem for t in traces], [t.text for t in traces]
+    scores = [None] * len(traces)
+    without = [None] * len(traces)
+    runs = [[] for _ in traces]
+    if "rm" in mode.needs:                                # reads problem and trace, never the executor's output
+        scores = rm.score([data.rm_text(problem, text) for problem, text in zip(problems, texts)])[0].tolist()
+    if "uplift" in mode.needs:
+        runs, without = frozen.run_with_baseline(problems, texts, K, rng_key)
+    elif "runs" in mode.needs:
+        runs = frozen.run(problems, texts, 1, rng_key)
+    for t, own, score, baseline in zip(traces, runs, scores, without):
+        r = Reward(e2e=own[0].score if own else None, rm=score, without_trace=baseline, num_runs=K, text=t.text,
+                   trace_tokens=len(t.tokens))
+        if baseline is not None:                          # uplift counts successes even if e2e is a partial score
+            r.with_trace = sum(run.ok for run in own[1:])
+            r.uplift = (r.with_trace - baseline) / K
+        r.total = mode.total(r, s.w_e, s.w_r)
+        if type(r.total) is not float or not math.isfinite(r.total):
+            raise UserError(f"--mode {s.mode}: its reward function returned {r.total!r}; it must be a finite float")
+        t.reward, t.runs = r, own
 
 
-# ------------------------------------------------------------------------------------------ 5. training
+# ------------------------------------------------------------------------------------------ 5. the update
+
+
+@dataclass
+class MicroBatch:
+    """b sequences, and their m sampled tokens as the loss wants them.
+
+        ids         p0 p1 p2 t0 t1 E  .        p prompt, t sampled, E end of sequence, . padding
+        loss_mask    -  -  x  x  x -  -        the logits at x predict ...
+        target       -  -  t0 t1 E  -  -       ... this token: the shift by one
+
+    The mask comes from sampled lengths, never from ids, since the padding may equal a real token. Padding is on the
+    right, where causal attention does not look (decoding pads on the left). E is in the loss, so stopping is learned.
+    Tokens after </reasoning> are in the loss too, though nobody reads them."""
+    ids: torch.Tensor             # (b, T) prompt + completion
+    positions: torch.Tensor       # (m,) int64, the x in ids.flatten()
+    target: torch.Tensor          # (m,) int64
+    seq_idx: torch.Tensor         # (m,) int64, which of the B traces; a micro-batch may cut through a group
+    weight: torch.Tensor          # (m,) weight of the token in the loss of the whole step
+    sampled_logp: torch.Tensor    # (m,) log-prob of the target when it was sampled
+    learns: bool                  # False: all advantages are 0 and there is no KL, so there is no gradient
+    old_logp: torch.Tensor | None = None    # (m,) under the policy that sampled; None: that is still the planner
+    ref_logp: torch.Tensor | None = None    # (m,) under the reference policy; None: no KL
+
+
+def micro_batches(traces: list[Trace], advantage: torch.Tensor, s: TrainSettings,
+                  ranks: "Ranks") -> tuple[list[MicroBatch], int]:
+    """Cuts traces into micro-batches of at most s.micro_tokens, longest first, so there is little padding. Traces
+    without advantage come last, in micro-batches that need no backward pass. Also returns M, the tokens in the loss of
+    the whole step, of all processes: counted before the cut, so the gradient does not depend on it."""
+    used = [b for b, t in enumerate(traces) if s.truncated == "use" or not t.cut]
+    M = sum(ranks.exchange(sum(len(traces[b].tokens) for b in used)))
+    B = s.problems_per_step * s.group_size
+    batches = []
+    for spread in (True, False):
+        order = sorted((b for b in used if bool(advantage[b]) == spread), key=lambda b: -traces[b].length)
+        while order:
+            T = traces[order[0]].length
+            size = max(1, s.micro_tokens // T)
+            chosen, order = order[:size], order[size:]
+            ids, positions, target, seq_idx, weight, sampled_logp = ([] for _ in range(6))
+            for i, b in enumerate(chosen):
+                t, m = traces[b], len(traces[b].tokens)
+                ids.append(t.prompt + t.tokens + [0] * (T - t.length))
+                begin = i * T + len(t.prompt) - 1                         # the last prompt token predicts the first one
+                positions += range(begin, begin + m)
+                target += t.tokens
+                seq_idx += [b] * m
+                weight += [1 / {"dapo": M, "grpo": B * m, "dr_grpo": B * s.max_trace_tokens}[s.loss_aggregation]] * m
+                sampled_logp += t.logprobs
+            columns = (ids, positions, target, seq_idx, weight, sampled_logp)
+            tensors = [torch.tensor(column, device=advantage.device) for column in columns]
+            batches.append(MicroBatch(*tensors, learns=spread or s.beta > 0))
+    return batches, M
+
+
+def policy_loss(logp, A, weight, old, ref, clip_low: float, clip_high: float, beta: float) -> torch.Tensor:
+    """GRPO's loss of m tokens (arXiv 2402.03300, eq. 3), all arguments (m,). A weighted sum: the weights hold the mean.
+
+    old None: on-policy. rho is 1, and its derivative is that of logp. ref None: no KL."""
+    rho = torch.exp(logp - (logp.detach() if old is None else old))
+    loss = -torch.minimum(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
+    if ref is not None:
+        gap = ref - logp
+        loss = loss + beta * rho * (torch.expm1(gap) - gap)               # with rho its gradient is the reverse KL's
+    return (weight * loss).sum()
+
+
+HEAD_ROWS = 3072                  # tokens whose logits exist at one time: (m, V) is the widest tensor of a step
+
+
+def accumulate_gradient(planner: LM, batch: MicroBatch, reward: torch.Tensor, s: TrainSettings) -> dict:
+    """Adds a micro-batch's gradient to the planner's .grad. reward (B,). Returns sums over its tokens, see
+    `token_health`."""
+    columns = []
+    with torch.set_grad_enabled(batch.learns):
+        hidden = planner.hidden(batch.ids, batch.positions)                                    # (m, H)
+        leaf = hidden.detach().requires_grad_(batch.learns)               # collects the gradient of all pieces
+        for rows in torch.arange(len(leaf), device=leaf.device).split(HEAD_ROWS):
+            logits = planner.head(leaf[rows])                                                  # (rows, V)
+            logp, entropy, A = kernels.advantage_logp(logits, batch.target[rows], reward, batch.seq_idx[rows],
+                                                      s.group_size, s.temperature, s.scale == "std")
+            old, ref = (x if x is None else x[rows] for x in (batch.old_logp, batch.ref_logp))
+            loss = policy_loss(logp, A, batch.weight[rows], old, ref, s.clip_low, s.clip_high, s.beta)
+            if batch.learns:
+                loss.backward()
+            columns.append((loss.detach()[None], logp.detach(), entropy, A))
+        if batch.learns:
+            hidden.backward(leaf.grad)
+    loss, logp, entropy, A = (torch.cat(column) for column in zip(*columns))
+    health = token_health(batch, logp, entropy, A, s) | {"loss": loss.sum()}
+    if batch.old_logp is None:
+        batch.old_logp = logp                                             # from the second update on, rho starts here
+    return health
+
+
+def token_health(batch: MicroBatch, logp, entropy, A, s: TrainSettings) -> dict:
+    """Sums over m tokens of what tells learning from collapse. entropy: of the next-token distribution. sampler_gap:
+    |scored - sampled log-prob|, where a mismatch of sampler and scorer shows (later updates of a rollout add to it).
+    clip_share: tokens whose gradient the clip stops. kl: the estimate of KL(planner || reference)."""
+    health = {"entropy": entropy, "sampler_gap": (logp - batch.sampled_logp).abs()}
+    rho = torch.ones_like(logp)
+    if batch.old_logp is not None:
+        rho = (logp - batch.old_logp).exp()
+        health["clip_share"] = (rho < 1 - s.clip_low) & (A < 0) | (rho > 1 + s.clip_high) & (A > 0)
+    if batch.ref_logp is not None:
+        gap = batch.ref_logp - logp
+        health["kl"] = rho * (torch.expm1(gap) - gap)
+    return {name: values.sum() for name, values in health.items()}        # on the device: no wait for a GPU
+
+
+@torch.no_grad()
+def completion_logp(model: LM, batch: MicroBatch, temperature: float) -> torch.Tensor:
+    """Log-probs (m,) of a micro-batch's targets under a model, at the sampling temperature."""
+    hidden = model.hidden(batch.ids, batch.positions)                                          # (m, H)
+    pieces = zip(hidden.split(HEAD_ROWS), batch.target.split(HEAD_ROWS))
+    return torch.cat([kernels.token_logp(model.head(rows), target, temperature)[0] for rows, target in pieces])
+
+
+# ------------------------------------------------------------------------------------------ 6. the training loop
 
 
 def train(s: TrainSettings) -> Path:
-    """Trains one planner with GRPO and returns its folder: model, tokenizer, metrics.jsonl, samples.jsonl.
+    """Trains one planner with GRPO and returns its folder: model, tokenizer, metrics.jsonl, samples.jsonl. A stopped
+    training continues from its last checkpoint."""
+    ranks = Ranks()
+    with training_folder(s, ranks) as work:
+        if work is None:
+            return planner_folder(s)                                      # it is there already
+        # With LoRA planner, executor and reference share one model; it is the base model while the adapter is off.
+        planner, frozen, rm, lora = load_roles(s, s.init, REWARDS[s.mode].needs, s.lora_rank)
+        base_model = lora.off if lora else nullcontext
+        reference = copy.deepcopy(planner) if s.beta and not lora else planner
+        problems = training_problems(s, planner, frozen, rm)
+        learning = [p for p in planner.model.parameters() if p.requires_grad]                  # LoRA: the adapter's
+        optimizer = torch.optim.AdamW(learning, betas=(0.9, 0.95), weight_decay=0.0, fused=learning[0].is_cuda)
+        with TrainingLog(work, planner, optimizer, frozen, ranks, s) as log:                   # restores a checkpoint
+            for step in log.steps():
+                # 1. Rollout: the planner writes G traces for each of N problems.
+                log.phase("rollout")
+                own = ranks.share(problems_of_step(problems, step, s.problems_per_step, s.seed))
+                traces = rollout(planner, own, s.group_size, s.temperature, f"{s.seed} {step}", s)
 
-    `run` (TrainingRun, behind the fence) holds the roles planner, executor and rm, the problems, and what lies on disk:
-    steps() are those that are left, log() writes metrics and checkpoints."""
-    with training_run(s) as run:
-        for step in run.steps():
-            # 1. Rollout: the planner writes G traces for each of N problems.
-            run.phase("rollout")
-            problems = run.share(problems_of_step(run.problems, step, s.problems_per_step, s.seed))
-            batch = rollout(run.planner, run.tokenizer, problems, s.group_size, s.temperature, s.max_trace_tokens,
-                            when=f"{s.seed} {step}", max_cache_tokens=run.max_cache_tokens,
-                            learn_truncated=s.truncated == "use")
+                # 2. Reward: the executor tries every trace (1 + K runs) and, once in the whole training, the problem
+                #    alone (K runs); the verifier judges its outputs; the reward model reads problem and trace.
+                log.phase("reward")
+                with base_model():                                        # else the executor would learn
+                    measure_rewards(traces, frozen, rm, s, rng_key=str(step))
+                reward = torch.tensor([t.reward.total for t in traces], device=planner.device)     # (B,)
 
-            # 2. Reward: the executor tries every trace (1 + K runs) and, once in the whole training, the problem alone
-            #    (K runs); the verifier judges what it wrote; the reward model reads problem and trace.
-            run.phase("reward")
-            with run.base_model():                                        # LoRA: the adapter is off
-                rewards, runs = measure_rewards(batch.problems, batch.traces, run.executor, run.rm, s.mode, s.repeats,
-                                                s.w_e, s.w_r, when=str(step))
-            reward = torch.tensor([r.total for r in rewards])                                  # (B,)
+                # 3. Advantage: better or worse than the other traces of the same problem? All equal: exactly 0. (The
+                #    loss computes it again for each token; here it tells which traces have no gradient.)
+                advantage = kernels.group_advantage(reward, s.group_size, s.scale == "std")        # (B,)
 
-            # 3. Advantage: better or worse than the other traces of the same problem? All equal: exactly 0. (The loss
-            #    takes rewards, and works the same out for each token; here it tells what has no gradient at all.)
-            advantage = kernels.group_advantage(reward, s.group_size, scale=s.scale == "std")  # (B,)
+                # 4. Update: raise the log-probs of sampled tokens where A > 0, lower them where A < 0.
+                log.phase("update")
+                batches, M = micro_batches(traces, advantage, s, ranks)   # M divides the loss of the whole step
+                if s.beta > 0:
+                    with base_model():
+                        for batch in batches:
+                            batch.ref_logp = completion_logp(reference, batch, s.temperature)
+                lr = s.learning_rate * min(1.0, (step + 1) / max(1, s.warmup))
+                for _ in range(s.inner_epochs):
+                    health = [accumulate_gradient(planner, batch, reward, s) for batch in batches]
+                    ranks.sum_gradients(learning)
+                    norm = executor.descend(optimizer, lr, s.grad_clip, f"step {step}")        # clip, step, zero_grad
+                    log.update(health, M, lr, norm)
 
-            # 4. Update: raise the log-probs of sampled tokens where A > 0, lower them where A < 0.
-            run.phase("update")
-            num_tokens = run.num_tokens(batch)                            # M; several processes: those of all
-            old, ref = run.old_and_reference_logp(batch)                  # None: on-policy (rho is 1); no KL
-            updates = []
-            for _ in range(s.inner_epochs):
-                health = accumulate_gradient(
-                    run.planner, batch, reward, advantage, old, ref, s.group_size, s.micro_tokens, s.weights,
-                    s.max_trace_tokens, num_tokens, s.problems_per_step * s.group_size, temperature=s.temperature,
-                    clip_low=s.clip_low, clip_high=s.clip_high, beta=s.beta, scale=s.scale == "std")
-                health["grad_norm"] = run.update_weights(step)
-                updates.append(health)
-
-            # 5. Write it down.
-            run.log(step, batch, rewards, runs, updates)
+                # 5. Write metrics, samples and now and then a checkpoint.
+                log.write(step, traces)
+            log.save_planner(lora)
+    print(f"{planner_folder(s)}: trained\nnext: python tracelift.py evaluate --run_dir {s.run_dir}")
     return planner_folder(s)
 
 
 def problems_of_step(problems: list[Problem], step: int, problems_per_step: int, seed: int) -> list[Problem]:
-    """The N problems of a step: epochs of a seeded shuffle, a function of the step alone, so that a resumed run and
-    runs of other modes see the same problems. Where an epoch ends, one may come twice."""
-    chosen = []
-    for i in range(step * problems_per_step, (step + 1) * problems_per_step):
-        epoch, place = divmod(i, len(problems))
-        if not chosen or place == 0:
-            shuffled = random.Random(f"{seed} {epoch}").sample(problems, len(problems))
-        chosen.append(shuffled[place])
-    return chosen
-
-
-def accumulate_gradient(planner, batch: Batch, reward: torch.Tensor, advantage: torch.Tensor,
-                        old: torch.Tensor | None, ref: torch.Tensor | None, group_size: int, micro_tokens: int,
-                        weights: str, max_len: int, num_tokens: int, num_sequences: int, *, temperature: float,
-                        clip_low: float, clip_high: float, beta: float, scale: bool) -> dict:
-    """Adds the gradient of one update to planner's .grad. Returns means over the M tokens: loss (their weighted sum),
-    entropy of the next-token distribution, sampler_gap, and None where not measured: kl, the estimate of KL(planner ||
-    reference), and clip_share, of tokens where the clip stops the gradient. reward, advantage (B,); old, ref: log-probs
-    (M,) or None.
-
-    Log-probs are scored at the temperature of sampling. sampler_gap, the mean absolute difference between them and
-    those of the sampler, is where a mismatch of the two would show (from the second update of a rollout on it holds the
-    planner's own way, too).
-
-    The loss takes all B rewards, not advantages: each token works out its own group from them, so a micro-batch may cut
-    through a group. The advantages here only tell which micro-batches have no gradient, and so no backward pass: those
-    where all are 0, without KL. Where no group has spread, .grad stays None, and the optimizer, with its momentum,
-    leaves the planner as it is.
-
-    num_tokens and num_sequences are M and B of the whole step. Where several processes share it, a batch is only a part
-    of them, and so are the gradient and the means, which add up over the processes."""
-    device = batch.ids.device
-    weight = kernels.token_weights(batch.scored, weights, max_len, num_tokens, num_sequences)  # (B, T)
-    weight = weight[batch.scored].to(device)                                                   # (M,)
-    reward = reward.to(device)
-    health = Health(num_tokens, clip_low, clip_high)
-    planner.train(getattr(planner, "recomputes_activations", False))      # which works in training mode only
-    for part in micro_batches(batch, micro_tokens, first=advantage != 0):
-        has_tokens = batch.scored[part.rows].any(dim=1)                   # no: cut, and --truncated mask
-        learns = bool(has_tokens.any()) and (beta > 0 or bool((advantage[part.rows] * has_tokens).any()))
-        own_old = None if old is None else old[part.tokens]
-        own_ref = None if ref is None else ref[part.tokens]
-        with torch.set_grad_enabled(learns):
-            loss, logp, entropy, A = loss_of_part(
-                planner, part, reward, weight[part.tokens], group_size, own_old, own_ref,
-                temperature=temperature, clip_low=clip_low, clip_high=clip_high, beta=beta, scale=scale)
-        if learns:
-            loss.backward()
-        health.add(loss, logp, entropy, A, batch.sampled[part.tokens], own_old, own_ref)
-    planner.eval()
-    return health.means()
-
-
-def loss_of_part(planner, part: "Part", reward, weight, group_size: int, old, ref, **settings):
-    """kernels.grpo_loss of the planner's logits (m, V) at the m tokens of a micro-batch (`Part`, section 6). Where the
-    fused kernel runs and the head is a plain matrix, the logits are never held whole."""
-    rows = (part.target, reward, part.sequence, weight, group_size, old, ref)
-    head = planner.get_output_embeddings()
-    plain = getattr(planner, "plain_head", True) and type(head) is torch.nn.Linear and head.bias is None
-    if kernels.backend(part.ids.device) == "triton" and plain:
-        work = executor.work_dtype(planner)                               # the head's product as autocast would do it
-        with executor.autocast(planner):
-            hidden = executor.token_hidden(planner, part.ids, part.at)                         # (m, H)
-        return kernels.linear_grpo_loss(hidden.to(work), head.weight.to(work), *rows, **settings)
-    with executor.autocast(planner):
-        logits = executor.token_logits(planner, part.ids, part.at)
-    return kernels.grpo_loss(logits, *rows, inplace=True, **settings)
+    """The N problems of a step: a seeded shuffle for each epoch; what is left of it and fills no step is skipped. A
+    function of the step alone, so a resumed run and runs of other modes see the same problems."""
+    epoch, i = divmod(step, len(problems) // problems_per_step)
+    shuffled = random.Random(f"{seed} {epoch}").sample(problems, len(problems))
+    return shuffled[i * problems_per_step:(i + 1) * problems_per_step]
 
 
 # =====================================================================================================================
 # You have read the method. What follows runs it on disk, measures it and warm-starts it; each part can be read alone.
 # =====================================================================================================================
 
-# ------------------------------------------------------------------------------------------ 6. a training run on disk
+# ------------------------------------------------------------------------------------------ 7. a training run on disk
 
 
 def planner_folder(s: TrainSettings) -> Path:
-    """RUN_DIR/planner-NAME-seedSEED; NAME is the mode, with -after-InT for a planner that starts from RUN_DIR/int."""
-    run_dir = Path(s.run_dir)
-    after = "-after-InT" if s.init and Path(s.init).resolve() == (run_dir / "int").resolve() else ""
-    return run_dir / f"planner-{s.name or s.mode + after}-seed{s.seed}"
-
-
-def check_shared(s: Settings) -> None:
-    """UserError for settings that `train`, `int` and `select` share, before anything is read or written."""
-    data.check_settings(s)
-    executor.check_server_flags(s.executor, s.executor_model)
-
-
-def check_train(s: TrainSettings) -> None:
-    """UserError for settings that do not go together, or have no effect: whoever sets them expects one."""
-    check_shared(s)
-    if "/" in s.name:
-        raise UserError(f"--name {s.name!r}: must be a plain name")
-    if s.warmup > s.steps:
-        raise UserError(f"--warmup {s.warmup} is longer than the training, --steps {s.steps}; lower it")
-    if s.init and (s.lora_rank or (Path(s.init) / "adapter").exists()):
-        raise UserError("--init does not go with LoRA: a new adapter sits on the base model, which the executor is "
-                        "too, and the merged weights of an old one may be rounded to bfloat16")
-    mode = REWARDS[s.mode]
-    with_mode = f"with --mode {s.mode}"
-    without_effect = {"w_e": (not mode.weighted, with_mode), "w_r": (not mode.weighted, with_mode),
-                      "repeats": ("uplift" not in mode.needs, with_mode),
-                      "executor_temperature": ("runs" not in mode.needs, with_mode),
-                      "exec_score": ("runs" not in mode.needs, with_mode),
-                      "clip_low": (s.inner_epochs == 1, "with one update per rollout (--inner_epochs 1): rho is 1"),
-                      "clip_high": (s.inner_epochs == 1, "with one update per rollout (--inner_epochs 1): rho is 1"),
-                      "lora_alpha": (s.lora_rank == 0, "without --lora_rank"),
-                      "eval_problems": (s.eval_every == 0, "without --eval_every")}
-    for flag, (idle, why) in without_effect.items():
-        if idle and getattr(s, flag) != getattr(TrainSettings, flag):
-            raise UserError(f"--{flag} has no effect {why}; leave it out")
+    """RUN_DIR/planner-NAME-seedSEED."""
+    return Path(s.run_dir) / f"planner-{s.name or s.mode}-seed{s.seed}"
 
 
 @contextmanager
-def training_run(s: TrainSettings):
-    """A training, begun or continued; without steps where its planner is there already. Saved when the block ends."""
-    ranks = Ranks()
-    check_train(s)
-    if s.problems_per_step < ranks.count:
-        raise UserError(f"--problems_per_step {s.problems_per_step}: fewer than the {ranks.count} processes of "
-                        "torchrun, of which each takes whole problems; raise it, or lower --nproc_per_node")
-    inputs = inputs_of(s)
-    out = planner_folder(s)
-    finished, folder = "", nullcontext()
-    if ranks.rank == 0:                                                   # it alone writes
-        finished = reopen(out, s, inputs)
-        folder = data.stage_folder(out, s, inputs)
+def training_folder(s: TrainSettings, ranks: "Ranks"):
+    """The folder that a training fills, on all ranks; only rank 0 writes. None where the planner is there already; a
+    planner of fewer steps continues. UserError for settings that do not go together, before anything is written."""
+    out, folder = planner_folder(s), nullcontext()
+    if not re.fullmatch(r"[\w.+-]*", s.name):
+        raise UserError(f"--name {s.name!r}: use letters, digits, and . + - _")
+    if s.w_e == s.w_r == 0:
+        raise UserError("--w_e 0 --w_r 0: the reward would always be 0; raise one of them")
+    done = data.made_with(out).get("steps", s.steps)
+    if s.steps < done:
+        raise UserError(f"--steps {s.steps}: {out} has {done} steps already; choose another --name")
+    if ranks.rank == 0:
+        reads = ["base", s.groups.split("/")[0]] + ["rm"] * ("rm" in REWARDS[s.mode].needs) + [s.init] * bool(s.init)
+        folder = data.stage_folder(out, s, reads, reopen=s.steps > done)
     with folder as work:
         work = ranks.exchange(work)[0]                                    # from here on there is something to read
-        try:
-            run = TrainingRun(s, work, ranks)
-            if work is not None:
-                ranks.check_equal(inputs, run.state["step"], run.planner)
-        except BaseException:
-            if finished:                                                  # it cannot go on: it stays what it was
-                data.write_atomic(work / "settings.json", finished)
-                os.replace(work, out)
-            raise
-        if finished:
-            (work / "results.json").unlink(missing_ok=True)
-        try:
-            yield run
-            if work is not None and ranks.rank == 0:
-                run.save_planner()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped; {run.saved()}") from None
-        except FloatingPointError as error:
-            # What can no longer be computed is the planner: all else is as it was when it was loaded and tried.
-            diverged = "logits" in str(error) and run.state["step"] > 0
-            if diverged:
-                error = f"after step {run.state['step'] - 1}: the planner's logits are not finite; {executor.DIVERGED}"
-            raise FloatingPointError(f"{error}; {run.saved()}") from None
-        except (OSError, verify.SandboxError) as error:
-            raise type(error)(f"{error}; {run.saved()}") from error
+        if work and ranks.rank == 0:
+            (work / "results.json").unlink(missing_ok=True)               # of the planner with fewer steps
+            print(f"{work}: training; it becomes {out} at the end. Watch it: tail -f {work}/metrics.jsonl")
+        yield work
 
 
-def inputs_of(s: TrainSettings) -> dict[str, str]:
-    """Fingerprints of what a training reads: made anew with other settings, it would be another training."""
-    names = ["groups/train.jsonl", "base/base.json"]
-    if s.selected:
-        names.append("selected/train.jsonl")
-    if "rm" in REWARDS[s.mode].needs:
-        names += ["rm/config.json", "rm/metrics.json"]                    # none beside one that was put there
-    inputs = data.fingerprints(s.run_dir, *names)
-    if s.init and (Path(s.init) / "settings.json").is_file():
-        inputs["--init"] = data.fingerprint(Path(s.init) / "settings.json")
-    return inputs
+def load_roles(s: Settings, folder: str = "", needs: tuple[str, ...] = ("runs",), rank: int = 0):
+    """(planner, frozen executor, reward model, adapter). None for an executor or reward model that is not needed, and
+    without a new adapter (rank 0).
 
-
-def check_selection(run_dir: Path) -> None:
-    """UserError for a selection that is missing, or was made with another base model or other problems."""
-    folder = run_dir / "selected"
-    if not (folder / "selected.json").exists():
-        raise UserError(f"--selected 1: {folder} is not there yet; run python tracelift.py select --run_dir {run_dir} "
-                        "first, or leave the flag out")
-    data.compare_inputs(folder, data.fingerprints(run_dir, "groups/train.jsonl", "base/base.json"))
-
-
-def reopen(out: Path, s: TrainSettings, inputs: dict[str, str]) -> str:
-    """Makes a finished training, whose last checkpoint is kept, an unfinished one where more steps are asked for.
-    Returns the settings.json that it had, "" where it stays as it is."""
-    if not out.exists():
-        return ""
-    data.compare_made(out, s, inputs)
-    done = data.read_settings(out).get("steps")
-    if type(done) is not int:
-        raise UserError(f"{out}/settings.json: damaged (steps is {done!r}); give another --name, or delete {out}")
-    refuse_fewer_steps(s, done)
-    if s.steps > done:
-        if not (out / "checkpoint.pt").exists():
-            raise UserError(f"--steps {s.steps}: {out}/checkpoint.pt is gone, so its training cannot go on; give "
-                            "another --name")
-        had = (out / "settings.json").read_text(encoding="utf-8")
-        os.replace(out, out.with_name(out.name + ".partial"))
-        return had
-    return ""
-
-
-def refuse_fewer_steps(s: TrainSettings, done: int) -> None:
-    """UserError: the planner of fewer steps is gone."""
-    if s.steps < done:
-        raise UserError(f"--steps {s.steps}: {planner_folder(s)} was trained for {done} already; give another --name")
-
-
-class TrainingRun:
-    """The roles of one training (planner, executor, reference policy, reward model), its logs and its checkpoint."""
-
-    def __init__(self, s: TrainSettings, work: Path | None, ranks: "Ranks"):
-        self.s, self.work, self.ranks = s, work, ranks
-        if work is None:
-            return
-        self.device = ranks.pick_device(s.device)
-        try:
-            kernels.check(self.device)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(str(error)) from None
-        run_dir = Path(s.run_dir)
-        if s.selected:
-            check_selection(run_dir)
-        folder = run_dir / ("selected" if s.selected else "groups")
-        self.problems = data.read_problems(folder / "train.jsonl")[:s.max_problems or None]
-        self.heldout = []
-        if s.eval_every:
-            self.heldout = data.read_problems(run_dir / "groups" / "heldout.jsonl")[:s.eval_problems]
-        if s.exec_score != "binary" and self.problems[0].task_type == "math":
-            raise UserError(f"--exec_score {s.exec_score} scores programs; the problems of {run_dir} are math")
-        self.load_roles(executor.base_of(run_dir))
-        self.rm = None
-        if "rm" in REWARDS[s.mode].needs:
-            self.rm = RubricRewardModel.from_pretrained(run_dir / "rm", self.device)
-            if set(self.rm.dimension_names) != set(data.DIMENSIONS[self.problems[0].task_type]):
-                raise UserError(f"{run_dir}/rm judges {', '.join(self.rm.dimension_names)}: it is not for "
-                                f"{self.problems[0].task_type}")
-        readers = who_reads(self.planner, self.tokenizer, self.executor if "runs" in REWARDS[s.mode].needs else None, s)
-        if self.rm:
-            readers.append(Reader(self.rm.model, self.rm.tokenizer, data.encode_text, lambda p: data.rm_text(p, ""),
-                                  s.max_trace_tokens, "--max_trace_tokens"))
-        check_lengths(self.problems + self.heldout, readers)
-        self.optimizer = executor.adamw(trained(self.planner).values(), s.learning_rate, betas=(0.9, 0.95),
-                                        weight_decay=0.0)
-        self.state = {"step": 0, "seconds": 0.0, "planner_tokens": 0}
-        if (work / "checkpoint.pt").exists():
-            self.load_checkpoint()
-        elif ranks.rank == 0:                                             # nothing to continue from: begin afresh
-            for name in LOGS:
-                (work / name).write_text("")
-        self.running, self.seconds = "", {}
-        print(f"{work.stem}: on {self.device}, loss by the {kernels.backend(self.device)} kernels")
-
-    def load_roles(self, base: str) -> None:
-        """The planner, a copy of the base model or of --init; the frozen executor; with KL the reference policy. With
-        LoRA they are one model, which is the base model while the adapter is off; an executor on a server is none of
-        them."""
-        s = self.s
-        self.base, self.lora, loaded = base, None, None
-        if s.lora_rank:
-            self.planner, self.tokenizer = loaded = executor.load_for(s.run_dir, base, self.device)
+    The planner of this folder (empty: the base model) in float32. A planner with an adapter is the base model in its
+    own dtype with the adapter beside it: merged into bfloat16 most of the adapter would be rounded away. The executor:
+    the base model in process, or on a server; with a new adapter the planner's own model, whose adapter can be switched
+    off."""
+    device, base = executor.pick_device(s.device), executor.base_of(s.run_dir)
+    with executor.saying(f"the kernels on {device}"):
+        kernels.check(device)
+    adapter = Path(folder or base) / "adapter"
+    if rank and folder:
+        raise UserError("--init does not go with --lora_rank: an adapter sits on the base model, which is the executor")
+    own, dtype = (base, None) if rank or adapter.is_dir() else (folder or base, torch.float32)
+    planner = LM(*executor.load_for(s.run_dir, own, device, dtype))
+    frozen = rm = lora = None
+    if "runs" in needs:
+        options = {"max_new_tokens": s.max_answer_tokens, "temperature": s.executor_temperature, "seed": s.seed,
+                   "exec_score": getattr(s, "exec_score", "binary")}
+        if s.executor_model:
+            frozen = executor.ServedExecutor(s.executor, s.executor_model, base, planner.tokenizer, **options)
         else:
-            self.planner, self.tokenizer = executor.load_for(s.run_dir, s.init or base, self.device, torch.float32)
-        executor.check_head(self.planner)
-        self.reference = self.planner
-        if s.beta and not s.lora_rank:
-            self.reference = executor.freeze(copy.deepcopy(self.planner))
-        self.executor = frozen_executor(s.run_dir, self.device, s, s.exec_score, loaded)
-        if s.lora_rank:
-            self.lora = executor.Lora(self.planner, s.lora_rank, s.lora_alpha, seed=s.seed)
-            print(f"LoRA: the adapted layers hold {self.lora.share:.0%} of the model's weights")
-        self.max_cache_tokens = executor.cache_tokens(self.planner, s.max_cache_gib)
-        if s.checkpointing:
-            executor.enable_checkpointing(self.planner)
+            loaded = (planner.model, planner.tokenizer) if rank else executor.load_for(s.run_dir, base, device)
+            frozen = Executor(*loaded, max_cache_gib=s.max_cache_gib, **options)
+    if "rm" in needs:
+        rm = RubricRewardModel.from_pretrained(f"{s.run_dir}/rm", device)
+    if rank:
+        lora = executor.Lora(planner.model, rank, s.lora_alpha, seed=s.seed)
+    elif adapter.is_dir():
+        executor.Lora.load(planner.model, adapter)
+    if getattr(s, "checkpointing", 0):
+        executor.enable_checkpointing(planner.model)
+    return planner, frozen, rm, lora
 
-    def base_model(self):
-        """Inside it, the planner of a LoRA training is the base model again."""
-        return self.lora.off() if self.lora else nullcontext()
+
+def training_problems(s: TrainSettings, planner: LM, frozen: Executor | None,
+                      rm: RubricRewardModel | None) -> list[Problem]:
+    """The problems to train on. UserError where a step could not have its problems, or a role could not read one."""
+    problems = data.read_problems(Path(s.run_dir) / s.groups)
+    task, ranks = problems[0].task_type, Ranks().count
+    if not ranks <= s.problems_per_step <= len(problems):
+        raise UserError(f"--problems_per_step {s.problems_per_step}: must be at least {ranks}, the processes, and at "
+                        f"most {len(problems)}, the training problems")
+    if s.exec_score != "binary" and task == "math":
+        raise UserError(f"--exec_score {s.exec_score} scores programs; the problems of {s.run_dir} are math")
+    if rm and set(rm.dimension_names) != set(data.DIMENSIONS[task]):
+        raise UserError(f"{s.run_dir}/rm judges {', '.join(rm.dimension_names)}: it is not for {task}")
+    check_lengths(problems, planner, frozen, s.max_trace_tokens, rm)
+    return problems
+
+
+def check_lengths(problems: list[Problem], planner: LM, frozen: Executor | None, trace_tokens: int, rm=None) -> None:
+    """UserError, before hours of work, for a problem that does not fit a role's context."""
+    readers = [("the planner", planner.tokenizer, planner.context, data.planner_prompt, trace_tokens)]
+    if frozen:
+        readers.append(("the executor", frozen.tokenizer, frozen.context, lambda p: data.executor_prompt(p, ""),
+                        trace_tokens + frozen.max_new_tokens))
+    if rm:
+        readers.append(("the reward model", rm.tokenizer, executor.context_of(rm.model), lambda p: data.rm_text(p, ""),
+                        trace_tokens))
+    for who, tokenizer, context, text_of, more in readers:
+        for problem in problems:
+            length = len(data.encode_prompt(tokenizer, text_of(problem))) + more
+            if length > context:
+                raise UserError(f"{problem.problem_id}: needs up to {length} tokens, the context of {who} is {context}; "
+                                "lower --max_trace_tokens or --max_answer_tokens, or leave the problem out")
+
+
+class TrainingLog:
+    """What a training writes: metrics.jsonl, samples.jsonl, checkpoints, at the end the planner. A new one restores the
+    last checkpoint; Ctrl-C and SIGTERM write another.
+
+    A checkpoint holds what training has changed: the weights that learn, the optimizer's state, the executor's
+    baselines, the log. Not in it: the frozen models, the settings (settings.json) and random generators, since random
+    numbers are a function of seed, step, problem and sample."""
+
+    def __init__(self, work: Path, planner: LM, optimizer, frozen: Executor | None, ranks: "Ranks", s: TrainSettings):
+        self.work, self.planner, self.optimizer, self.frozen = work, planner, optimizer, frozen
+        self.ranks, self.s = ranks, s
+        self.lines = {"metrics.jsonl": [], "samples.jsonl": []}
+        path = work / "checkpoint.pt"
+        if path.exists():
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            planner.model.load_state_dict(saved["planner"], strict=False)         # LoRA: the adapter alone
+            optimizer.load_state_dict(saved["optimizer"])
+            self.lines = saved["lines"]
+            if frozen:
+                frozen.load_state(saved["executor"])
+        for name in self.lines:
+            self.append(name, [], "w")                                    # the files as they were at the checkpoint
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is KeyboardInterrupt and self.marks[-1][0] in ("rollout", "reward"):     # not amid an update
+            self.save_checkpoint()
 
     def steps(self):
-        """The steps that are left, under a progress bar; sets the learning rate of each."""
-        if self.work is None:
-            return
-        begin, end = self.state["step"], self.s.steps
-        self.bar = tqdm(range(begin, end), initial=begin, total=end, desc=self.work.stem, mininterval=5,
-                        disable=self.ranks.rank > 0)
+        """The steps that are left, behind a progress bar."""
+        done = len(self.lines["metrics.jsonl"])
+        if done > self.s.steps:
+            raise UserError(f"--steps {self.s.steps}: {self.work} has {done} steps already; choose another --name")
+        self.bar = executor.progress_bar(range(done, self.s.steps), initial=done, total=self.s.steps,
+                                         desc=self.work.stem, disable=self.ranks.rank > 0)
         for step in self.bar:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.s.learning_rate * min(1.0, (step + 1) / max(1, self.s.warmup))
-            self.seconds = {}
+            self.updates, self.marks = [], []
             yield step
-
-    def share(self, problems: list[Problem]) -> list[Problem]:
-        """Of a step's N problems those that this process tries: all, unless torchrun has started several."""
-        return self.ranks.share(problems, self.s.group_size)
-
-    def num_tokens(self, batch: Batch) -> int:
-        """Tokens in the loss of a step, whose mean it is: M, of all processes."""
-        return sum(self.ranks.exchange(len(batch.target)))
 
     def phase(self, name: str) -> None:
         """From here on the time counts for this phase."""
-        now = time.perf_counter()
-        if self.running:
-            self.seconds[f"seconds_{self.running}"] = now - self.since
-        self.running, self.since = name, now
+        self.marks.append((name, time.perf_counter()))
+        self.bar.set_postfix_str(name)
 
-    def old_and_reference_logp(self, batch: Batch):
-        """Log-probs (M,) of the sampling policy, where more than one update makes it differ, and, for the KL, of the
-        reference policy; None where they are not needed."""
-        s, old, ref = self.s, None, None
-        if s.inner_epochs > 1:
-            old = completion_logp(self.planner, batch, s.temperature, s.micro_tokens)
-        if s.beta > 0:
-            with self.base_model():
-                ref = completion_logp(self.reference, batch, s.temperature, s.micro_tokens)
-        return old, ref
+    def update(self, health: list[dict], M: int, lr: float, norm: float) -> None:
+        """Notes an update: the sums that `accumulate_gradient` returned become means over the M tokens."""
+        means = self.ranks.sum(health)
+        means |= {name: total / M for name, total in means.items() if name != "loss"}
+        self.updates.append({"entropy": None, "sampler_gap": None} | means | {"grad_norm": norm, "learning_rate": lr})
 
-    def update_weights(self, step: int) -> float:
-        """One step of the optimizer. Returns the gradient's norm before clipping. FloatingPointError when it is not
-        finite. Several processes take the same step, with the gradient of all."""
-        self.ranks.sum_gradients(trained(self.planner).values())
-        norm = torch.nn.utils.clip_grad_norm_(self.planner.parameters(), self.s.grad_clip).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"step {step}: the gradient is not finite; {executor.DIVERGED}")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def log(self, step: int, batch: Batch, rewards: list[Reward], runs: list, updates: list[dict]) -> None:
-        """One line of metrics, and about every save_every steps a group to read and a checkpoint. Of several processes
-        the first writes, what all have measured, and evaluates, while the others begin the next step; the seconds are
-        its own, those of the update with its waiting for the others' rollouts."""
-        self.phase("")
-        s, state = self.s, self.state
-        outcomes = self.ranks.join(outcomes_of(batch, rewards, runs))
-        updates = self.ranks.add_up(updates)
-        self.ranks.pool(self.executor, batch.problems)
-        state["step"] = step + 1
-        if self.ranks.rank > 0:
-            return
-        spent = sum(self.seconds.values())
-        tokens = sum(o.tokens for o in outcomes)
-        state["seconds"] += spent
-        state["planner_tokens"] += tokens
-        line = {"step": step, **summarize(outcomes, s.group_size)}
-        line |= {key: mean(update[key] for update in updates) for key in updates[0]}
-        line |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / spent,
-                 **self.executor.spent, "planner_tokens": state["planner_tokens"], "ranks": self.ranks.count,
-                 "seconds": state["seconds"], **self.seconds}
+    def write(self, step: int, traces: list[Trace]) -> None:
+        """Adds a step's line of metrics, about every save_every steps a group to read and a checkpoint."""
+        s = self.s
+        self.phase("write")
+        traces = [t for own in self.ranks.exchange(traces) for t in own]
+        for t in traces:                                                  # baselines that other ranks have measured
+            if t.reward.without_trace is not None:
+                self.frozen.baselines[t.problem.problem_id, s.num_runs] = t.reward.without_trace
+        line = self.metrics(step, traces)
         last = step + 1 == s.steps
-        if s.eval_every and ((step + 1) % s.eval_every == 0 or last):
-            line["heldout_success"] = self.heldout_success()
-        append_jsonl(self.work / "metrics.jsonl", [line])
+        if s.eval_every and self.ranks.rank == 0 and ((step + 1) % s.eval_every == 0 or last):
+            line["heldout_success"] = greedy_success(self.planner, self.frozen, s)
+        self.append("metrics.jsonl", [line])
         if step % s.save_every == 0:
-            append_jsonl(self.work / "samples.jsonl", samples(step, outcomes[:s.group_size]))
+            self.append("samples.jsonl", [{"step": step, "problem": t.problem.problem, **asdict(t.reward),
+                                           "outputs": [run.output for run in t.runs]} for t in traces[:s.group_size]])
         if (step + 1) % s.save_every == 0 or last:
             self.save_checkpoint()
-        shown = {key: line[key] for key in ("reward", "success", "uplift") if line[key] is not None}
-        self.bar.set_postfix({key: f"{value:.2f}" for key, value in shown.items()})
 
-    def heldout_success(self) -> float:
-        """Success on a few held-out problems, greedy in both roles; what that costs is not counted."""
-        s = self.s
-        batch = rollout(self.planner, self.tokenizer, self.heldout, 1, 0.0, s.max_trace_tokens, "eval",
-                        self.max_cache_tokens)
-        greedy = copy.copy(self.executor)                                 # not a new one, which would freeze an adapter
-        greedy.temperature, greedy.spent = 0.0, dict(greedy.spent)
-        with self.base_model():
-            return mean(greedy.success(self.heldout, batch.traces, 1))
+    def metrics(self, step: int, traces: list[Trace]) -> dict:
+        """A line: averages of `facts` over the step's traces and of `update` over its updates, then costs, summed over
+        the training so far. The seconds are those of rank 0."""
+        totals = [t.reward.total for t in traces]
+        groups = [totals[i:i + self.s.group_size] for i in range(0, len(totals), self.s.group_size)]
+        line = {"step": step, "reward": statistics.fmean(totals)} | average([facts(t) for t in traces])
+        line["groups_without_spread"] = statistics.fmean(max(g) == min(g) for g in groups)     # no gradient
+        line["reward_spread"] = statistics.fmean(map(statistics.pstdev, groups))               # inside a group
+        if step == 0 and (0 < line["reward_spread"] < 1e-5 or line["reward_spread"] > 1e15):
+            print("the rewards of a group differ by too little or too much for float32: nothing is learned; scale them")
+        line |= average(self.updates)
+        line |= {f"seconds_{name}": after - at for (name, at), (_, after) in zip(self.marks, self.marks[1:])}
+        spent = {"planner_tokens": sum(len(t.tokens) for t in traces), "seconds": self.marks[-1][1] - self.marks[0][1]}
+        if self.frozen:
+            spent |= self.ranks.sum([self.frozen.spent])
+            self.frozen.spent = dict.fromkeys(self.frozen.spent, 0)
+        before = self.lines["metrics.jsonl"][-1:] or [Counter()]
+        return line | {name: before[0][name] + more for name, more in spent.items()}
+
+    def append(self, name: str, lines: list[dict], mode: str = "a") -> None:
+        """Adds lines to a log; mode "w" writes it anew."""
+        self.lines[name] += lines
+        if self.ranks.rank == 0:
+            with open(self.work / name, mode) as log:
+                log.writelines(json.dumps(line) + "\n" for line in (lines if mode == "a" else self.lines[name]))
 
     def save_checkpoint(self) -> None:
-        """What training has changed, atomically: the weights that learn (with LoRA the adapter's), the optimizer's
-        state, the executor's baselines and costs, the number of the step, time and tokens spent, and how long the logs
-        are. Not in it: the frozen models, the settings, which lie in settings.json, and generators, since random
-        numbers are a function of seed, step, problem and sample."""
-        logs = {}
-        for name in LOGS:                                                 # on disk before the checkpoint counts on them
-            with open(self.work / name, "a") as f:
-                os.fsync(f.fileno())
-                logs[name] = os.path.getsize(self.work / name)
-        saved = {"planner": {name: p.detach() for name, p in trained(self.planner).items()},
-                 "optimizer": self.optimizer.state_dict(), "executor": self.executor.state(), "state": self.state,
-                 "logs": logs}
-        temporary = self.work / "checkpoint.tmp"
-        try:
-            with data.naming(temporary), open(temporary, "wb") as f:
-                torch.save(saved, f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, self.work / "checkpoint.pt")
-        except RuntimeError as error:                                     # torch's word for a full disk
-            raise OSError(f"{temporary}: cannot be written ({str(error).splitlines()[0]})") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Writes checkpoint.pt, whole or not at all."""
+        if self.ranks.rank == 0:
+            learning = {name: p.detach() for name, p in self.planner.model.named_parameters() if p.requires_grad}
+            with data.replacing(self.work / "checkpoint.pt") as temporary:
+                torch.save({"planner": learning, "optimizer": self.optimizer.state_dict(), "lines": self.lines,
+                            "executor": self.frozen.state() if self.frozen else {}}, temporary)
 
-    def load_checkpoint(self) -> None:
-        """Restores a checkpoint and cuts the logs back to it. UserError for one that cannot be read or does not fit."""
-        path = self.work / "checkpoint.pt"
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            with torch.no_grad():
-                for name, parameter in trained(self.planner).items():
-                    parameter.copy_(saved["planner"][name])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.executor.load_state(self.ranks.own_part(saved["executor"]))
-            self.state, logs = saved["state"], saved["logs"]
-            refuse_fewer_steps(self.s, self.state["step"])
-        except UserError:
-            raise
-        except Exception as error:                                        # torch's and pickle's are of all kinds
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{path}: cannot be read ({reason}); delete it to begin again") from None
-        if self.ranks.rank > 0:
-            return
-        for name, size in logs.items():
-            have = os.path.getsize(self.work / name) if (self.work / name).exists() else 0
-            if have < size:
-                print(f"{self.work / name}: {size - have} bytes shorter than its checkpoint says; goes on without them",
-                      file=sys.stderr)
-                drop_half_line(self.work / name)
+    def save_planner(self, lora) -> None:
+        """Model and tokenizer as a Hugging Face folder; with LoRA the merged model, and the adapter beside it."""
+        executor.check_alive(self.planner.model, f"step {self.s.steps - 1}")
+        if self.ranks.rank == 0:
+            if lora:
+                lora.save(self.work, executor.base_of(self.s.run_dir))
             else:
-                os.truncate(self.work / name, size)
-
-    def saved(self) -> str:
-        """What a stop leaves, for a message."""
-        if self.work is None or not (self.work / "checkpoint.pt").exists():
-            return "nothing is saved yet; the same command begins again"
-        return f"{self.work}/checkpoint.pt holds the last saved step; the same command goes on from there"
-
-    def save_planner(self) -> None:
-        """Model and tokenizer as a Hugging Face folder; of a LoRA training merged, and its adapter."""
-        executor.check_alive(self.planner, f"step {self.state['step'] - 1}")
-        with executor.saving(self.work):
-            if self.lora:
-                self.lora.save(self.work, self.base)
-            else:
-                self.planner.save_pretrained(self.work)
-            self.tokenizer.save_pretrained(self.work)
+                self.planner.model.save_pretrained(self.work)
+            self.planner.tokenizer.save_pretrained(self.work)
 
 
-@dataclass
-class Reader:
-    """A model that reads texts about problems, and how many tokens a trace and its own output may add."""
-    model: torch.nn.Module
-    tokenizer: object
-    encode: Callable[[object, str], list[int]]
-    text_of: Callable[[Problem], str]
-    more: int
-    flag: str
-
-
-def who_reads(planner, tokenizer, frozen: Executor | None, s: Settings, traces: int = 1) -> list[Reader]:
-    """Planner and executor; a trace may be `traces` times as long as a completion."""
-    more = traces * s.max_trace_tokens
-    readers = [Reader(planner, tokenizer, data.encode_prompt, data.planner_prompt, more, "--max_trace_tokens")]
-    return readers + [executor_reads(frozen, s, more)] if frozen else readers
-
-
-def executor_reads(frozen: Executor, s: Settings, trace: int) -> Reader:
-    """The executor, which may also be on a server; a trace has at most `trace` tokens."""
-    return Reader(frozen.model, frozen.tokenizer, data.encode_prompt, lambda p: data.executor_prompt(p, ""),
-                  trace + s.max_answer_tokens, "--max_trace_tokens or --max_answer_tokens")
-
-
-def check_lengths(problems: list[Problem], readers: list[Reader]) -> None:
-    """UserError, before anything is sampled or trained, for a problem that a model could not read to its end."""
-    for reader in readers:
-        context = executor.context_of(reader.model)
-        for problem in problems:
-            length = len(reader.encode(reader.tokenizer, reader.text_of(problem))) + reader.more
-            if length > context:
-                raise UserError(f"{problem.problem_id}: its prompt and {reader.more} more tokens are {length}, the "
-                                f"context of the model that reads it is {context}; lower {reader.flag} or leave the "
-                                "problem out")
-
-
-def frozen_executor(run_dir, device, s: Settings, exec_score: str = "binary", loaded=None) -> Executor:
-    """The executor as the settings want it: on a server, or the base model (`loaded`, where it is there already)."""
-    options = {"max_new_tokens": s.max_answer_tokens, "temperature": s.executor_temperature, "exec_score": exec_score,
-               "seed": s.seed}
-    base = executor.base_of(run_dir)
-    if s.executor_model:
-        tokenizer = executor.tokenizer_for(run_dir, base)
-        return executor.ServedExecutor(s.executor, s.executor_model, base, tokenizer, **options)
-    model, tokenizer = loaded or executor.load_for(run_dir, base, device)
-    return Executor(model, tokenizer, max_cache_gib=s.max_cache_gib, **options)
-
-
-def trained(planner) -> dict[str, torch.nn.Parameter]:
-    """The parameters that learn: all, or those of the adapter."""
-    return {name: p for name, p in planner.named_parameters() if p.requires_grad}
-
-
-def sample_names(problems: list[Problem], num_samples: int, when: str) -> list[str]:
-    """A name for the random numbers of each sample. A problem that comes again in a step counts on."""
-    seen, names = Counter(), []
-    for problem in problems:
-        for _ in range(num_samples):
-            number = problem.first_sample + seen[problem.problem_id]
-            names.append(f"trace {when} {problem.problem_id} {number}")
-            seen[problem.problem_id] += 1
-    return names
-
-
-@dataclass
-class Part:
-    """One micro-batch: b sequences of a batch, of similar length, and their m scored tokens. Names as in Batch."""
-    rows: torch.Tensor            # (b,) which of the B, on the CPU
-    ids: torch.Tensor             # (b, T), T of the longest of them
-    tokens: torch.Tensor          # (m,) which of the M
-    at: torch.Tensor              # (m,) into ids.flatten()
-    target: torch.Tensor          # (m,)
-    sequence: torch.Tensor        # (m,) numbers among the B, since a micro-batch may cut through a group
-
-
-def micro_batches(batch: Batch, micro_tokens: int, first: torch.Tensor | None = None) -> list[Part]:
-    """Pieces of a batch, as `cut_by_tokens` cuts them. All at once, and sorted out on the CPU: between two pieces the
-    host would wait for a GPU."""
-    number = batch.scored.flatten().cumsum(dim=0).view_as(batch.scored) - 1      # (B, T): which of the M, where scored
-    parts = []
-    for chunk in cut_by_tokens(batch.lengths, micro_tokens, first):
-        rows, longest = torch.tensor(chunk), max(batch.lengths[b] for b in chunk)
-        scored = batch.scored[rows, :longest]
-        places = (rows, number[rows, :longest][scored], scored.flatten().nonzero()[:, 0])
-        own, tokens, at = [place.to(batch.ids.device, non_blocking=True) for place in places]
-        parts.append(Part(rows, batch.ids[own, :longest], tokens, at, batch.target[tokens], batch.sequence[tokens]))
-    return parts
-
-
-def cut_by_tokens(lengths: list[int], micro_tokens: int, first=None) -> list[list[int]]:
-    """Numbers of sequences of these lengths (B), in lists of at most `micro_tokens` tokens, padding included, or of one
-    sequence. Long ones come before short ones, so that little is padding; those of `first` (B,) bool before all others,
-    so that the rest makes pieces without gradient."""
-    first = torch.zeros(len(lengths)) if first is None else first
-    chunks, longest = [[]], 0
-    for b in sorted(range(len(lengths)), key=lambda b: (not first[b], -lengths[b])):
-        if chunks[-1] and max(longest, lengths[b]) * (len(chunks[-1]) + 1) > micro_tokens:
-            chunks.append([])
-            longest = 0
-        chunks[-1].append(b)
-        longest = max(longest, lengths[b])
-    return [sorted(chunk) for chunk in chunks]
-
-
-class Health:
-    """What `accumulate_gradient` returns, added up over micro-batches."""
-
-    def __init__(self, tokens: int, clip_low: float, clip_high: float):
-        self.tokens, self.clip_low, self.clip_high = max(1, tokens), clip_low, clip_high
-        self.loss, self.sums = 0.0, {"entropy": 0.0, "sampler_gap": 0.0, "kl": None, "clip_share": None}
-
-    def add(self, loss, logp, entropy, A, sampled, old, ref) -> None:
-        """All but the loss are rows (m,) of a micro-batch; old and ref may be None."""
-        rho = torch.ones_like(logp) if old is None else (logp - old).exp()
-        self.loss = self.loss + loss.detach().double()                    # on the device: no wait per micro-batch
-        self._add("entropy", entropy)
-        self._add("sampler_gap", (logp - sampled).abs())
-        if ref is not None:
-            gap = ref - logp
-            self._add("kl", rho * (torch.expm1(gap) - gap))               # rho: the tokens came from the older policy
-        if old is not None:
-            self._add("clip_share", (rho < 1 - self.clip_low) & (A < 0) | (rho > 1 + self.clip_high) & (A > 0))
-
-    def _add(self, name: str, values: torch.Tensor) -> None:
-        self.sums[name] = (self.sums[name] or 0.0) + values.sum().double() / self.tokens
-
-    def means(self) -> dict:
-        """{metric: mean over the tokens, None where not measured}; of the loss the sum, whose weights are the mean."""
-        return {name: None if x is None else float(x) for name, x in {"loss": self.loss, **self.sums}.items()}
-
-
-@torch.no_grad()
-def completion_logp(model, batch: Batch, temperature: float, micro_tokens: int) -> torch.Tensor:
-    """Log-probs (M,) of the scored tokens under a model, at the sampling temperature."""
-    found = torch.zeros_like(batch.sampled)
-    for part in micro_batches(batch, micro_tokens):
-        with executor.autocast(model):
-            logits = executor.token_logits(model, part.ids, part.at)                           # (m, V)
-        found[part.tokens] = kernels.token_logp(logits, part.target, temperature)[0]
-    return found
-
-
-def mean(values) -> float | None:
-    """The mean of the values that were measured; None when none was."""
-    values = [float(v) for v in values if v is not None]
-    return sum(values) / len(values) if values else None
-
-
-@dataclass
-class Outcome:
-    """What became of one trace, to be written down."""
-    problem: Problem
-    trace: str
-    closed: bool                  # as in Batch, like `truncated`
-    truncated: bool
-    tokens: int                   # of the completion
-    reward: Reward
-    runs: list[Run]
-
-
-def outcomes_of(batch: Batch, rewards: list[Reward], runs: list[list[Run]]) -> list[Outcome]:
-    """One record for each of the B traces."""
-    lengths = map(len, batch.completions.tokens)
-    columns = (batch.problems, batch.traces, batch.closed, batch.truncated, lengths, rewards, runs)
-    return [Outcome(*row) for row in zip(*columns, strict=True)]
-
-
-def summarize(outcomes: list[Outcome], group_size: int) -> dict:
-    """Metrics of a step over its B traces; None where the mode or the data does not tell."""
-    rewards = [o.reward for o in outcomes]
-    totals = [r.total for r in rewards]
-    groups = [totals[i:i + group_size] for i in range(0, len(totals), group_size)]
-    baselines = [r.without_trace / r.repeats for r in rewards if r.without_trace is not None]
-    checks = [c for c in (data.check_trace(o.problem, o.trace) for o in outcomes) if c is not None]
-    right_metric = data.source_of(outcomes[0].problem).right_metric       # faithful in the tiny world
+def facts(t: Trace) -> dict:
+    """What is known of a trace, as numbers; None where the mode or the data does not tell."""
+    right, leak = t.text is not None and data.check_trace(t.problem, t.text) or (None, None)
+    r, runs = t.reward or Reward(), t.runs or []
+    success = runs[0].ok if runs else None
     return {
-        "reward": mean(totals),
-        "success": mean(o.runs[0].ok if o.runs else None for o in outcomes),   # of the one run that is e2e
-        "e2e": mean(r.e2e for r in rewards),                              # its score: partial for programs
-        "uplift": mean(r.uplift for r in rewards),                        # success with minus without the trace
-        "rm": mean(r.rm for r in rewards),                                # reward model score
-        "without_trace": mean(baselines),                                 # the success that uplift subtracts
-        right_metric: mean(right for right, _ in checks),                 # every step, or calculation that it states
-        "leak": mean(leak for _, leak in checks),                         # states the final result, or the code
-        "groups_without_spread": mean(max(g) == min(g) for g in groups),  # all rewards equal: no gradient
-        "reward_spread": mean(statistics.pstdev(g) for g in groups),      # standard deviation inside a group
-        "unclosed": mean(not o.closed for o in outcomes),                 # no </reasoning>
-        "truncated": mean(o.truncated for o in outcomes),                 # cut at the limit
-        "trace_tokens": mean(o.tokens for o in outcomes),
-        "longest_trace": max(o.tokens for o in outcomes)}
+        "success": success,                                               # of the one run that is e2e
+        "e2e": r.e2e,                                                     # its score: partial for programs
+        "uplift": r.uplift,                                               # success with minus without the trace
+        "rm": r.rm,                                                       # reward model score
+        "without_trace": r.without_trace and r.without_trace / r.num_runs,     # what uplift subtracts
+        data.source_of(t.problem).right_metric: right,                    # every step, or calculation, is right
+        "right_for_wrong_reason": None if right is None else success and not right,
+        "leak": leak,                                                     # states the final result, or the code
+        "unclosed": not t.closed,                                         # no </reasoning>
+        "truncated": t.cut,                                               # cut at max_trace_tokens
+        "executor_truncated": average([{"cut": run.truncated} for run in runs])["cut"] if runs else None,
+        "trace_tokens": len(t.tokens)}
 
 
-def samples(step: int, group: list[Outcome]) -> list[dict]:
-    """A problem's group, for a person to read."""
-    return [{"step": step, "problem": o.problem.problem, "trace": o.trace, **asdict(o.reward),
-             "outputs": [run.output for run in o.runs]} for o in group]
+def average(rows: list[dict]) -> dict:
+    """Means over the rows in which a number is known; None where none is."""
+    known = {name: [float(row[name]) for row in rows if row[name] is not None] for name in rows[0]}
+    return {name: statistics.fmean(values) if values else None for name, values in known.items()}
 
 
-LOGS = ("metrics.jsonl", "samples.jsonl")
+def execute(frozen: Executor, traces: list[Trace], rng_key: str, num_runs: int = 1) -> list[list[bool]]:
+    """Runs the executor with each trace. Returns which of the runs succeed."""
+    made = frozen.run([t.problem for t in traces], [t.text for t in traces], num_runs, rng_key)
+    for t, own in zip(traces, made):
+        t.runs = own
+    return [[run.ok for run in own] for own in made]
 
 
-def drop_half_line(path: Path) -> None:
-    """Ends a log, which a power cut may have left in the middle of a line, after its last whole one."""
-    text = path.read_bytes() if path.exists() else b""
-    path.write_bytes(text[:text.rfind(b"\n") + 1])
-
-
-def append_jsonl(path: Path, records: list[dict]) -> None:
-    """Appends records; a reader of a running training sees whole lines."""
-    with data.naming(path), open(path, "a", encoding="utf-8") as f:
-        f.write("".join(json.dumps(r) + "\n" for r in records))
+def greedy_success(planner: LM, frozen: Executor, s: TrainSettings) -> float:
+    """Success on a few held-out problems, greedy in both roles; its cost is not counted."""
+    problems = data.read_problems(Path(s.run_dir) / "groups" / "heldout.jsonl")[:s.eval_problems]
+    greedy = copy.copy(frozen)
+    greedy.temperature, greedy.spent = 0.0, dict(frozen.spent)
+    return statistics.fmean(ok for ok, in execute(greedy, rollout(planner, problems, 1, 0.0, "eval", s), "eval"))
 
 
 # ---- several processes
 #
-# `torchrun --nproc_per_node=R tracelift.py train ...` starts R equal processes, the ranks, also on several machines.
-# Each takes its share of a step's problems from rollout to gradient. Groups stay whole, so rewards and advantages need
-# nobody else; what goes from rank to rank in a step is the number of tokens that the loss is divided by, the gradients,
-# which are summed, and what rank 0 writes down. Weights and optimizer state are whole on every rank, and stay equal:
-# all ranks begin with the same and take the same steps. What is drawn depends on seed, step, problem and sample, not on
-# the rank. A rank that fails says why and ends; torchrun, or a connection that closes, stops the others.
-
-import torch.distributed as dist
-
-BUCKET = 2**24                    # numbers of a gradient that are summed at a time: 64 MiB in float32
-PATIENCE = 5                      # seconds in which torchrun stops a process after another one has ended
+# `torchrun --nproc_per_node=R tracelift.py train ...` starts R equal processes, the ranks, which share --run_dir. Each
+# takes its share of a step's problems from rollout to gradient. Groups stay whole, so rewards and advantages need no
+# other rank. Ranks exchange the number of tokens that the loss is divided by, the gradients, which are summed, and what
+# rank 0 writes. Weights and optimizer state are whole on every rank and stay equal: all begin with the same and take
+# the same steps.
 
 
 class Ranks:
-    """The processes that train one planner. Without torchrun there is one, rank 0 of 1, which talks to nobody.
-
-    What all ranks have to call, and in the same order: exchange, and whatever uses it."""
+    """The processes that train one planner. Without torchrun there is one, rank 0 of 1. All ranks must call `exchange`,
+    and what uses it, in the same order."""
 
     def __init__(self):
         self.rank, self.count = 0, 1
@@ -1028,859 +740,409 @@ class Ranks:
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
     def exchange(self, value) -> list:
-        """The values of all ranks, in their order, on every rank. Small ones: they are pickled."""
-        values = [value]
+        """The values of all ranks, in their order, on every rank."""
+        values = [value] * self.count
         if self.count > 1:
-            values = [None] * self.count
-            with self.together():
-                dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value)
         return values
 
-    @contextmanager
-    def together(self):
-        """For what needs all ranks. ConnectionError where one is gone, unless torchrun, which knows whose fault it is,
-        stops this process first."""
-        try:
-            yield
-        except RuntimeError as error:
-            time.sleep(PATIENCE)
-            reason = str(error).splitlines()[0]
-            raise ConnectionError(f"rank {self.rank}: another rank failed or cannot be reached ({reason})") from None
+    def sum(self, counts: list[dict]) -> dict:
+        """Sums over dicts with the same names, of all ranks."""
+        total = Counter()
+        for count in sum(self.exchange(counts), []):
+            total.update({name: float(value) for name, value in count.items()})
+        return dict(total)
 
-    def join(self, rows: list) -> list:
-        """The lists of all ranks, one behind the other."""
-        return [row for rows in self.exchange(rows) for row in rows]
+    def share(self, problems: list[Problem]) -> list[Problem]:
+        """This rank's part of a step's problems."""
+        return problems[self.rank::self.count]
 
-    def share(self, problems: list[Problem], group_size: int) -> list[Problem]:
-        """This rank's part of a step's problems, neighbours; the parts differ by one at most. Where a problem comes
-        twice in the step, its samples are counted over all ranks, since their numbers decide what is drawn."""
-        begin = len(problems) * self.rank // self.count
-        end = len(problems) * (self.rank + 1) // self.count
-        before = Counter(p.problem_id for p in problems[:begin])
-        return [replace(p, first_sample=before[p.problem_id] * group_size) for p in problems[begin:end]]
-
-    def pick_device(self, asked: str) -> torch.device:
-        """executor.pick_device, but for each rank of a machine another GPU."""
-        if self.count > 1:
-            if ":" in asked:
-                raise UserError(f"--device {asked}: would be the same for all processes of torchrun; leave it out")
-            local = int(os.environ.get("LOCAL_RANK", self.rank))
-            if asked != "cpu" and torch.cuda.is_available():
-                if local >= torch.cuda.device_count():
-                    raise UserError(f"rank {self.rank}: no GPU is left for it, this machine has "
-                                    f"{torch.cuda.device_count()}; lower --nproc_per_node")
-                asked = f"cuda:{local}"
-        return executor.pick_device(asked)
-
-    def check_equal(self, inputs: dict[str, str], step: int, planner) -> None:
-        """UserError where ranks begin with different things, as machines do that have a run folder each."""
-        norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in trained(planner).values()]
-        size = math.fsum(norms)
-        for rank, (their_inputs, their_step, their_size) in enumerate(self.exchange((inputs, step, size))):
-            if (their_inputs, their_step) != (inputs, step) or not math.isclose(their_size, size, rel_tol=1e-6):
-                raise UserError(f"rank {rank} has read other files than rank {self.rank}: --run_dir must be one folder "
-                                "that all machines share")
-
-    def sum_gradients(self, parameters) -> None:
-        """Every parameter's gradient becomes the sum over all ranks, BUCKET numbers at a time. On a rank without one
-        (no group with spread, an expert that no token went to) it counts as 0; without one on any rank it stays None,
-        so that the optimizer leaves weight and momentum alone."""
-        if self.count == 1:
-            return
-        parameters = list(parameters)
-        has_one = self.exchange([p.grad is not None for p in parameters])
-        pieces = []
-        for parameter, has in zip(parameters, zip(*has_one)):
-            if any(has):
+    def sum_gradients(self, parameters: list) -> None:
+        """Every gradient becomes the sum over all ranks. A parameter without a gradient on one rank counts as 0 there;
+        without one on any rank it stays None, so the optimizer leaves weight and momentum alone."""
+        has_one = zip(*self.exchange([p.grad is not None for p in parameters]))
+        for parameter, has in zip(parameters, has_one):
+            if self.count > 1 and any(has):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                pieces += parameter.grad.view(-1).split(BUCKET)
-        for bucket in buckets(pieces, BUCKET):
-            total = torch.cat(bucket)
-            with self.together():
-                dist.all_reduce(total)
-            for piece, summed in zip(bucket, total.split([len(piece) for piece in bucket])):
-                piece.copy_(summed)
-
-    def add_up(self, updates: list[dict]) -> list[dict]:
-        """The health of each update over all ranks, whose means are over the tokens of all, so that they add up; the
-        norm is that of the summed gradient already."""
-        first, *others = self.exchange(updates)
-        for other in others:
-            for own, more in zip(first, other):
-                for name in own.keys() - {"grad_norm"}:
-                    own[name] = None if own[name] is None else own[name] + more[name]
-        return first
-
-    def pool(self, frozen: Executor, problems: list[Problem]) -> None:
-        """After a step, baselines that one rank's executor has measured are known to all; the costs of all are counted
-        on rank 0, whose checkpoint serves any number of ranks."""
-        state, ids = frozen.state(), {p.problem_id for p in problems}
-        new = {name: count for name, count in state["baseline"].items() if name[0] in ids}
-        others = self.exchange((new, state["spent"]))
-        for baseline, _ in reversed(others):                              # measured twice in a step: the lowest rank's
-            state["baseline"] |= baseline
-        state["spent"] = {name: sum(spent[name] for _, spent in others) for name in state["spent"]}
-        frozen.load_state(self.own_part(state))
-
-    def own_part(self, state: dict) -> dict:
-        """Of an executor's state what this rank goes on with: all baselines, but costs on rank 0 only."""
-        spent = {name: count if self.rank == 0 else 0 for name, count in state["spent"].items()}
-        return {**state, "spent": spent}
-
-
-def buckets(pieces: list[torch.Tensor], limit: int):
-    """Lists of neighbouring pieces, together of at most `limit` numbers."""
-    bucket, size = [], 0
-    for piece in pieces:
-        if bucket and size + len(piece) > limit:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(piece)
-        size += len(piece)
-    if bucket:
-        yield bucket
+                dist.all_reduce(parameter.grad)
 
 
 @contextmanager
 def torchrun():
-    """Ranks that have found each other, where torchrun has started this process; else the only one. Rank 0 speaks for
-    all: of the others only a line on why one of them failed is seen, and only if rank 0 did not fail too."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield Ranks()
+    """Connects the ranks where torchrun has started this process; only rank 0 prints."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
         return
+    backend, day = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(days=1)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group(backend, timeout=day)                     # a rank may evaluate while the others wait
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"WORLD_SIZE is set, but the processes do not find each other ({reason}); start them with "
+        raise UserError(f"WORLD_SIZE is set, but the processes do not find each other ({error}); start them with "
                         "torchrun, or unset it") from None
-    ranks = Ranks()
-    with open(os.devnull, "w") as nothing, redirect_stdout(sys.stdout if ranks.rank == 0 else nothing):
-        try:
-            try:
-                yield ranks
-            except Exception:
-                if ranks.rank > 0:
-                    time.sleep(PATIENCE)              # rank 0 may have ended with the same line, which is enough
-                    print(file=sys.stderr)            # rank 0's progress bar may be on this line
-                raise
-        except KeyboardInterrupt:
-            if ranks.rank > 0:
-                sys.exit(130)
-            raise
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    yield
     dist.destroy_process_group()
 
 
-def settings_of_rank_0(ranks: Ranks, argv: list[str]) -> TrainSettings | None:
-    """Rank 0 reads the command line for all, so that a mistake in it is said once; the others then get None."""
-    s = None
-    try:
-        if ranks.rank == 0:
-            s = data.parse_settings(TrainSettings, argv, "tracelift.py train")
-    finally:
-        s = ranks.exchange(s)[0]
-    return s
-
-
-# ------------------------------------------------------------------------------------------ 7. evaluation, inspect
+# ------------------------------------------------------------------------------------------ 8. evaluation, inspect
 
 
 @dataclass(frozen=True)
-class EvalSettings:
-    """Settings of `python tracelift.py evaluate`. Lengths, the executor and its temperature are those that a planner
-    was trained with."""
-    run_dir: str = knob("runs/tiny-math", "run folder", affects_result=False)
-    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one", affects_result=False)
-    seed: int = knob(0, "of the sampling", low=0)
-    problems: int = knob(300, "held-out problems per row", low=1)
-    executor: str = knob("", "URL of the executor's server, where it is not the one of the training",
-                         affects_result=False)
+class EvalSettings(Place):
+    """Settings of `python tracelift.py evaluate`. Lengths, executor and its temperature are those of the training."""
+    problems: int = option(300, "held-out problems per row", low=1)
+    samples: int = option(1, "traces per problem at temperature 1; more than one adds pass@k", low=1)
+    executor: str = option("", "URL of the executor's server, where it is not the one of the training",
+                           affects_result=False)
 
 
 @dataclass(frozen=True)
-class InspectSettings:
+class InspectSettings(Place):
     """Settings of `python tracelift.py inspect`."""
-    run_dir: str = knob("runs/tiny-math", "run folder")
-    device: str = knob("", "cuda, cpu, ...; empty: CUDA when there is one")
-    seed: int = knob(0, "which problem, and the sampling", low=0)
-    traces: int = knob(3, "to show", low=2)
-    planner: str = knob("", "folder name of a planner in the run; empty: the base model")
-    executor: str = knob("", "URL of the executor's server, where it is not the one of the training")
+    traces: int = option(3, "traces to show", low=2)
+    planner: str = option("", "folder name of a planner in the run; empty: the base model")
+    problem: str = option("", "a problem of your own; empty: a held-out one, chosen by the seed")
+    executor: str = option("", "URL of the executor's server, where it is not the one of the training")
 
 
-def sampling_settings(folder: Path, run_dir: Path) -> Settings:
-    """How a planner's traces and the executor's outputs were drawn in its training. For the base model: as for the
-    run's first planner, else as in its own check."""
-    folders = [folder]
-    if folder == run_dir / "base":
-        folders = [*sorted(run_dir.glob("planner-*-seed*[0-9]")), folder]
-    made = [path for path in folders if (path / "settings.json").exists()]
-    known = data.read_settings(made[0]) if made else {}
-    names = {f.name for f in fields(Settings)} - {"run_dir", "device", "seed"}
-    return known_settings(Settings, {name: known[name] for name in names if name in known}, made[0] if made else folder)
+def planners_of(run_dir) -> list[Path]:
+    """The folders of the trained planners."""
+    return [path for path in sorted(Path(run_dir).glob("planner-*")) if re.fullmatch(r"planner-.+-seed\d+", path.name)]
 
 
-def with_server(made: list[Settings], url: str) -> list[Settings]:
-    """The settings of trainings, where they have a server with another URL of it. UserError where none has one."""
-    executor.check_server_flags(url, url)
-    if url and not any(how.executor_model for how in made):
-        raise UserError("--executor has no effect: what is measured here was trained with an executor in process; "
-                        "leave it out")
-    return [replace(how, executor=url) if url and how.executor_model else how for how in made]
+def trained_with(folder: Path, s: EvalSettings | InspectSettings) -> TrainSettings:
+    """How a planner was trained, at this place and with this seed. Base model and InT: as the run's first planner."""
+    made = [data.made_with(path) for path in (folder, *planners_of(s.run_dir))]
+    known = next((settings for settings in made if "mode" in settings), {})
+    here = {"run_dir": s.run_dir, "device": s.device, "seed": s.seed} | ({"executor": s.executor} if s.executor else {})
+    return TrainSettings(**known | here)
 
 
-def known_settings(cls, known: dict, folder: Path):
-    """An instance of a settings class with values from a settings.json. UserError for one that no flag could have."""
-    try:
-        found = cls(**known)
-        data.check_settings(found)
-    except (TypeError, UserError) as error:
-        raise UserError(f"{folder}/settings.json: damaged ({error}); mend it, or delete {folder}") from None
-    return found
-
-
-def load_planner(folder, run_dir, device):
-    """(model, tokenizer) of a planner in float32, or of one with an adapter as it was trained, on the base model:
-    merged into bfloat16 weights most of a small adapter would be rounded away."""
-    adapter = Path(folder) / "adapter"
-    if not adapter.is_dir():
-        return executor.load_for(run_dir, folder, device, torch.float32)
-    model, tokenizer = executor.load_for(run_dir, executor.base_of(run_dir), device)
-    executor.Lora.load(model, adapter)
-    return model, tokenizer
-
-
-def evaluate(s: EvalSettings) -> dict[str, dict]:
+def evaluate(s: EvalSettings) -> list[dict]:
     """Measures every planner of a run on held-out problems, greedy and at temperature 1, beside the base planner, the
-    reference traces and no trace. A folder whose results.json tells of the same settings, problems and base model is
-    measured already. Writes results.md."""
-    data.check_settings(s)
-    run_dir, device = Path(s.run_dir), executor.pick_device(s.device)
-    base = executor.base_of(run_dir)
-    splits = {}
-    for split in ("heldout", "longer"):
-        path = run_dir / "groups" / f"{split}.jsonl"
-        if split == "heldout" or path.exists():
-            splits[split] = data.read_problems(path)[:s.problems]
-    planners = sorted(run_dir.glob("planner-*-seed*[0-9]"))
-    for folder in planners:
-        data.read_settings(folder)                                        # without them nobody knows how it was trained
-    read = data.fingerprints(run_dir, *(f"groups/{split}.jsonl" for split in splits), "base/base.json")
-    folders = [run_dir / "base", *sorted(run_dir.glob("int")), *planners]
-    made = with_server([sampling_settings(folder, run_dir) for folder in folders], s.executor)
-    results, loaded = {}, None
-    for folder, how in zip(tqdm(folders, desc="evaluate"), made):
-        where = {"run_dir": "", "device": "", "executor": ""}              # no matter where
-        asked = {"problems": s.problems, "seed": s.seed, **asdict(replace(how, **where)), "inputs": read}
-        known = read_results(folder, asked)
-        if known is None:
-            if not how.executor_model:
-                loaded = loaded or executor.load_for(run_dir, base, device)
-            frozen = frozen_executor(run_dir, device, replace(how, seed=s.seed), loaded=loaded)
-            for problems in splits.values():
-                check_lengths(problems, [executor_reads(frozen, how, how.max_trace_tokens)])
-            rows = {}
-            if folder.name == "base":
-                rows["no trace"] = {f"{name} T=0": success_of(frozen, problems, None, name)
-                                    for name, problems in splits.items()}
-                if all(p.reference_reasoning for problems in splits.values() for p in problems):
-                    rows["reference trace"] = {
-                        f"{name} T=0": success_of(frozen, problems, [p.reference_reasoning for p in problems], name)
-                        for name, problems in splits.items()}
-            name = {"base": "base planner", "int": "InT"}.get(folder.name, folder.name)
-            own = base if folder.name == "base" else folder
-            rows[name] = evaluate_planner(own, run_dir, device, splits, frozen, how, s.seed)
-            if folder in planners:
-                rows[name]["cost"] = training_cost(folder / "metrics.jsonl")
-            known = {"settings": asked, "rows": rows}
-            data.write_atomic(folder / "results.json", json.dumps(known, indent=1))
-        results |= known["rows"]
-    data.write_atomic(run_dir / "results.md", table(results))
-    return results
+    reference traces and no trace. What a folder's results.json holds is not measured again. Writes results.md."""
+    run_dir, rows = Path(s.run_dir), []
+    for folder in tqdm([run_dir / "base", *run_dir.glob("int"), *planners_of(run_dir)], desc="evaluate"):
+        data.compare_made(folder)
+        path, how = folder / "results.json", trained_with(folder, s)
+        settings = {f.name: getattr(how, f.name) for f in fields(how)
+                    if f.name not in ("seed", "name") and (f.metadata["affects_result"] or f.name == "steps")}
+        asked = {"problems": s.problems, "samples": s.samples, "seed": s.seed, "settings": settings,
+                 "read": [data.fingerprint(run_dir / name) for name in ("groups", "base")]}
+        known = data.read_json(path) if path.exists() else {}
+        if known.get("asked") != asked:
+            known = {"asked": asked, "rows": measure(folder, how, s)}
+            data.write_atomic(path, json.dumps(known, indent=1))
+        rows += [row | {"settings": settings} for row in known["rows"]]
+    data.write_atomic(run_dir / "results.md", table(rows))
+    print(f"{table(rows)}{run_dir}/results.md: written\nnext: python tracelift.py inspect --run_dir {run_dir}")
+    return rows
 
 
-def read_results(folder: Path, asked: dict) -> dict | None:
-    """What an evaluation with these settings left in a folder; None where there is none."""
-    path = folder / "results.json"
-    if not path.exists():
-        return None
-    known = data.read_json(path, "delete it and evaluate again", "settings", "rows")
-    rows = known["rows"]
-    if not (isinstance(rows, dict) and rows and all(isinstance(row, dict) and row for row in rows.values())):
-        raise UserError(f"{path}: damaged (rows is {rows!r:.40}); delete it and evaluate again")
-    return known if known["settings"] == asked else None
+def measure(folder: Path, how: TrainSettings, s: EvalSettings) -> list[dict]:
+    """The rows of one folder: one for each split and temperature; for the base model also those without a planner."""
+    planner, frozen, *_ = load_roles(how, "" if folder.name == "base" else str(folder))
+    name, rows = {"base": "base planner", "int": "InT"}.get(folder.name, how.name or how.mode), []
+    for path in sorted(folder.parent.glob("groups/[hl]*.jsonl")):                              # heldout, longer
+        problems = data.read_problems(path)[:s.problems]
+        check_lengths(problems, planner, frozen, how.max_trace_tokens)
+        sets = {}
+        if folder.name == "base":
+            sets["no trace", 0] = [Trace(p, None, [], [], []) for p in problems]
+            if all(p.reference_reasoning for p in problems):
+                sets["reference trace", 0] = [Trace(p, p.reference_reasoning, [], [], []) for p in problems]
+        for T, samples in ((0, 1), (1, s.samples)):
+            sets[name, T] = rollout(planner, problems, samples, T, f"{s.seed} {path.stem} T={T}", how)
+        for (source, T), traces in sets.items():
+            ok = [run for run, in execute(frozen, traces, f"{path.stem} T={T}")]
+            row = {"problems": f"{path.stem} ({len(problems)})", "T": T, "traces": source}
+            row |= average([facts(t) for t in traces])
+            right = [sum(ok[i:i + s.samples]) for i in range(0, len(ok), s.samples)]
+            for k in range(2, s.samples + 1) if T else ():
+                row[f"pass@{k}"] = statistics.fmean(pass_at(k, s.samples, n) for n in right)
+            rows.append(row)
+    return rows
 
 
-def training_cost(log: Path) -> dict:
-    """COSTS of a whole training, from the last line of its metrics.jsonl."""
-    try:
-        last = json.loads(log.read_text().splitlines()[-1])
-        return {key: last["step"] + 1 if key == "steps" else last[key] for key in COSTS}
-    except FileNotFoundError:
-        raise UserError(f"{log}: missing, so nobody knows what that training cost; put it back, or delete {log.parent}"
-                        ) from None
-    except (IndexError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{log}: its last line is damaged ({error!r}); delete that line") from None
+def pass_at(k: int, n: int, right: int) -> float:
+    """The unbiased estimate of the chance that one of k samples is right, from n of which `right` are
+    (arXiv 2107.03374, eq. 1)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def evaluate_planner(folder, run_dir: Path, device, splits: dict[str, list[Problem]], frozen: Executor, how: Settings,
-                     seed: int) -> dict:
-    """Measures one planner on every split, greedy and at temperature 1."""
-    planner, tokenizer = load_planner(folder, run_dir, device)
-    for problems in splits.values():
-        check_lengths(problems, who_reads(planner, tokenizer, frozen, how))
-    limit = executor.cache_tokens(planner, how.max_cache_gib)
-    found = {}
-    for split, problems in splits.items():
-        for temperature in (0.0, 1.0):
-            key = f"{split} T={temperature:g}"
-            batch = rollout(planner, tokenizer, problems, 1, temperature, how.max_trace_tokens, f"{seed} {key}", limit)
-            found[key] = success_of(frozen, problems, batch.traces, key)
-            found[key]["unclosed"] = mean(not closed for closed in batch.closed)
-    return found
+METRICS = ("success", "faithful", "calculations_right", "right_for_wrong_reason", "leak", "unclosed",
+           "executor_truncated", *(f"pass@{2 ** i}" for i in range(1, 10)))
 
 
-def success_of(frozen: Executor, problems: list[Problem], traces: list[str] | None, when: str) -> dict:
-    """success of one executor run a problem, and where `data.check_trace` can tell (tiny world, GSM8K) faithful or
-    calculations_right, in the tiny world right_for_wrong_reason, and leak, as shares of the traces."""
-    success = frozen.success(problems, traces, 1, when)
-    found = {"problems": len(problems), "success": mean(success)}
-    checks = [data.check_trace(problem, trace) for problem, trace in zip(problems, traces or [])]
-    if checks and None not in checks:
-        right_metric = data.source_of(problems[0]).right_metric
-        found[right_metric] = mean(right for right, _ in checks)
-        if right_metric == "faithful":                                    # right calculations alone are no reason
-            found["right_for_wrong_reason"] = mean(ok and not right for ok, (right, _) in zip(success, checks))
-        found["leak"] = mean(leak for _, leak in checks)
-    return found
-
-
-METRICS = ("success", "faithful", "calculations_right", "right_for_wrong_reason", "leak", "unclosed")
-COSTS = ("steps", "planner_tokens", "executor_prompt_tokens", "executor_tokens", "program_runs", "seconds")
-
-
-def table(results: dict[str, dict]) -> str:
-    """Results as Markdown: a table of METRICS per split and temperature, one row per planner name (mean over seeds and,
-    with several, ± their sample standard deviation), then what training each planner cost."""
-    names: dict[str, list[dict]] = {}
-    for row, entry in results.items():
-        name = row.removeprefix("planner-").rpartition("-seed")[0] or row
-        names.setdefault(name.replace("-after-InT", " after InT"), []).append(entry)
-    lines = []
-    for key in sorted(key for key in results["base planner"] if " T=" in key):
-        metrics = [m for m in METRICS if any(m in entry.get(key, {}) for entry in results.values())]
-        split, temperature = key.split(" T=")
-        count = results["base planner"][key]["problems"]
-        how = "greedy" if temperature == "0" else f"sampled at temperature {temperature}"
-        lines += [f"{split} problems ({count}), traces {how}:", ""]
-        lines += [markdown_row(["traces from", "seeds", *(m.replace("_", " ") for m in metrics)])]
-        lines += ["|---" * (len(metrics) + 2) + "|"]
-        for name, entries in names.items():
-            measured = [e[key if key in e else f"{split} T=0"] for e in entries]       # no planner: nothing is sampled
-            seeds = len(entries) if "cost" in entries[0] else ""
-            lines.append(markdown_row([name, seeds, *(spread([m.get(x) for m in measured]) for x in metrics)]))
+def table(rows: list[dict]) -> str:
+    """Markdown: for each split and temperature a row per planner name and settings, the mean over seeds, for several
+    also ± their sample standard deviation."""
+    lines, first = [], {}
+    for row in rows:
+        usual = first.setdefault(row["traces"], row["settings"])          # other settings under a name: another row
+        row["name"] = " ".join([row["traces"], *(f"--{k} {v}" for k, v in row["settings"].items() if usual[k] != v)])
+    for split, T in sorted({(row["problems"], row["T"]) for row in rows}):
+        own = [row for row in rows if row["problems"] == split and (row["T"] == T or row["traces"].endswith(" trace"))]
+        columns = [name for name in METRICS if any(row.get(name) is not None for row in own)]
+        lines += [f"{split}, traces {'sampled at temperature 1' if T else 'greedy'}:", "",
+                  f"| traces from | seeds | {' | '.join(columns).replace('_', ' ')} |",
+                  "|---" * (len(columns) + 2) + "|"]
+        for name in dict.fromkeys(row["name"] for row in own):
+            same = [row for row in own if row["name"] == name]
+            cells = [spread([row[column] for row in same if row.get(column) is not None]) for column in columns]
+            lines.append(f"| {name} | {len(same)} | {' | '.join(cells)} |")
         lines.append("")
-    lines += ["cost of training (mean over seeds):", ""]
-    lines += [markdown_row(["reward", *(c.replace("_", " ") for c in COSTS)]), "|---" * (len(COSTS) + 1) + "|"]
-    for name, entries in names.items():
-        if "cost" in entries[0]:
-            lines.append(markdown_row([name, *(f"{mean(e['cost'][c] for e in entries):,.0f}" for c in COSTS)]))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def markdown_row(cells) -> str:
-    """| a | b |"""
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def spread(values: list) -> str:
-    """The mean, as "0.81", or for several seeds "0.81 ± 0.02" (sample standard deviation)."""
-    if any(v is None for v in values):
-        return ""
-    return f"{mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+def spread(values: list[float]) -> str:
+    """The mean, as "0.81", or for several seeds "0.81 ± 0.02"; nothing where nothing was measured."""
+    mean = f"{statistics.fmean(values):.2f}" if values else ""
+    return mean + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def inspect(s: InspectSettings) -> str:
-    """One held-out problem and its traces, from the executor's runs to the advantage, and one trace token by token, as
-    text for a person to read. At the end of a line stands what computed it."""
-    data.check_settings(s)
-    run_dir, device = Path(s.run_dir), executor.pick_device(s.device)
+    """A problem and its traces, from the executor's runs to the advantage, and one trace token by token, as text for a
+    person to read; the end of a line says what computed it. For a problem of your own: traces and outputs."""
+    run_dir = Path(s.run_dir)
     problems = data.read_problems(run_dir / "groups" / "heldout.jsonl")
-    problem = problems[s.seed % len(problems)]
-    base = executor.base_of(run_dir)
-    folder = run_dir / (s.planner or "base")
+    problem, folder = problems[s.seed % len(problems)], run_dir / (s.planner or "base")
     if not folder.is_dir():
-        raise UserError(f"--planner {s.planner}: there is no folder {folder}; leave it out, or name one that is there")
-    how = replace(with_server([sampling_settings(folder, run_dir)], s.executor)[0], seed=s.seed)
-    planner, own_tokenizer = load_planner(folder if s.planner else base, run_dir, device)
-    frozen = frozen_executor(run_dir, device, how)
-    check_lengths([problem], who_reads(planner, own_tokenizer, frozen, how))
-    rm, mode = None, "uplift_only"                                        # HumanEval and MBPP have no reward model
-    if (run_dir / "rm").exists():
-        rm, mode = RubricRewardModel.from_pretrained(run_dir / "rm", device), "tracelift"
-    usual = reward_settings(folder)
-    batch = rollout(planner, own_tokenizer, [problem], s.traces, usual.temperature, how.max_trace_tokens,
-                    f"{s.seed} inspect")
-    rewards, runs = measure_rewards(batch.problems, batch.traces, frozen, rm, mode, usual.repeats, usual.w_e, usual.w_r,
-                                    "inspect")
-    advantage = kernels.group_advantage(torch.tensor([r.total for r in rewards]), s.traces,
-                                        scale=usual.scale == "std").tolist()
+        raise UserError(f"--planner {s.planner}: there is no folder {folder}; name one that is there, or leave it out")
+    if s.problem:
+        problem = replace(problem, problem=s.problem, reference_solution="", reference_reasoning=None, tests=[])
+    how = trained_with(folder, s)
+    judged = (run_dir / "rm").is_dir() and not s.problem                  # HumanEval and MBPP come without rm/
+    planner, frozen, rm, _ = load_roles(how, s.planner and str(folder), ("runs", "rm") if judged else ("runs",))
+    check_lengths([problem], planner, frozen, how.max_trace_tokens)
+    traces = rollout(planner, [problem], s.traces, how.temperature, f"{s.seed} inspect", how)
+    lines = [f"problem      {problem.problem}"]
+    if s.problem:
+        execute(frozen, traces, "inspect")
+        for t in traces:
+            lines += [f"trace        {t.text}", f"  executor   {t.runs[0].output.strip()}"]
+    else:
+        lines += reward_lines(traces, frozen, rm, how) + token_lines(planner, traces[0], how)
+    print("\n".join(lines))
+    return "\n".join(lines)
 
-    def show(run: Run) -> str:
-        return f"{run.output.strip()!r} {'right' if run.ok else 'wrong'}"
 
-    lines = [f"problem      {problem.problem}", f"reference    {problem.reference_reasoning}"]
-    lines += [f"no trace     {show(run)}" for run in frozen.run([problem], None, usual.repeats)[0]]
-    lines[-1] += "    [Executor.run, verify]"
-    for i, (trace, r) in enumerate(zip(batch.traces, rewards)):
-        lines += ["", f"trace {i}      {trace}"]
-        if data.check_trace(problem, trace):
-            right, leak = data.check_trace(problem, trace)
-            name = data.source_of(problem).right_metric.replace("_", " ")
-            lines += [f"  truth      {name}: {right}, leak: {leak}    [data.check_trace]"]
-        lines += [f"  e2e        {show(runs[i][0])}    [Executor.run, verify]"]
-        lines += [f"  with it    {show(run)}" for run in runs[i][1:]]
-        lines += [f"  uplift     ({r.with_trace} with - {r.without_trace} without) / {r.repeats} = {r.uplift:+.2f}"
-                  "    [measure_rewards]"]
-        quality = ""
+def reward_lines(traces: list[Trace], frozen: Executor, rm: RubricRewardModel | None, how: TrainSettings) -> list[str]:
+    """Every part of the rewards of one group, then reward and advantage as the planner's own mode computes them."""
+    def show(name: str, run: Run) -> str:
+        return f"{name:13}{run.output.strip()!r} {'right' if run.ok else 'wrong'}    [Executor.run, verify]"
+
+    problem, mode = traces[0].problem, REWARDS[how.mode if rm else "uplift_only"]
+    all_parts = TrainSettings(mode="tracelift" if rm else "uplift_only", num_runs=how.num_runs)
+    measure_rewards(traces, frozen, rm, all_parts, "inspect")
+    totals = [mode.total(t.reward, how.w_e, how.w_r) for t in traces]
+    advantage = kernels.group_advantage(torch.tensor(totals), len(traces), how.scale == "std")
+    lines = [show("no trace", run) for run in frozen.run([problem], None, how.num_runs)[0]]
+    for t, total, A in zip(traces, totals, advantage):
+        r = t.reward
+        lines += ["", f"trace        {t.text}"]
+        if data.check_trace(problem, t.text):
+            lines.append("  truth      right: {}, leak: {}    [data.check_trace]".format(*data.check_trace(problem, t.text)))
+        lines += [show("  e2e", t.runs[0]), *(show("  with it", run) for run in t.runs[1:])]
+        lines.append(f"  uplift     ({r.with_trace} with - {r.without_trace} without) / {r.num_runs} = {r.uplift:+.2f}"
+                     "    [measure_rewards]")
         if rm:
-            labels = rm.score([data.rm_text(problem, trace)])[1][0].tolist()
+            labels = rm.score([data.rm_text(problem, t.text)])[1][0].tolist()
             named = ", ".join(f"{name} {label:.1f}" for name, label in zip(rm.dimension_names, labels))
-            lines += [f"  rm         {r.rm:.2f}: {named}    [RubricRewardModel.score]"]
-            quality = f" * {r.rm:.2f}"
-        lines += [f"  reward     {usual.w_e:g} * {r.e2e:g} + {usual.w_r:g}{quality} * {r.uplift:+.2f} = {r.total:.3f}"
-                  f"    [{REWARDS[mode].total.__name__}]",
-                  f"  advantage  {advantage[i]:+.2f}    [kernels.group_advantage]"]
-    return "\n".join(lines + [""] + token_lines(planner, own_tokenizer, batch, advantage, usual.temperature))
+            lines.append(f"  rm         {r.rm:.2f}: {named}    [RubricRewardModel.score]")
+        lines += [f"  reward     {total:.3f}    [{mode.total.__name__}]",
+                  f"  advantage  {A:+.2f}    [kernels.group_advantage]"]
+    return lines
 
 
-def reward_settings(folder: Path) -> TrainSettings:
-    """Weights, runs and temperature that a planner was trained with; defaults for one that was not trained here, and
-    for what its mode does not use."""
-    known = data.read_settings(folder) if (folder / "settings.json").exists() else {}
-    if "mode" not in known:
-        return TrainSettings()
-    names = ("repeats", "w_e", "w_r", "temperature", "scale")
-    return known_settings(TrainSettings, {name: known[name] for name in names if name in known}, folder)
+def token_lines(planner: LM, t: Trace, how: TrainSettings) -> list[str]:
+    """The tokens of a trace that are in the loss: log-prob when sampled and when scored."""
+    (batch,), _ = micro_batches([t], torch.ones(1, device=planner.device), replace(how, truncated="use"), Ranks())
+    scored = completion_logp(planner, batch, how.temperature)
+    lines = ["", f"trace 0: {len(t.prompt)} tokens of the prompt are not in the loss, these are    [MicroBatch]",
+             "token             log-prob sampled   scored"]
+    for token, old, new in zip(t.tokens, t.logprobs, scored):
+        lines.append(f"{planner.tokenizer.decode([token])!r:18}{old:16.3f}{new:9.3f}")
+    return lines
 
 
-def token_lines(planner, tokenizer, batch: Batch, advantage: list[float], temperature: float) -> list[str]:
-    """The tokens of the first trace: whether their log-prob is in the loss, with which weight and advantage."""
-    weight = kernels.token_weights(batch.scored)[batch.scored].tolist()
-    scored = completion_logp(planner, batch, temperature, batch.ids.numel()).tolist()
-    tokens = batch.completions.tokens[0]
-    prompt = int(batch.scored[0].nonzero()[0]) + 1
-    lines = [f"trace 0, token by token ({len(scored)} tokens of {len(batch.ids)} traces are in the loss):",
-             f"{'token':18}{'in loss':>9}{'weight':>10}{'A':>8}{'log-prob sampled':>19}{'scored':>9}",
-             f"{f'{prompt} of the prompt':18}{'no':>9}"]
-    for i, token in enumerate(tokens):
-        text = repr(tokenizer.decode([token]))
-        lines.append(f"{text:18}{'yes':>9}{weight[i]:>10.5f}{advantage[0]:>+8.2f}"
-                     f"{batch.completions.logprobs[0][i]:>19.3f}{scored[i]:>9.3f}")
-    padding = batch.ids.shape[1] - prompt - len(tokens)
-    return lines + [f"{f'{padding} of padding':18}{'no':>9}    [Batch, kernels.token_weights, kernels.token_logp]"]
-
-
-# ------------------------------------------------------------------------------------------ 8. InT
+# ------------------------------------------------------------------------------------------ 9. InT
 #
-# A warm start for the planner (arXiv 2601.14209): reward on a whole trace also punishes the right steps before the
-# first wrong one. Checking against a reference is easier than solving, so the planner itself names the first wrong step
-# of its failed trace and proposes another step; it learns (its own steps before) + (that step), and nothing after it.
+# A warm start for the planner (arXiv 2601.14209). A reward on a whole trace also punishes the right steps before the
+# first wrong one. Checking against a reference is easier than solving, so the planner names the first wrong step of its
+# own failed trace and proposes another. It then learns (its own steps before) + (that step), and nothing after it.
 
 
 @dataclass(frozen=True)
 class IntSettings(Settings):
     """Settings of `python tracelift.py int`."""
-    problems: int = knob(200, "training problems to sample traces of", low=1)
-    group_size: int = knob(8, "traces per problem", low=2)
-    proposals: int = knob(16, "interventions sampled for each failed trace; the best one that passes is kept", low=1)
-    proposal_temperature: float = knob(0.7, "of the interventions", low=0)
-    first_step: str = knob("keep", "interventions in the first step, whose prefix is empty: keep or drop",
-                           choices=("keep", "drop"))
-    answers: str = knob("drop", "interventions that state the final answer: drop or keep", choices=("drop", "keep"))
-    repeats: int = knob(3, "K, executor runs behind each success rate", low=1)
-    temperature: float = knob(1.0, "of the planner's traces and continuations", above=0)
-    epochs: float = knob(4.0, "of fine-tuning, at most; the held-out loss may stop it", above=0)
-    batch_size: int = knob(16, "sequences per step of fine-tuning", low=1)
-    learning_rate: float = knob(3e-4, "peak of fine-tuning, AdamW; for the tiny model", above=0)
-    checkpointing: int = knob(0, "1: recompute activations in the backward pass", choices=(0, 1), affects_result=False)
-
-
-VERDICTS = ("not in the format", "none: no error found", "index out of range", "stop: no step", "repeats the step",
-            "empty prefix", "states the answer", "never succeeds", "succeeds less than a resampled step", "passed")
-
-
-@dataclass
-class Collector:
-    """Who takes part in collecting interventions."""
-    planner: torch.nn.Module
-    tokenizer: object
-    frozen: Executor
-    s: IntSettings
-
-    def write(self, prompts: list[list[int]], num_samples: int, temperature: float, names: list[str]):
-        """Completions of the planner: (tokens, texts)."""
-        s = self.s
-        limit = executor.cache_tokens(self.planner, s.max_cache_gib)
-        completions, texts = complete(self.planner, self.tokenizer, prompts, num_samples, temperature,
-                                      s.max_trace_tokens, names, limit)
-        return completions.tokens, texts
-
-    def success_from(self, problems: list[Problem], beginnings: list[str], when: str, known: dict) -> list[float]:
-        """Success of the frozen executor on traces that the planner continues from these beginnings, K of them each.
-        Every beginning is measured once: `known` {(problem_id, beginning): success} is read and filled."""
-        K = self.s.repeats
-        new = {(p.problem_id, b): p for p, b in zip(problems, beginnings) if (p.problem_id, b) not in known}
-        begun = [begin_trace(self.tokenizer, beginning) for _, beginning in new]
-        prompts = [data.encode_prompt(self.tokenizer, data.planner_prompt(problem)) for problem in new.values()]
-        names = [f"continue {self.s.seed} {when} {name} {k}" for name in new for k in range(K)]
-        tokens, _ = self.write([p + b for p, b in zip(prompts, begun)], K, self.s.temperature, names)
-        whole = [begun[i // K] + continuation for i, continuation in enumerate(tokens)]       # decoded together
-        traces = [data.extract_reasoning(text) for text in executor.decode_text(self.tokenizer, whole)]
-        repeated = [problem for problem in new.values() for _ in range(K)]
-        ok = self.frozen.success(repeated, traces, 1, f"continue {when}")
-        for i, name in enumerate(new):
-            known[name] = sum(ok[i * K:(i + 1) * K]) / K
-        return [known[p.problem_id, b] for p, b in zip(problems, beginnings)]
-
-
-def begin_trace(tokenizer, beginning: str) -> list[int]:
-    """Token ids of the beginning of a completion. Control tokens that it spells are letters, as in every prompt."""
-    text, template = data.OPEN + beginning, getattr(tokenizer, "chat_template", None)
-    if not template:
-        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return data.encode_letters(tokenizer, text, str(template))
-
-
-def states_answer(problem: Problem, step: str) -> bool:
-    """Whether a step gives the final answer (math) or the program (code) away. InT's paper wants it out: the executor
-    would only have to copy it."""
-    truth = data.check_trace(problem, step)
-    if truth is not None:
-        return truth[1]
-    if problem.task_type == "code":
-        return "```" in step or re.search(r"^\s*(def|return|import) ", step, re.MULTILINE) is not None
-    return data.gives_number(problem, step)
-
-
-def sort_out(problem: Problem, trace: str, completion: str, first_step: str = "keep",
-             answers: str = "drop") -> tuple[str, int, str]:
-    """(verdict, index, step) of one intervention, as far as its text tells. "proposed" ones are tried out next."""
-    steps, parsed = data.split_steps(problem, trace), data.parse_intervention(completion)
-    if parsed is None:
-        return "not in the format", 0, ""
-    index, step = parsed
-    if index == 0 and not step:
-        return "none: no error found", 0, ""
-    if not 1 <= index <= len(steps) + 1:
-        return "index out of range", index, step
-    if data.is_no_step(problem, step):                                       # right or wrong, there is nothing to learn
-        return "stop: no step", index, step
-    if index <= len(steps) and step == steps[index - 1]:
-        return "repeats the step", index, step
-    if index == 1 and first_step == "drop":
-        return "empty prefix", index, step
-    if answers == "drop" and states_answer(problem, step):           # else these succeed most, and are chosen
-        return "states the answer", index, step
-    return "proposed", index, step
-
-
-def choose(proposals: list[dict]) -> dict | None:
-    """Of the proposals that succeed at least as often as a resampled step, and at all: the most successful, then the
-    most often sampled one. The verdict of the others becomes what speaks against them. (0 of K is at least as often
-    as 0 of K, but most interventions that get there are wrong.)"""
-    for p in proposals:
-        if p["verdict"] == "proposed" and p["success"] == 0:
-            p["verdict"] = "never succeeds"
-        elif p["verdict"] == "proposed":
-            worse = p["success"] < p["resampled"]
-            p["verdict"] = "succeeds less than a resampled step" if worse else "passed"
-    passed = [p for p in proposals if p["verdict"] == "passed"]
-    return max(passed, key=lambda p: (p["success"], p["times"])) if passed else None
-
-
-def failed_traces(c: Collector, problems: list[Problem]) -> list[dict]:
-    """One record for each trace without success in K executor runs."""
-    s, records = c.s, []
-    limit = executor.cache_tokens(c.planner, s.max_cache_gib)
-    for i in tqdm(range(0, len(problems), 50), desc="traces"):
-        batch = rollout(c.planner, c.tokenizer, problems[i:i + 50], s.group_size, s.temperature, s.max_trace_tokens,
-                        f"{s.seed} int", limit)
-        runs = c.frozen.run(batch.problems, batch.traces, s.repeats, "int")
-        for problem, trace, own in zip(batch.problems, batch.traces, runs):
-            if any(run.ok for run in own):
-                continue
-            reason = None
-            if not data.split_steps(problem, trace):
-                reason = "cannot be split"
-            elif problem.reference_reasoning is None:
-                reason = "no reference reasoning"
-            records.append({"problem_id": problem.problem_id, "problem": problem.problem, "trace": trace,
-                            "reference": problem.reference_reasoning, "left_out": reason, "proposals": [],
-                            "chosen": None})
-    return records
-
-
-def collect(c: Collector, problems: list[Problem]) -> list[dict]:
-    """The failed traces with their interventions and the one that was chosen."""
-    s, by_id, known = c.s, {p.problem_id: p for p in problems}, {}
-    records = failed_traces(c, problems)
-    asked = [r for r in records if not r["left_out"]]
-    prompts = [data.intervention_prompt(by_id[r["problem_id"]], r["trace"]) for r in asked]
-    names = [f"intervention {s.seed} {i} {k}" for i in range(len(asked)) for k in range(s.proposals)]
-    prompts = [data.encode_prompt(c.tokenizer, prompt) for prompt in prompts]
-    _, texts = c.write(prompts, s.proposals, s.proposal_temperature, names)
-    for i in tqdm(range(0, len(asked), 50), desc="interventions"):
-        tried = []                                                        # (problem, trace, proposal), to try out
-        for j, record in enumerate(asked[i:i + 50], i):
-            problem = by_id[record["problem_id"]]
-            sampled = Counter(text.strip() for text in texts[j * s.proposals:(j + 1) * s.proposals])
-            for text, times in sampled.items():
-                verdict, index, step = sort_out(problem, record["trace"], text, s.first_step, s.answers)
-                proposal = {"text": text, "times": times, "verdict": verdict, "index": index, "step": step}
-                record["proposals"].append(proposal)
-                if verdict == "proposed":
-                    tried.append((problem, record["trace"], proposal))
-        of = [problem for problem, _, _ in tried]
-        mended = [data.splice(p, trace, x["index"], x["step"]) for p, trace, x in tried]
-        cut = [data.splice(p, trace, x["index"]) for p, trace, x in tried]
-        success = c.success_from(of, mended, f"{i} mended", known)
-        resampled = c.success_from(of, cut, f"{i} cut", known)
-        for (_, _, proposal), a, b in zip(tried, success, resampled):
-            proposal |= {"success": a, "resampled": b}
-        for record in asked[i:i + 50]:
-            record["chosen"] = choose(record["proposals"])
-    measure_again(c, records, by_id)
-    return records
-
-
-def measure_again(c: Collector, records: list[dict], by_id: dict[str, Problem]) -> None:
-    """Success from the chosen interventions, from the wrong step itself and from a resampled one, in new samples: the
-    choice favoured the lucky."""
-    chosen = [(by_id[r["problem_id"]], r, r["chosen"]) for r in records if r["chosen"]]
-    of, known = [problem for problem, _, _ in chosen], {}
-    beginnings = {"intervention": [data.splice(p, r["trace"], x["index"], x["step"]) for p, r, x in chosen],
-                  "error": [through_the_error(p, r["trace"], x["index"]) for p, r, x in chosen],
-                  "resampled step": [data.splice(p, r["trace"], x["index"]) for p, r, x in chosen]}
-    for name, begun in beginnings.items():
-        for (_, record, _), value in zip(chosen, c.success_from(of, begun, f"again {name}", known)):
-            record.setdefault("success_from", {})[name] = value
-
-
-def through_the_error(problem: Problem, trace: str, index: int) -> str:
-    """The first `index` steps of a trace; where it ends too early, the whole trace with its end."""
-    steps = data.split_steps(problem, trace)
-    return trace + data.CLOSE if index > len(steps) else data.splice(problem, trace, index, steps[index - 1])
-
-
-def count_interventions(records: list[dict]) -> dict:
-    """What became of failed traces and of interventions."""
-    kept = [r for r in records if r["chosen"]]
-    verdicts = Counter({name: 0 for name in VERDICTS})
-    for record in records:
-        for proposal in record["proposals"]:
-            verdicts[proposal["verdict"]] += proposal["times"]
-    reasons = Counter(r["left_out"] for r in records if r["left_out"])
-    return {"failed_traces": len(records), "left_out": dict(reasons), "with_intervention": len(kept),
-            "in_the_first_step": sum(r["chosen"]["index"] == 1 for r in kept),
-            "interventions": sum(verdicts.values()), "verdicts": dict(verdicts),
-            "success_from": {name: mean(r["success_from"][name] for r in kept)
-                             for name in ("intervention", "error", "resampled step")}}
-
-
-def int_sequence(tokenizer, problem: Problem, beginning: str) -> tuple[list[int], list[int]]:
-    """(ids, labels) to learn the beginning of a trace: no loss on the prompt, none on what comes after the beginning,
-    so none on a token that ends the trace."""
-    prompt = data.encode_prompt(tokenizer, data.planner_prompt(problem))
-    trace = begin_trace(tokenizer, beginning)
-    return prompt + trace[:-1], [executor.IGNORE] * (len(prompt) - 1) + trace
-
-
-def int_sequences(tokenizer, records: list[dict], by_id: dict[str, Problem], seed: int) -> tuple[list, list]:
-    """Training and held-out sequences of the chosen interventions; whole problems are held out, a tenth of them."""
-    chosen = [r for r in records if r["chosen"]]
-    ids = sorted({r["problem_id"] for r in chosen})
-    ids = random.Random(seed).sample(ids, len(ids))
-    held = set(ids[:max(1, len(ids) // 10)] if len(ids) > 1 else [])
-    train, heldout = [], []
-    for r in chosen:
-        problem = by_id[r["problem_id"]]
-        learned = data.splice(problem, r["trace"], r["chosen"]["index"], r["chosen"]["step"])
-        part = heldout if r["problem_id"] in held else train
-        part.append(int_sequence(tokenizer, problem, learned))
-    return train, heldout
+    problems: int = option(200, "training problems to sample traces of", low=1)
+    group_size: int = option(8, "traces per problem", low=2)
+    proposals: int = option(16, "interventions sampled for each failed trace; the best one that passes is kept", low=1)
+    proposal_temperature: float = option(0.7, "temperature of the interventions", low=0)
+    num_runs: int = option(3, "K, executor runs behind each success rate", low=1)
+    temperature: float = option(1.0, "temperature of the planner's traces and continuations", above=0)
+    epochs: float = option(4.0, "passes of fine-tuning; the weights of the lowest held-out loss are kept", above=0)
+    batch_size: int = option(16, "sequences per step of fine-tuning", low=1)
+    learning_rate: float = option(3e-4, "peak of fine-tuning, AdamW; for the tiny model", above=0)
+    checkpointing: int = option(0, "1: recompute activations in the backward pass", choices=(0, 1),
+                                affects_result=False)
 
 
 def intervene(s: IntSettings) -> Path:
     """The stage: collects interventions and fine-tunes the planner on them. Returns its folder: model, tokenizer,
-    interventions.jsonl, int.json."""
-    check_shared(s)
-    run_dir = Path(s.run_dir)
-    inputs = data.fingerprints(run_dir, "groups/train.jsonl", "base/base.json")
-    with data.stage_folder(run_dir / "int", s, inputs) as work:
-        if work is not None:
-            learn_interventions(s, run_dir, work)
-    return run_dir / "int"
+    interventions.json, a record for each failed trace."""
+    out = Path(s.run_dir) / "int"
+    with data.stage_folder(out, s, ("groups", "base")) as work:
+        if work:
+            problems = data.read_problems(Path(s.run_dir) / "groups" / "train.jsonl")[:s.problems]
+            planner, frozen, *_ = load_roles(s)
+            check_lengths(problems, planner, frozen, 3 * s.max_trace_tokens)      # an intervention reads two traces
+            log = work / "interventions.json"
+            records = data.read_json(log) if log.exists() else []         # a list for each 50 problems
+            for i in tqdm(range(50 * len(records), len(problems), 50), desc="InT"):
+                records.append(intervene_on(planner, frozen, s, problems[i:i + 50]))
+                data.write_atomic(log, json.dumps(records, indent=1))
+            sequences, heldout = int_sequences(planner.tokenizer, sum(records, []), problems, s.seed)
+            if sequences:
+                executor.finetune(planner, sequences, heldout=heldout, epochs=s.epochs, seed=s.seed, warmup=10,
+                                  title="InT", learning_rate=s.learning_rate, batch_size=s.batch_size,
+                                  progress=work / "progress.pt")
+            planner.model.save_pretrained(work)
+            planner.tokenizer.save_pretrained(work)
+    records = sum(data.read_json(out / "interventions.json"), [])
+    print(f"{out}: {sum(bool(r['chosen']) for r in records)} of {len(records)} failed traces with an intervention\n"
+          f"next: python tracelift.py train --run_dir {s.run_dir} --init {out} --name tracelift-after-InT")
+    return out
 
 
-def learn_interventions(s: IntSettings, run_dir: Path, work: Path) -> None:
-    """Fills the folder of the stage."""
-    device = executor.pick_device(s.device)
-    problems = data.read_problems(run_dir / "groups" / "train.jsonl")[:s.problems]
-    base, by_id = executor.base_of(run_dir), {p.problem_id: p for p in problems}
-    planner, tokenizer = executor.load_for(run_dir, base, device, torch.float32)
-    executor.check_head(planner)
-    frozen = frozen_executor(run_dir, device, s)
-    readers = who_reads(planner, tokenizer, frozen, s, traces=2)          # a beginning, and what continues it
-    more = 3 * s.max_trace_tokens                                         # the trace, its numbers, the answer
-    readers.append(replace(readers[0], text_of=lambda p: data.intervention_prompt(p, ""), more=more))
-    check_lengths(problems, readers)
-    if (work / "int.json").exists():                                      # a stopped stage: only fine-tuning is missing
-        report, records = read_interventions(work)
-    else:
-        begin = time.perf_counter()
-        records = collect(Collector(planner, tokenizer, frozen, s), problems)
-        report = count_interventions(records) | frozen.spent | {"seconds": time.perf_counter() - begin}
-        data.write_atomic(work / "interventions.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-        data.write_atomic(work / "int.json", json.dumps(report))
-    train_part, heldout = int_sequences(tokenizer, records, by_id, s.seed)
-    common = {"batch_size": s.batch_size, "pad_id": executor.pad_id(tokenizer)}
-    before = executor.heldout_loss(planner, heldout, **common) if heldout else None
-    if s.checkpointing:
-        executor.enable_checkpointing(planner)
-    if train_part:
-        executor.finetune(planner, train_part, heldout=heldout, epochs=s.epochs, seed=s.seed, warmup=10, title="InT",
-                          learning_rate=s.learning_rate, **common)
-    after = executor.heldout_loss(planner, heldout, **common) if heldout else None
-    report |= {"sequences": {"train": len(train_part), "heldout": len(heldout)},
-               "heldout_loss": {"base": before, "InT": after}}
-    with executor.saving(work):
-        planner.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-    data.write_atomic(work / "int.json", json.dumps(report, indent=1))
+def intervene_on(planner: LM, frozen: Executor, s: IntSettings, problems: list[Problem]) -> list[dict]:
+    """One record for each trace that fails in all K executor runs: the interventions that the planner proposes; their
+    success in K runs when the planner continues from there; and the chosen one, the most successful, then the most
+    often proposed one, if it succeeds at all."""
+    traces = rollout(planner, problems, s.group_size, s.temperature, f"{s.seed} int", s)
+    failed = []
+    for t, ok in zip(traces, execute(frozen, traces, "int", s.num_runs)):
+        if not any(ok) and t.problem.reference_reasoning and data.split_steps(t.problem, t.text):
+            failed.append(t)
+    prompts = [data.encode_prompt(planner.tokenizer, data.intervention_prompt(t.problem, t.text)) for t in failed]
+    rng_keys = [f"intervention {s.seed} {t.problem.problem_id} {i} {k}" for i, t in enumerate(failed)
+                for k in range(s.proposals)]
+    said = planner.generate(prompts, s.proposals, s.max_trace_tokens, s.proposal_temperature, rng_keys, s.max_cache_gib)
+    texts = executor.decode_text(planner.tokenizer, said.tokens)
+    records, tried, begun = [], [], []
+    for i, t in enumerate(failed):
+        sampled = Counter(map(data.parse_intervention, texts[i * s.proposals:(i + 1) * s.proposals]))
+        named = [step for step in sampled if step and may_mend(t.problem, t.text, *step)]
+        proposals = [{"index": index, "step": step, "times": sampled[index, step]} for index, step in named]
+        records.append({"problem_id": t.problem.problem_id, "trace": t.text, "proposals": proposals})
+        tried += [t.problem] * len(named)
+        begun += [begin_trace(planner.tokenizer, data.splice(t.problem, t.text, *step)) for step in named]
+    traces = rollout(planner, tried, s.num_runs, s.temperature, f"{s.seed} mended", s, begun)
+    ok = iter(execute(frozen, traces, "mended"))
+    for record in records:
+        for proposal in record["proposals"]:
+            proposal["success"] = sum(next(ok)[0] for _ in range(s.num_runs)) / s.num_runs
+        passed = [proposal for proposal in record["proposals"] if proposal["success"] > 0]
+        record["chosen"] = max(passed, key=lambda p: (p["success"], p["times"]), default=None)
+    return records
 
 
-def read_interventions(work: Path) -> tuple[dict, list[dict]]:
-    """What `collect` left in the folder of a stopped stage."""
-    mend = f"delete {work} to collect again"
-    report = data.read_json(work / "int.json", mend, "failed_traces", "with_intervention")
-    wanted = {"problem_id": str, "trace": str, "proposals": list}
-    try:
-        records = data.read_records(work / "interventions.jsonl", wanted) if report["failed_traces"] else []
-    except UserError as error:
-        raise UserError(f"{error}; {mend}") from None
-    if len(records) != report["failed_traces"]:
-        raise UserError(f"{work}/interventions.jsonl: {len(records)} of {report['failed_traces']} lines are there; "
-                        f"{mend}")
-    return report, [record for _, record in records]
+def may_mend(problem: Problem, trace: str, index: int, step: str) -> bool:
+    """Whether an intervention names a step of the trace and a different text for it that gives away neither the final
+    answer nor a program: such steps would succeed most, and teach the planner to do the executor's work."""
+    steps, truth = data.split_steps(problem, trace), data.check_trace(problem, step)
+    if not 1 <= index <= len(steps) + 1 or step in steps[index - 1:index] or step == data.source_of(problem).no_step:
+        return False
+    if truth:
+        return not truth[1]
+    return "```" not in step if problem.task_type == "code" else not data.gives_number(problem, step)
 
 
-# ------------------------------------------------------------------------------------------ 9. problems that can teach
+def begin_trace(tokenizer, beginning: str) -> list[int]:
+    """Token ids of the beginning of a completion; control tokens that it spells stay letters."""
+    return tokenizer(data.OPEN + beginning, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def int_sequences(tokenizer, records: list[dict], problems: list[Problem], seed: int) -> tuple[list, list]:
+    """(ids, labels) for training and held out, of the chosen interventions: no loss on the prompt, none on what comes
+    after the step, so none on a token that ends the trace. A tenth of the problems is held out."""
+    by_id, parts = {p.problem_id: p for p in problems}, ([], [])
+    for record in records:
+        if record["chosen"]:
+            problem, step = by_id[record["problem_id"]], record["chosen"]
+            prompt = data.encode_prompt(tokenizer, data.planner_prompt(problem))
+            learned = begin_trace(tokenizer, data.splice(problem, record["trace"], step["index"], step["step"]))
+            labels = [executor.IGNORE] * (len(prompt) - 1) + learned
+            held = random.Random(f"{seed} {problem.problem_id}").random() < 0.1
+            parts[held].append((prompt + learned[:-1], labels))
+    return parts
+
+
+# ------------------------------------------------------------------------------------------ 10. problems that can teach
 #
-# A group whose traces all fail, or all succeed, has no advantage. Where the planner seldom succeeds that is most
-# groups: so its success is measured once on many problems, and training keeps to those where it varies.
+# A group whose traces all fail, or all succeed, has no advantage. Where the planner seldom succeeds most groups are
+# like that. So its success is measured once on many problems, and training uses those where it varies.
 
 
 @dataclass(frozen=True)
 class SelectSettings(Settings):
     """Settings of `python tracelift.py select`."""
-    problems: int = knob(200, "training problems to try, the last ones: a cold start learns from the first", low=1)
-    group_size: int = knob(8, "traces per problem, one executor run each", low=2)
-    temperature: float = knob(1.0, "of the planner", above=0)
-    lowest: float = knob(0.1, "least success of a problem that is kept", low=0, affects_result=False)
-    highest: float = knob(0.9, "largest success of one; other bounds need no new traces", low=0, affects_result=False)
+    problems: int = option(200, "training problems to try, the last ones: a cold start learns from the first", low=1)
+    group_size: int = option(8, "traces per problem, one executor run each", low=2)
+    temperature: float = option(1.0, "temperature of the planner", above=0)
+    lowest: float = option(0.1, "least success of a problem that is kept", low=0)
+    highest: float = option(0.9, "largest success of one", low=0)
 
 
-def select(s: SelectSettings) -> dict:
-    """Tries the base planner on training problems and keeps those whose success lies between the bounds, for
-    `train --selected 1`. Held-out problems are in another file. Returns the record, RUN_DIR/selected/selected.json.
-    UserError when none is left."""
-    check_shared(s)
-    run_dir = Path(s.run_dir)
-    out = run_dir / "selected"
-    with data.stage_folder(out, s, data.fingerprints(run_dir, "groups/train.jsonl", "base/base.json")) as work:
-        if work is not None:
-            try_problems(s, run_dir, work)
-    tries = [record for _, record in data.read_records(out / "tries.jsonl", {"problem_id": str, "successes": int})]
-    rates = {record["problem_id"]: record["successes"] / s.group_size for record in tries}
-    kept = [name for name, rate in rates.items() if s.lowest <= rate <= s.highest]
-    record = {"problems": len(rates), "lowest": s.lowest, "highest": s.highest, "kept": len(kept),
-              "below": sum(rate < s.lowest for rate in rates.values()),
-              "above": sum(rate > s.highest for rate in rates.values()),
-              "with_spread": sum(0 < rate < 1 for rate in rates.values()), "success": mean(rates.values())}
-    if not kept:
-        raise UserError(f"--lowest {s.lowest:g}, --highest {s.highest:g}: no problem of {len(rates)} lies between them, "
-                        f"{record['below']} lie below and {record['above']} above; give other bounds")
-    groups = {group["problem_id"]: group for group in data.read_groups(run_dir / "groups" / "train.jsonl")}
-    data.write_groups(out / "train.jsonl", [groups[name] for name in kept])
-    data.write_atomic(out / "selected.json", json.dumps(record, indent=1))
-    return record
+def select(s: SelectSettings) -> Path:
+    """Tries the base planner on training problems and writes those whose success lies between the bounds to
+    RUN_DIR/selected/train.jsonl; all successes to tries.json. UserError when no problem is left."""
+    out, groups = Path(s.run_dir) / "selected", Path(s.run_dir) / "groups" / "train.jsonl"
+    with data.stage_folder(out, s, ("groups", "base")) as work:
+        if work:
+            log, problems = work / "tries.json", data.read_problems(groups)[-s.problems:]
+            tries = data.read_json(log) if log.exists() else {}           # of a stopped stage
+            planner, frozen, *_ = load_roles(s)
+            check_lengths(problems, planner, frozen, s.max_trace_tokens)
+            left = [problem for problem in problems if problem.problem_id not in tries]
+            for i in tqdm(range(0, len(left), 8), desc="select"):
+                traces = rollout(planner, left[i:i + 8], s.group_size, s.temperature, f"{s.seed} select", s)
+                for t, (ok,) in zip(traces, execute(frozen, traces, "select")):
+                    tries[t.problem.problem_id] = tries.get(t.problem.problem_id, 0) + ok / s.group_size
+                data.write_atomic(log, json.dumps(tries))
+            kept = [g for g in data.read_groups(groups) if s.lowest <= tries.get(g["problem_id"], -1) <= s.highest]
+            if not kept:
+                raise UserError(f"--lowest {s.lowest:g}, --highest {s.highest:g}: no problem lies between, see {log}; "
+                                f"delete {work} and give other bounds")
+            data.write_groups(work / "train.jsonl", kept)
+    tries = data.read_json(out / "tries.json").values()
+    print(f"{out}: {len(data.read_groups(out / 'train.jsonl'))} of {len(tries)} problems kept, mean success "
+          f"{statistics.fmean(tries):.3f}\n"
+          f"next: python tracelift.py train --run_dir {s.run_dir} --groups selected/train.jsonl")
+    return out
 
 
-def try_problems(s: SelectSettings, run_dir: Path, work: Path) -> None:
-    """Writes tries.jsonl, a line a problem; goes on behind the lines that a stopped try has left."""
-    log, path = work / "tries.jsonl", run_dir / "groups" / "train.jsonl"
-    drop_half_line(log)
-    problems = data.read_problems(path)
-    if len(problems) < s.problems:
-        raise UserError(f"--problems {s.problems}: {path} holds {len(problems)}; lower it")
-    problems, device, base = problems[-s.problems:], executor.pick_device(s.device), executor.base_of(run_dir)
-    planner, tokenizer = executor.load_for(run_dir, base, device, torch.float32)
-    frozen = frozen_executor(run_dir, device, s)
-    check_lengths(problems, who_reads(planner, tokenizer, frozen, s))
-    limit = executor.cache_tokens(planner, s.max_cache_gib)
-    done = {json.loads(line)["problem_id"] for line in log.read_text().splitlines()}
-    left = [problem for problem in problems if problem.problem_id not in done]
-    for i in tqdm(range(0, len(left), 8), desc="select"):
-        some = left[i:i + 8]
-        batch = rollout(planner, tokenizer, some, s.group_size, s.temperature, s.max_trace_tokens, f"{s.seed} select",
-                        limit)
-        ok = frozen.success(batch.problems, batch.traces, 1, "select")
-        successes = [sum(ok[n * s.group_size:(n + 1) * s.group_size]) for n in range(len(some))]
-        append_jsonl(log, [{"problem_id": problem.problem_id, "successes": n} for problem, n in zip(some, successes)])
+# ------------------------------------------------------------------------------------------ 11. commands
 
 
-# ------------------------------------------------------------------------------------------ 10. commands
+COMMANDS = {"train": (TrainSettings, train), "int": (IntSettings, intervene), "select": (SelectSettings, select),
+            "evaluate": (EvalSettings, evaluate), "inspect": (InspectSettings, inspect)}
 
 
 def main(argv) -> None:
     """The commands train, int, select, evaluate and inspect."""
-    command, rest = (argv[0], argv[1:]) if argv else ("", [])
-    if command != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"tracelift.py {command} is one process; start it without torchrun")
-    if command == "train":
-        with torchrun() as ranks:
-            s = settings_of_rank_0(ranks, rest)
-            if s is not None:
-                print(f"{train(s)}: trained\nnext: python tracelift.py evaluate --run_dir {s.run_dir}")
-    elif command == "int":
-        s = data.parse_settings(IntSettings, rest, "tracelift.py int")
-        folder = intervene(s)
-        report = data.read_json(folder / "int.json", f"delete {folder} and give the same command again", "sequences",
-                                "with_intervention", "failed_traces")
-        print("\n".join(f"{key}: {json.dumps(value)}" for key, value in report.items()))
-        if not report["sequences"]["train"]:
-            print("no intervention was kept: this planner is the base planner")
-        print(f"{folder}: {report['with_intervention']} of {report['failed_traces']} failed traces with an intervention"
-              f"\nnext: python tracelift.py train --run_dir {s.run_dir} --init {folder}")
-    elif command == "select":
-        s = data.parse_settings(SelectSettings, rest, "tracelift.py select")
-        r = select(s)
-        print(f"{s.run_dir}/selected: {r['kept']} of {r['problems']} problems kept, {r['below']} below --lowest, "
-              f"{r['above']} above --highest; success {r['success']:.3f}, {r['with_spread']} with spread\n"
-              f"next: python tracelift.py train --run_dir {s.run_dir} --selected 1")
-    elif command == "evaluate":
-        s = data.parse_settings(EvalSettings, rest, "tracelift.py evaluate")
-        print(table(evaluate(s)))
-        print(f"{s.run_dir}/results.md: written, results.json in each folder\n"
-              f"next: python tracelift.py inspect --run_dir {s.run_dir}")
-    elif command == "inspect":
-        print(inspect(data.parse_settings(InspectSettings, rest, "tracelift.py inspect")))
-    elif command in ("-h", "--help"):
-        print(__doc__)
-    else:
-        raise UserError(f"tracelift.py {command}: choose train, int, select, evaluate or inspect; each has --help")
+    name = argv[0] if argv else ""
+    if name not in COMMANDS:
+        raise UserError(f"tracelift.py {name}: choose {', '.join(COMMANDS)}; each has --help")
+    settings, command = COMMANDS[name]
+    s = data.parse_settings(settings, argv[1:], f"tracelift.py {name}")
+    with torchrun():
+        command(s)
 
 
 if __name__ == "__main__":
