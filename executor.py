@@ -159,6 +159,20 @@ def batches(prompts, samples: list[int], new: int, max_cache_tokens: int, equal_
         yield batch
 
 
+def record(result: Completions, out_index, done, ends, tokens, logprobs) -> None:
+    """Appends tokens and logprobs, (R, look) lists, to the rows that are not done yet, up to the end of each."""
+    for row, pairs in enumerate(map(zip, tokens, logprobs)):
+        for token, logp in pairs:
+            if done[row]:
+                break
+            if not math.isfinite(logp):
+                raise FloatingPointError("the model's logits are not finite; its weights are damaged, or too large for "
+                                         "its dtype")
+            result.tokens[out_index[row]].append(int(token))
+            result.logprobs[out_index[row]].append(logp)
+            done[row] = int(token) in ends
+
+
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 1, max_new_tokens: int = 64,
              temperature: float = 1.0, eos_id: int | list[int], uniforms: torch.Tensor | None = None, generator=None,
@@ -184,7 +198,7 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
     FloatingPointError for logits that are not finite."""
     samples = [num_samples] * len(prompts) if isinstance(num_samples, int) else list(num_samples)
     ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
-    first_row = [0, *itertools.accumulate(samples)]                              # of each prompt in the result
+    first_row = [0, *itertools.accumulate(samples)]                               # of each prompt in the result
     R = first_row[-1]
     if temperature == 0:
         uniforms = torch.zeros(R, max_new_tokens)
@@ -206,31 +220,22 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
         logits, mask, position = logits[rows], mask[rows], position[rows]
         uniform = uniforms[out_index].to(device)                                  # (R, max_new_tokens)
 
-        # 3. Decode. The host reads `look` tokens at a time. Until then finished rows go on, unread.
-        look, largest = (8, 0.5) if device.type == "cuda" else (1, 0.75)
+        # 3. Decode. The host reads `look` tokens at a time. Until then finished rows go on, and nobody reads them.
+        look, few = (8, 0.5) if device.type == "cuda" else (1, 0.75)
         done, step, unread = [False] * len(out_index), None, []
         for t in range(max_new_tokens):
             token, logp = sample(logits, temperature, uniform[:, t])
             unread.append(torch.stack([token.double(), logp.double()]))
             last = t == max_new_tokens - 1
             if len(unread) == look or last:
-                on_host, unread = torch.stack(unread, dim=-1).tolist(), []        # (2, R, look)
-                for row, (tokens, logprobs) in enumerate(zip(*on_host)):
-                    for new, log in zip(tokens, logprobs):
-                        if done[row]:
-                            break
-                        if not math.isfinite(log):
-                            raise FloatingPointError("the model's logits are not finite; its weights are damaged, or "
-                                                     "too large for its dtype")
-                        result.tokens[out_index[row]].append(int(new))
-                        result.logprobs[out_index[row]].append(log)
-                        done[row] = int(new) in ends
+                on_host, unread = torch.stack(unread, dim=-1).tolist(), []        # (2, R, look): the host waits here
+                record(result, out_index, done, ends, *on_host)
                 if all(done) or last:
                     break
 
                 # 4. Leave. Moving the other rows costs a few steps, and on CUDA a capture.
                 stay = [row for row, over in enumerate(done) if not over]
-                if len(stay) <= largest * len(done):
+                if len(stay) <= few * len(done):
                     rows = torch.tensor(stay, device=device)
                     cache.reorder_cache(rows)
                     token, mask, position, uniform = token[rows], mask[rows], position[rows], uniform[rows]
@@ -859,9 +864,9 @@ def _some_ids(model, count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def check_decoding(model) -> bool:
-    """Compares log-probs of `generate` with those of one pass over the whole sequence. Returns whether padding changes
-    what the model computes, so that a batch must hold prompts of one length. UserError for a model that a cache does
-    not fit."""
+    """Compares log-probs of `generate` with those of one pass over the whole sequence. Returns whether a batch must
+    hold prompts of one length, because padding changes what the model computes. UserError for a model that a cache
+    does not fit."""
     name, ids = f"{model.name_or_path}: {model.config.model_type} models", _some_ids(model, 8).tolist()
     exact = model.num_parameters() < 2**31
     if exact and model.dtype != torch.float32:                     # rounding of 16 bits would hide a wrong mask
@@ -869,13 +874,12 @@ def check_decoding(model) -> bool:
 
     def error(equal_lengths: bool) -> float:                       # relative to the largest logit
         prompts, errors = [ids, ids[:3]], []
-        out = generate(model, prompts, num_samples=2, max_new_tokens=4, temperature=0, eos_id=-1,
-                       equal_lengths=equal_lengths)
-        for row, tokens in enumerate(out.tokens):
-            whole = torch.tensor([prompts[row // 2] + tokens], device=model.device)
+        out = generate(model, prompts, max_new_tokens=4, temperature=0, eos_id=-1, equal_lengths=equal_lengths)
+        for prompt, tokens, logprobs in zip(prompts, out.tokens, out.logprobs):
+            whole = torch.tensor([prompt + tokens], device=model.device)
             logits = model(input_ids=whole, use_cache=False).logits[0, -5:-1].float().cpu()
             logp = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-            errors.append((logp - torch.tensor(out.logprobs[row])).abs().max() / logits.abs().max())
+            errors.append((logp - torch.tensor(logprobs)).abs().max() / logits.abs().max())
         return float(torch.stack(errors).max())
 
     with saying(f"{name} cannot be decoded here"):
@@ -884,7 +888,7 @@ def check_decoding(model) -> bool:
     if not alone < limit:                                          # NaN, too
         raise UserError(f"{name} cannot be decoded here: a cache changes log-probs by {alone:.2g} of the largest logit")
     if not padded < limit:
-        print(f"{name} compute something else beside padding; prompts are decoded in groups of equal length")
+        print(f"{name} see padding; prompts are decoded in groups of equal length")
     return not padded < limit
 
 
