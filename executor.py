@@ -873,10 +873,11 @@ def check_decoding(model) -> bool:
         model = copy.deepcopy(model).float()
 
     def error(equal_lengths: bool) -> float:                       # relative to the largest logit
-        prompts, errors = [ids, ids[:3]], []
-        out = generate(model, prompts, max_new_tokens=4, temperature=0, eos_id=-1, equal_lengths=equal_lengths)
-        for prompt, tokens, logprobs in zip(prompts, out.tokens, out.logprobs):
-            whole = torch.tensor([prompt + tokens], device=model.device)
+        prompts, errors = [ids, ids[:3]], []                       # two samples of each: is every state copied?
+        out = generate(model, prompts, num_samples=2, max_new_tokens=4, temperature=0, eos_id=-1,
+                       equal_lengths=equal_lengths)
+        for row, (tokens, logprobs) in enumerate(zip(out.tokens, out.logprobs)):
+            whole = torch.tensor([prompts[row // 2] + tokens], device=model.device)
             logits = model(input_ids=whole, use_cache=False).logits[0, -5:-1].float().cpu()
             logp = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
             errors.append((logp - torch.tensor(logprobs)).abs().max() / logits.abs().max())

@@ -36,8 +36,10 @@ def write(path, rows):
 def begun(tmp_path_factory):
     """(run folder with groups of 20 + 4 such problems, a random model whose tokenizer covers them)."""
     folder = tmp_path_factory.mktemp("real")
-    files = [write(folder / "train.jsonl", map(question, range(20))), write(folder / "test.jsonl", map(question, range(20, 24)))]
-    data.main(["--run_dir", str(folder / "run"), "--source", "gsm8k", "--train", "20", "--heldout", "4", "--negatives", "1",
+    files = [write(folder / "train.jsonl", map(question, range(20))),
+             write(folder / "test.jsonl", map(question, range(20, 24)))]
+    data.main(["--run_dir", str(folder / "run"), "--source", "gsm8k", "--train", "20", "--heldout", "4", "--negatives",
+               "1",
                "--data", files[0], "--heldout_data", files[1]])
     problems = [p for split in ("train", "heldout") for p in data.read_problems(folder / "run" / "groups" / f"{split}.jsonl")]
     texts = [text for p in problems for text in (data.planner_prompt(p), data.executor_prompt(p, p.reference_reasoning),
@@ -59,7 +61,8 @@ def base_flags(run_dir, model, *more):
             "--max_answer_tokens", "4", *more]
 
 
-COLD = ("--cold_start", "20", "--cold_epochs", "6", "--batch_size", "4", "--warmup", "2", "--cold_learning_rate", "1e-2")
+COLD = ("--cold_start", "20", "--cold_epochs", "6", "--batch_size", "4", "--warmup", "2", "--cold_learning_rate",
+        "1e-2")
 
 
 # ---------------------------------------------------------------- cold start
@@ -250,7 +253,8 @@ def test_a_stopped_selection_goes_on(based, tmp_path, monkeypatch):
 
 
 def test_training_keeps_to_the_selection(based):
-    flags = ["train", "--run_dir", str(based), "--device", "cpu", "--mode", "exec_only", "--steps", "2", "--warmup", "1",
+    flags = ["train", "--run_dir", str(based), "--device", "cpu", "--mode", "exec_only", "--steps", "2", "--warmup",
+             "1",
              "--problems_per_step", "2", "--group_size", "3", "--max_trace_tokens", "6", "--max_answer_tokens", "4",
              "--save_every", "1", "--groups", "selected/train.jsonl"]
     with pytest.raises((UserError, OSError), match="selected/train.jsonl"):
@@ -278,7 +282,8 @@ def test_the_head_is_not_copied_for_every_row(tiny):
     64 rows of 49,152 tokens took 4 s in bfloat16, where 0.015 are enough, and 200 rows 11 GB."""
     _, model, tokenizer = tiny
     seen = []
-    hook = model.lm_head.register_forward_pre_hook(lambda layer, args: seen.append((args[0].shape, args[0].is_contiguous())))
+    hook = model.lm_head.register_forward_pre_hook(lambda layer,
+                                                   args: seen.append((args[0].shape, args[0].is_contiguous())))
     try:
         executor.generate(model, [[5, 6, 7, 8], [5, 6, 7]], num_samples=2, max_new_tokens=2, temperature=0, eos_id=1)
     finally:
