@@ -1321,10 +1321,8 @@ def make_base(s: BaseSettings, folder: Path) -> None:
     groups = Path(s.run_dir) / "groups"
     heldout = data.read_problems(groups / "heldout.jsonl", need_tests=False)[:s.eval_problems]
     tiny = data.source_of(heldout[0]).needs_base_model
-    if tiny and s.model:
-        raise UserError(f"{groups} are of the tiny world, which trains its own base model: leave out --model")
-    if not tiny and not s.model:
-        raise UserError(f"{groups} are not of the tiny world: give a pretrained model with --model")
+    if tiny == bool(s.model):
+        raise UserError(f"{groups}: the tiny world trains its own base model: leave out --model; all else needs one")
     arguments, device, progress = template_arguments(s), pick_device(s.device), folder / "progress.pt"
     model = os.path.abspath(s.model) if os.path.isdir(s.model) else s.model
     record = {"model": model, "fingerprint": model and data.fingerprint(model), "problems": len(heldout),

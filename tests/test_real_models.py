@@ -41,7 +41,8 @@ def begun(tmp_path_factory):
     data.main(["--run_dir", str(folder / "run"), "--source", "gsm8k", "--train", "20", "--heldout", "4", "--negatives",
                "1",
                "--data", files[0], "--heldout_data", files[1]])
-    problems = [p for split in ("train", "heldout") for p in data.read_problems(folder / "run" / "groups" / f"{split}.jsonl")]
+    groups = folder / "run" / "groups"
+    problems = [p for split in ("train", "heldout") for p in data.read_problems(groups / f"{split}.jsonl")]
     texts = [text for p in problems for text in (data.planner_prompt(p), data.executor_prompt(p, p.reference_reasoning),
                                                  data.OPEN + p.reference_reasoning + data.CLOSE, "####")]
     tokenizer = executor.tiny_tokenizer(texts)
@@ -278,7 +279,7 @@ def test_a_selection_that_cannot_be(based, more, said):
 # ---------------------------------------------------------------- decoding
 
 def test_the_head_is_not_copied_for_every_row(tiny):
-    """torch's product of a slice of hidden states with the head is a product for each row with its own copy of the head:
+    """torch's product of a slice of hidden states with the head is one product per row with its own copy of the head:
     64 rows of 49,152 tokens took 4 s in bfloat16, where 0.015 are enough, and 200 rows 11 GB."""
     _, model, tokenizer = tiny
     seen = []

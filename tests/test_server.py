@@ -388,3 +388,11 @@ def test_the_key_is_in_the_header_and_nowhere_else(stub, prepared, problems, mon
         ServedExecutor(stub.url, "nobody", prepared[0], prepared[2], max_new_tokens=6)
     said += [str(caught.value), *capfd.readouterr()]
     assert all("(key)" in text for text in said[:5]) and SECRET[:5] not in "".join(said)
+
+
+@pytest.mark.parametrize("key", ["line\nend", "schl\u00fcssel-\u4e1c"])
+def test_a_key_that_no_header_takes_is_not_shown(stub, prepared, monkeypatch, key):
+    monkeypatch.setenv(executor.KEY, key)
+    with pytest.raises(ServerError) as caught:
+        served(stub, prepared)
+    assert key not in str(caught.value) and "end" not in str(caught.value)
