@@ -7,8 +7,8 @@ the first training step to the last.
 Shapes: N prompts, R rows (all samples of all prompts), P tokens of the longest prompt, L slots, V vocabulary,
 B sequences, T tokens, m selected positions, H hidden, K executor runs.
 
-Read sections 1 and 2. Sections 3 to 8 (checks of models, supervised training, loading, LoRA, an executor on a server,
-the tiny base model) are for reference. Sections 1 and 3 are the decoder. They need no other file of ours.
+Read sections 1 and 2. Sections 3 to 8 (captured steps, supervised training, loading, LoRA, an executor on a server, the
+tiny base model) are for reference. Sections 1 and 3 are the decoder. They need no other file of ours.
 
     python executor.py --run_dir runs/tiny-math                            # trains the tiny base model
     python executor.py --run_dir runs/gsm8k-math --model Qwen/Qwen2.5-0.5B-Instruct
@@ -120,76 +120,6 @@ def prefill(model, prompts: list[list[int]], slots: int):
     return logits, cache, mask, length                                            # positions count from 0
 
 
-GRAPHS = os.environ.get("TRACELIFT_GRAPHS") != "0"        # capture decoding steps on CUDA
-
-
-def decoding_step(model, cache, mask, first: int):
-    """A function (token (R,), position (R,), slot) -> logits (R, V) that appends one token to each row. `first` is its
-    first slot. mask[:, slot] must be 1 by then."""
-    global GRAPHS
-    if GRAPHS and mask.is_cuda and all(type(layer) is StaticCacheLayer for layer in cache.layers):
-        try:
-            return captured_step(model, cache, mask, first)
-        except Exception as error:                # whatever the model or a library raises in capture
-            GRAPHS = False
-            print(f"decoding goes on without captured steps: {error!r:.200}")
-            for layer in cache.layers:
-                layer.filled, layer.next_slot = first, None
-    return lambda token, position, slot: forward(model, token[:, None], position[:, None], mask[:, :slot + 1], cache)
-
-
-def captured_step(model, cache, mask, first: int):
-    """`decoding_step` as a CUDA graph: one launch per token instead of about a thousand. A graph reads and writes fixed
-    tensors. So attention sees all slots, and a bias hides the empty ones. RuntimeError where the first replay differs
-    from an ordinary step."""
-    rows, slots = mask.shape
-    token, position = torch.zeros(2, rows, 1, dtype=torch.long, device=mask.device)
-    next_slot = torch.full((1,), first, device=mask.device)
-    for layer in cache.layers:                    # trials write to the first slot; the first token overwrites them
-        layer.filled, layer.next_slot = first, None
-    wanted = forward(model, token, position, mask[:, :first + 1], cache)
-    for layer in cache.layers:
-        layer.next_slot = next_slot
-    # The width is a multiple of eight. torch would copy a bias of another width in every layer.
-    bias = cache.layers[0].stores[0].new_zeros(rows, 1, 1, slots + -slots % 8)[..., :slots]
-    bias.masked_fill_(mask[:, None, None] == 0, torch.finfo(bias.dtype).min)
-
-    def run():
-        bias.index_fill_(3, next_slot, 0.0)
-        return forward(model, token, position, bias, cache)
-
-    def step(new_token, new_position, slot):
-        token.copy_(new_token[:, None])
-        position.copy_(new_position[:, None])
-        next_slot.fill_(slot)
-        replay()
-        return logits
-
-    replay, logits = capture(run)
-    replay()
-    if not alike(wanted, logits, 1e-3 if bias.dtype == torch.float32 else 0.05):
-        raise RuntimeError("a captured step computes something else")
-    return step
-
-
-def capture(run):
-    """(replay, output): replay() repeats on the GPU what run() launches, and overwrites `output`."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):                 # libraries choose their kernels and allocate their workspaces
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
-    return graph.replay, output
-
-
-def alike(wanted: torch.Tensor, found: torch.Tensor, tolerance: float) -> bool:
-    """Whether no two numbers differ by more than `tolerance` times the largest wanted one."""
-    return bool((wanted - found).abs().max() <= tolerance * wanted.abs().max())
-
-
 def sample(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Next token (R,) and its log-prob (R,) under this temperature, from logits (R, V) and uniform (R,) in [0, 1).
     The token is the first whose cumulative probability exceeds the row's uniform number. Temperature 0 takes the most
@@ -229,6 +159,20 @@ def batches(prompts, samples: list[int], new: int, max_cache_tokens: int, equal_
         yield batch
 
 
+def record(result: Completions, out_index, done, ends, tokens, logprobs) -> None:
+    """Appends tokens and logprobs, (R, look) lists, to the rows that are not done yet, up to the end of each."""
+    for row, pairs in enumerate(map(zip, tokens, logprobs)):
+        for token, logp in pairs:
+            if done[row]:
+                break
+            if not math.isfinite(logp):
+                raise FloatingPointError("the model's logits are not finite; its weights are damaged, or too large for "
+                                         "its dtype")
+            result.tokens[out_index[row]].append(int(token))
+            result.logprobs[out_index[row]].append(logp)
+            done[row] = int(token) in ends
+
+
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 1, max_new_tokens: int = 64,
              temperature: float = 1.0, eos_id: int | list[int], uniforms: torch.Tensor | None = None, generator=None,
@@ -254,7 +198,7 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
     FloatingPointError for logits that are not finite."""
     samples = [num_samples] * len(prompts) if isinstance(num_samples, int) else list(num_samples)
     ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
-    first_row = [0, *itertools.accumulate(samples)]                              # of each prompt in the result
+    first_row = [0, *itertools.accumulate(samples)]                               # of each prompt in the result
     R = first_row[-1]
     if temperature == 0:
         uniforms = torch.zeros(R, max_new_tokens)
@@ -276,38 +220,29 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
         logits, mask, position = logits[rows], mask[rows], position[rows]
         uniform = uniforms[out_index].to(device)                                  # (R, max_new_tokens)
 
-        # 3. Decode. The host reads `look` tokens at a time. Until then finished rows go on, unread.
-        look, largest = (8, 0.5) if device.type == "cuda" else (1, 0.75)
+        # 3. Decode. The host reads `look` tokens at a time. Until then finished rows go on, and nobody reads them.
+        look, few = (8, 0.5) if device.type == "cuda" else (1, 0.75)
         done, step, unread = [False] * len(out_index), None, []
         for t in range(max_new_tokens):
             token, logp = sample(logits, temperature, uniform[:, t])
             unread.append(torch.stack([token.double(), logp.double()]))
             last = t == max_new_tokens - 1
             if len(unread) == look or last:
-                on_host, unread = torch.stack(unread, dim=-1).tolist(), []        # (2, R, look)
-                for row, (tokens, logprobs) in enumerate(zip(*on_host)):
-                    for new, log in zip(tokens, logprobs):
-                        if done[row]:
-                            break
-                        if not math.isfinite(log):
-                            raise FloatingPointError("the model's logits are not finite; its weights are damaged, or "
-                                                     "too large for its dtype")
-                        result.tokens[out_index[row]].append(int(new))
-                        result.logprobs[out_index[row]].append(log)
-                        done[row] = int(new) in ends
+                on_host, unread = torch.stack(unread, dim=-1).tolist(), []        # (2, R, look): the host waits here
+                record(result, out_index, done, ends, *on_host)
                 if all(done) or last:
                     break
 
                 # 4. Leave. Moving the other rows costs a few steps, and on CUDA a capture.
                 stay = [row for row, over in enumerate(done) if not over]
-                if len(stay) <= largest * len(done):
+                if len(stay) <= few * len(done):
                     rows = torch.tensor(stay, device=device)
                     cache.reorder_cache(rows)
                     token, mask, position, uniform = token[rows], mask[rows], position[rows], uniform[rows]
                     out_index = [out_index[row] for row in stay]
                     done, step = [False] * len(stay), None
             mask[:, P + t] = 1
-            step = step or decoding_step(model, cache, mask, P + t)
+            step = step or decoding_step(model, cache, mask, P + t)               # section 3
             logits = step(token, position, P + t)
             position = position + 1
         del cache, step                                                           # before the next one is allocated
@@ -324,7 +259,7 @@ CACHE_GIB = 4.0                                   # of keys and values in one ba
 
 
 class LM:
-    """A causal LM with its tokenizer, and what section 3 finds out about them."""
+    """A causal LM with its tokenizer, and what the checks of sections 3 and 5 find out about them."""
 
     def __init__(self, model, tokenizer):
         """UserError for a model that computes something else with cached keys and values."""
@@ -497,7 +432,77 @@ class Executor:
         self.baselines, self.spent = dict(state["baseline"]), dict(state["spent"])
 
 
-# ------------------------------------------------------------------------------------ 3. checks of the decoder
+# -------------------------------------------------------------------------- 3. captured steps and checks of the decoder
+
+GRAPHS = os.environ.get("TRACELIFT_GRAPHS") != "0"        # capture decoding steps on CUDA
+
+
+def decoding_step(model, cache, mask, first: int):
+    """A function (token (R,), position (R,), slot) -> logits (R, V) that appends one token to each row. `first` is its
+    first slot. mask[:, slot] must be 1 by then."""
+    global GRAPHS
+    if GRAPHS and mask.is_cuda and all(type(layer) is StaticCacheLayer for layer in cache.layers):
+        try:
+            return captured_step(model, cache, mask, first)
+        except Exception as error:                # whatever the model or a library raises in capture
+            GRAPHS = False
+            print(f"decoding goes on without captured steps: {error!r:.200}")
+            for layer in cache.layers:
+                layer.filled, layer.next_slot = first, None
+    return lambda token, position, slot: forward(model, token[:, None], position[:, None], mask[:, :slot + 1], cache)
+
+
+def captured_step(model, cache, mask, first: int):
+    """`decoding_step` as a CUDA graph: one launch per token instead of about a thousand. A graph reads and writes fixed
+    tensors. So attention sees all slots, and a bias hides the empty ones. RuntimeError where the first replay differs
+    from an ordinary step."""
+    rows, slots = mask.shape
+    token, position = torch.zeros(2, rows, 1, dtype=torch.long, device=mask.device)
+    next_slot = torch.full((1,), first, device=mask.device)
+    for layer in cache.layers:                    # trials write to the first slot; the first token overwrites them
+        layer.filled, layer.next_slot = first, None
+    wanted = forward(model, token, position, mask[:, :first + 1], cache)
+    for layer in cache.layers:
+        layer.next_slot = next_slot
+    # The width is a multiple of eight. torch would copy a bias of another width in every layer.
+    bias = cache.layers[0].stores[0].new_zeros(rows, 1, 1, slots + -slots % 8)[..., :slots]
+    bias.masked_fill_(mask[:, None, None] == 0, torch.finfo(bias.dtype).min)
+
+    def run():
+        bias.index_fill_(3, next_slot, 0.0)
+        return forward(model, token, position, bias, cache)
+
+    def step(new_token, new_position, slot):
+        token.copy_(new_token[:, None])
+        position.copy_(new_position[:, None])
+        next_slot.fill_(slot)
+        replay()
+        return logits
+
+    replay, logits = capture(run)
+    replay()
+    if not alike(wanted, logits, 1e-3 if bias.dtype == torch.float32 else 0.05):
+        raise RuntimeError("a captured step computes something else")
+    return step
+
+
+def capture(run):
+    """(replay, output): replay() repeats on the GPU what run() launches, and overwrites `output`."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):                 # libraries choose their kernels and allocate their workspaces
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    return graph.replay, output
+
+
+def alike(wanted: torch.Tensor, found: torch.Tensor, tolerance: float) -> bool:
+    """Whether no two numbers differ by more than `tolerance` times the largest wanted one."""
+    return bool((wanted - found).abs().max() <= tolerance * wanted.abs().max())
+
 
 class ContextError(ValueError):
     """A prompt and its new tokens exceed the positions that the model knows."""
@@ -547,8 +552,8 @@ from data import option
 
 IGNORE = -100
 SMALL = 20_000_000                                # parameters
-DIVERGED = ("the training diverged; delete the folder of this stage (.partial), whose weights are on the way there, and "
-            "begin again with a lower --learning_rate")
+DIVERGED = ("the training diverged; delete this stage's folder (.partial), because its saved weights may be on the way "
+            "there, and begin again with a lower --learning_rate")
 
 
 def pad(rows: list[list[int]], value: int, device) -> torch.Tensor:
@@ -675,7 +680,7 @@ def enable_checkpointing(model) -> None:
         ids = _some_ids(model, 16)[None]
         training, evaluation = (model.train(mode)(input_ids=ids, use_cache=False).logits for mode in (True, False))
         if not alike(evaluation, training, 1e-3):
-            raise UserError(f"--checkpointing 1: {model.config.model_type} models compute something else in training mode")
+            raise UserError(f"--checkpointing 1: {model.config.model_type} models compute something else in training")
 
 
 def progress_bar(steps, **options) -> tqdm:
@@ -859,23 +864,23 @@ def _some_ids(model, count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def check_decoding(model) -> bool:
-    """Compares log-probs of `generate` with those of one pass over the whole sequence. Returns whether padding changes
-    what the model computes, so that a batch must hold prompts of one length. UserError for a model that a cache does
-    not fit."""
+    """Compares log-probs of `generate` with those of one pass over the whole sequence. Returns whether a batch must
+    hold prompts of one length, because padding changes what the model computes. UserError for a model that a cache
+    does not fit."""
     name, ids = f"{model.name_or_path}: {model.config.model_type} models", _some_ids(model, 8).tolist()
     exact = model.num_parameters() < 2**31
     if exact and model.dtype != torch.float32:                     # rounding of 16 bits would hide a wrong mask
         model = copy.deepcopy(model).float()
 
     def error(equal_lengths: bool) -> float:                       # relative to the largest logit
-        prompts, errors = [ids, ids[:3]], []
+        prompts, errors = [ids, ids[:3]], []                       # two samples of each: is every state copied?
         out = generate(model, prompts, num_samples=2, max_new_tokens=4, temperature=0, eos_id=-1,
                        equal_lengths=equal_lengths)
-        for row, tokens in enumerate(out.tokens):
+        for row, (tokens, logprobs) in enumerate(zip(out.tokens, out.logprobs)):
             whole = torch.tensor([prompts[row // 2] + tokens], device=model.device)
             logits = model(input_ids=whole, use_cache=False).logits[0, -5:-1].float().cpu()
             logp = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-            errors.append((logp - torch.tensor(out.logprobs[row])).abs().max() / logits.abs().max())
+            errors.append((logp - torch.tensor(logprobs)).abs().max() / logits.abs().max())
         return float(torch.stack(errors).max())
 
     with saying(f"{name} cannot be decoded here"):
@@ -884,7 +889,7 @@ def check_decoding(model) -> bool:
     if not alone < limit:                                          # NaN, too
         raise UserError(f"{name} cannot be decoded here: a cache changes log-probs by {alone:.2g} of the largest logit")
     if not padded < limit:
-        print(f"{name} compute something else beside padding; prompts are decoded in groups of equal length")
+        print(f"{name} see padding; prompts are decoded in groups of equal length")
     return not padded < limit
 
 
@@ -1023,8 +1028,7 @@ class Lora:
             lora = cls(model, config["r"], config["lora_alpha"])
             own = lora.state_dict()
             if saved.keys() != own.keys():
-                raise UserError(f"{folder}: not an adapter of this model: {min(saved.keys() ^ own.keys())} is in one of "
-                                "them only")
+                raise ValueError(f"only one of them has {min(saved.keys() ^ own.keys())}")
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
         return lora
@@ -1070,8 +1074,8 @@ def check_server_flags(url: str, name: str) -> None:
     if bool(url) != bool(name):
         raise UserError("--executor and --executor_model go together: a server's URL, and the name of the model there")
     if url and not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%-]+)*/?", url, re.ASCII):
-        raise UserError("--executor: must be http://HOST:PORT/v1, without user, password or query, because settings.json "
-                        f"shows it; the server's key is read from the environment, {KEY}")
+        raise UserError("--executor: must be http://HOST:PORT/v1, without user, password or query, because it is saved "
+                        f"in settings.json; the server's key is read from the environment, {KEY}")
 
 
 def ask_server(url: str, body: dict | None = None, pauses=()) -> dict:
@@ -1218,8 +1222,8 @@ class BaseSettings(data.Options):
     """Settings of `python executor.py`."""
     run_dir: str = option("runs/tiny-math", "run folder; holds groups/", affects_result=False)
     model: str = option("", "Hugging Face folder or name, for planner and executor; empty: train the tiny base model")
-    chat_template_kwargs: str = option("{}", "arguments of the model's chat template for all prompts of the run, a JSON "
-                                             "object such as '{\"enable_thinking\": false}'", needs="model")
+    chat_template_kwargs: str = option("{}", "arguments of the model's chat template for all prompts of the run, as a "
+                                             "JSON object: '{\"enable_thinking\": false}'", needs="model")
     cold_start: int = option(0, "first train the model on the reference traces of this many training groups, in both "
                                 "roles; 0: take it as it is", low=0, needs="model")
     cold_epochs: float = option(1.0, "of the cold start, at most; the held-out loss may end it", above=0,
@@ -1322,23 +1326,24 @@ def make_base(s: BaseSettings, folder: Path) -> None:
     if not tiny and not s.model:
         raise UserError(f"{groups} are not of the tiny world: give a pretrained model with --model")
     arguments, device, progress = template_arguments(s), pick_device(s.device), folder / "progress.pt"
-    record = {"model": s.model, "fingerprint": s.model and data.fingerprint(s.model), "problems": len(heldout),
+    model = os.path.abspath(s.model) if os.path.isdir(s.model) else s.model
+    record = {"model": model, "fingerprint": model and data.fingerprint(model), "problems": len(heldout),
               "chat_template_kwargs": arguments}
     if tiny or s.cold_start:
         if tiny:
             lm, loss = train_tiny(s, heldout[0].task_type, progress)
         else:
-            lm = LM(*load(s.model, device, torch.float32))
+            lm = LM(*load(model, device, torch.float32))
             set_template_arguments(lm.tokenizer, arguments)
             loss = train_cold(s, lm, progress)
         with saying(f"{folder}: cannot be saved"):
             lm.model.save_pretrained(folder)
             lm.tokenizer.save_pretrained(folder)
         record |= {"model": ".", "train_loss": loss}
-    where = str(folder) if record["model"] == "." else s.model
-    model, tokenizer = load(where, device, torch.float32 if tiny else None)
+        model = str(folder)
+    loaded, tokenizer = load(model, device, torch.float32 if tiny else None)
     set_template_arguments(tokenizer, arguments)
-    frozen = Executor(model, tokenizer, max_new_tokens=s.max_answer_tokens, temperature=s.executor_temperature,
+    frozen = Executor(loaded, tokenizer, max_new_tokens=s.max_answer_tokens, temperature=s.executor_temperature,
                       seed=s.seed, max_cache_gib=s.max_cache_gib)
     record |= {"no_trace": None, "reference_trace": None, "executor_truncated": None}
     if all(p.tests or p.task_type == "math" for p in heldout):     # groups for the reward model may have no tests

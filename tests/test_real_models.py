@@ -36,8 +36,10 @@ def write(path, rows):
 def begun(tmp_path_factory):
     """(run folder with groups of 20 + 4 such problems, a random model whose tokenizer covers them)."""
     folder = tmp_path_factory.mktemp("real")
-    files = [write(folder / "train.jsonl", map(question, range(20))), write(folder / "test.jsonl", map(question, range(20, 24)))]
-    data.main(["--run_dir", str(folder / "run"), "--source", "gsm8k", "--train", "20", "--heldout", "4", "--negatives", "1",
+    files = [write(folder / "train.jsonl", map(question, range(20))),
+             write(folder / "test.jsonl", map(question, range(20, 24)))]
+    data.main(["--run_dir", str(folder / "run"), "--source", "gsm8k", "--train", "20", "--heldout", "4", "--negatives",
+               "1",
                "--data", files[0], "--heldout_data", files[1]])
     problems = [p for split in ("train", "heldout") for p in data.read_problems(folder / "run" / "groups" / f"{split}.jsonl")]
     texts = [text for p in problems for text in (data.planner_prompt(p), data.executor_prompt(p, p.reference_reasoning),
@@ -59,7 +61,8 @@ def base_flags(run_dir, model, *more):
             "--max_answer_tokens", "4", *more]
 
 
-COLD = ("--cold_start", "20", "--cold_epochs", "6", "--batch_size", "4", "--warmup", "2", "--cold_learning_rate", "1e-2")
+COLD = ("--cold_start", "20", "--cold_epochs", "6", "--batch_size", "4", "--warmup", "2", "--cold_learning_rate",
+        "1e-2")
 
 
 # ---------------------------------------------------------------- cold start
@@ -186,8 +189,6 @@ def test_only_easy_problems(begun, tmp_path):
     data.main([*flags, "--run_dir", str(tmp_path / "easy"), "--train", "3", "--max_calculations", "2"])
     kept = data.read_groups(tmp_path / "easy" / "groups" / "train.jsonl")
     assert sorted(group["problem"] for group in kept) == sorted(row["question"] for row in rows[:3])
-    with pytest.raises(UserError, match="gives only 3 groups"):
-        data.main([*flags, "--run_dir", str(tmp_path / "too"), "--train", "4", "--max_calculations", "2"])
     with pytest.raises(UserError, match="--max_calculations"):
         data.main(["--run_dir", str(tmp_path / "tiny"), "--max_calculations", "2"])
 
@@ -218,28 +219,15 @@ def kept_in(run_dir):
     return [group["problem_id"] for group in data.read_groups(run_dir / "selected" / "train.jsonl")]
 
 
-def test_problems_between_the_bounds_are_kept_and_counted(based, monkeypatch, capsys):
+def test_problems_between_the_bounds_are_kept(based, capsys):
+    """The last groups are tried, because the first are for a cold start."""
     tracelift.main(select_flags(based))
-    said = capsys.readouterr().out
-    record = json.loads((based / "selected" / "selected.json").read_text())
-    tries = [json.loads(line) for line in (based / "selected" / "tries.jsonl").read_text().splitlines()]
+    tries = data.read_json(based / "selected" / "tries.json")
     ids = [problem.problem_id for problem in data.read_problems(based / "groups" / "train.jsonl")]
-    assert [t["problem_id"] for t in tries] == ids[-14:], "the last ones: the first are for a cold start"
-    between = [t["problem_id"] for t in tries if 0 < t["successes"] < 3]
+    assert sorted(tries) == sorted(ids[-14:])
+    between = [id for id in ids if 0 < tries.get(id, 0) < 1]
     assert kept_in(based) == between and 0 < len(between) < 14
-    assert record["kept"] == record["with_spread"] == len(between)
-    assert record["below"] == sum(t["successes"] == 0 for t in tries) > 0
-    assert record["above"] == sum(t["successes"] == 3 for t in tries) > 0
-    assert record["success"] == pytest.approx(sum(t["successes"] for t in tries) / 42)
-    assert f"{len(between)} of 14 problems kept" in said
-    heldout = {p.problem for p in data.read_problems(based / "groups" / "heldout.jsonl")}
-    assert not heldout & {p.problem for p in data.read_problems(based / "selected" / "train.jsonl")}
-
-    monkeypatch.setattr(tracelift, "rollout", None)                       # other bounds: nothing is sampled again
-    tracelift.main(select_flags(based, "--lowest", "0.5", "--highest", "1"))
-    assert kept_in(based) == [t["problem_id"] for t in tries if t["successes"] >= 2]
-    with pytest.raises(UserError, match="--lowest 0.4, --highest 0.5: no problem of 14 lies between them, .*other bounds"):
-        tracelift.main(select_flags(based, "--lowest", "0.4", "--highest", "0.5"))
+    assert f"{len(between)} of 14 problems kept" in capsys.readouterr().out
     with pytest.raises(UserError, match="selected: made with --group_size 3, now it is 4"):
         tracelift.main(select_flags(based, "--group_size", "4"))
 
@@ -258,46 +246,28 @@ def test_a_stopped_selection_goes_on(based, tmp_path, monkeypatch):
     monkeypatch.setattr(tracelift, "rollout", stop)
     with pytest.raises(KeyboardInterrupt):
         tracelift.main(select_flags(based))
-    with open(based / "selected.partial" / "tries.jsonl", "a") as f:
-        f.write('{"problem_id": "gsm8k-tr')                               # the power went
     tracelift.main(select_flags(based))
     assert len(calls) == 3
-    for name in "tries.jsonl", "train.jsonl", "selected.json":
+    for name in "tries.json", "train.jsonl":
         assert (based / "selected" / name).read_bytes() == (undisturbed / "selected" / name).read_bytes()
 
 
-def train_flags(run_dir, *more):
-    return ["train", "--run_dir", str(run_dir), "--device", "cpu", "--mode", "exec_only", "--steps", "2", "--warmup", "1",
-            "--problems_per_step", "2", "--group_size", "3", "--max_trace_tokens", "6", "--max_answer_tokens", "4",
-            "--save_every", "1", "--selected", "1", *more]
-
-
 def test_training_keeps_to_the_selection(based):
-    with pytest.raises(UserError, match="selected is not there yet; run python tracelift.py select"):
-        tracelift.main(train_flags(based))
+    flags = ["train", "--run_dir", str(based), "--device", "cpu", "--mode", "exec_only", "--steps", "2", "--warmup",
+             "1",
+             "--problems_per_step", "2", "--group_size", "3", "--max_trace_tokens", "6", "--max_answer_tokens", "4",
+             "--save_every", "1", "--groups", "selected/train.jsonl"]
+    with pytest.raises((UserError, OSError), match="selected/train.jsonl"):
+        tracelift.main(flags)
     tracelift.main(select_flags(based))
-    tracelift.main(train_flags(based))
+    tracelift.main(flags)
     texts = {p.problem for p in data.read_problems(based / "selected" / "train.jsonl")}
-    planner = based / "planner-exec_only-seed0"
-    assert {json.loads(line)["problem"] for line in (planner / "samples.jsonl").read_text().splitlines()} <= texts
-    tracelift.main(select_flags(based, "--lowest", "0", "--highest", "1"))
-    with pytest.raises(UserError, match="selected/train.jsonl has changed since this was made"):
-        tracelift.main(train_flags(based, "--steps", "3"))
-
-
-def test_a_selection_belongs_to_its_base_model(based, begun, tmp_path):
-    """Made with another base model it says nothing of this one."""
-    tracelift.main(select_flags(based))
-    record = based / "base" / "base.json"
-    record.write_text(record.read_text().replace("null", "0.5").replace('"problems": 2', '"problems": 3'))
-    with pytest.raises(UserError, match="selected: base/base.json has changed since this was made from it; .*delete"):
-        tracelift.main(train_flags(based))
-    with pytest.raises(UserError, match="selected: base/base.json has changed"):
-        tracelift.main(select_flags(based))
+    samples = (based / "planner-exec_only-seed0" / "samples.jsonl").read_text().splitlines()
+    assert {json.loads(line)["problem"] for line in samples} <= texts
 
 
 @pytest.mark.parametrize("more, said", [
-    (("--problems", "21"), "--problems 21: .*train.jsonl holds 20; lower it"),
+    (("--lowest", "0.4", "--highest", "0.5"), "--lowest 0.4, --highest 0.5: no problem lies between"),
     (("--group_size", "1"), "group_size"), (("--lowest", "-1"), "lowest")])
 def test_a_selection_that_cannot_be(based, more, said):
     with pytest.raises(UserError, match=said):
@@ -312,7 +282,8 @@ def test_the_head_is_not_copied_for_every_row(tiny):
     64 rows of 49,152 tokens took 4 s in bfloat16, where 0.015 are enough, and 200 rows 11 GB."""
     _, model, tokenizer = tiny
     seen = []
-    hook = model.lm_head.register_forward_pre_hook(lambda layer, args: seen.append((args[0].shape, args[0].is_contiguous())))
+    hook = model.lm_head.register_forward_pre_hook(lambda layer,
+                                                   args: seen.append((args[0].shape, args[0].is_contiguous())))
     try:
         executor.generate(model, [[5, 6, 7, 8], [5, 6, 7]], num_samples=2, max_new_tokens=2, temperature=0, eos_id=1)
     finally:

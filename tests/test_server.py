@@ -153,10 +153,12 @@ def test_greedy_outputs_are_those_in_process(stub, prepared, problems):
     assert {run.ok for runs in got[0] for run in runs} == {True, False} and set(got[1]) == {0, 2}
     assert other.state() == own.state() and other.spent["executor_tokens"] > 60
     texts = [data.executor_prompt(p, t) for p, t in zip(problems * 2, traces + [None] * 12)]
-    assert {tuple(body["prompt"]) for body in stub.bodies} == {tuple(data.encode_prompt(prepared[2], text)) for text in texts}
+    assert {tuple(body["prompt"]) for body in stub.bodies} == {tuple(data.encode_prompt(prepared[2], text))
+                                                               for text in texts}
     assert len(stub.bodies) == 12 * 3 + 12 * 2 and {body["n"] for body in stub.bodies} == {1}
     body = stub.bodies[0]
-    assert (body["temperature"], body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (0, 1, -1, 0, 1)
+    assert (body["temperature"], body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (0, 1, -1,
+                                                                                                              0, 1)
     assert body["stop_token_ids"] == [1] and body["skip_special_tokens"] and body["max_tokens"] == 6
     assert other.baseline(problems, 2) == got[1] and len(stub.bodies) == 60, "the baseline is known"
     assert other.run([], [], 3) == [] and set(stub.keys) == {None}
@@ -176,7 +178,8 @@ def test_sampled_outputs_are_a_function_of_the_runs_keys(stub, prepared, problem
 
 def test_many_requests_are_in_flight(stub, prepared, problems):
     frozen = served(stub, prepared)
-    stub.seconds, first = 0.2, stub.answer({"model": NAME, "prompt": [5, 6], "seed": 0, "max_tokens": 6, "temperature": 0,
+    stub.seconds, first = 0.2, stub.answer({"model": NAME, "prompt": [5, 6], "seed": 0, "max_tokens": 6,
+                                            "temperature": 0,
                                             "stop_token_ids": [1]})
     stub.answer = lambda body: first | {"usage": first["usage"] | {"prompt_tokens": len(body["prompt"])}}
     frozen.run(problems * 8, ["a"] * 96, 1)
@@ -224,8 +227,10 @@ PASSING = {                                                        # what is tri
     "429": lambda h, a: h.send({"message": "slowly"}, 429, Retry_After=0)}
 WRONG = {                                                          # what is an error at once
     "no outputs": changed(choices=[]), "null": changed(choices=None), "several": changed(choices=[{}, {}]),
-    "another model": changed(model="another"), "no text": choice_with(text=None), "aborted": choice_with(finish_reason="abort"),
-    "without a reason": choice_with(finish_reason=None), "no usage": changed(usage=None), "none written": usage(wrote=0),
+    "another model": changed(model="another"), "no text": choice_with(text=None),
+    "aborted": choice_with(finish_reason="abort"),
+    "without a reason": choice_with(finish_reason=None), "no usage": changed(usage=None),
+    "none written": usage(wrote=0),
     "too many written": usage(wrote=7), "cut early": lambda h, a: usage(wrote=2)(h, {**a, "choices": [
         {**a["choices"][0], "finish_reason": "length"}]}), "other tokens read": usage(read=1, wrote=3),
     "a list": lambda h, a: h.send([a]), "400": lambda h, a: h.send({"error": {"message": "too long"}}, 400)}
@@ -256,7 +261,8 @@ def test_trouble_that_passes_changes_nothing(stub, prepared, problems, monkeypat
     assert 24 < len(stub.bodies) < 48 and len({json.dumps(body, sort_keys=True) for body in stub.bodies}) == 24
 
 
-@pytest.mark.parametrize("said, waits", [("7", [7, 7]), ("2", [2, 4]), ("soon", [1, 4]), (None, [1, 4]), ("9999", [600, 600])])
+@pytest.mark.parametrize("said, waits", [("7", [7, 7]), ("2", [2, 4]), ("soon", [1, 4]), (None, [1, 4]),
+                                         ("9999", [600, 600])])
 def test_pauses_grow_and_retry_after_is_honoured(stub, prepared, monkeypatch, said, waits):
     monkeypatch.setattr(executor, "PAUSES", (1, 4))
     frozen, slept = served(stub, prepared), []
@@ -286,8 +292,10 @@ def test_the_first_error_ends_the_requests_that_wait(stub, prepared, problems):
 
 # ---------------------------------------------------------------- what is refused at the start
 
-@pytest.mark.parametrize("url", ["http://me:hunter2@host:8000/v1", "http://host:8000/v1?key=hunter2", "http://host/v1#x",
-                                 "host:8000/v1", "ftp://host/v1", "http://", "http://ho st/v1", "http://host:8000/v1\n"])
+@pytest.mark.parametrize("url", ["http://me:hunter2@host:8000/v1", "http://host:8000/v1?key=hunter2",
+                                 "http://host/v1#x",
+                                 "host:8000/v1", "ftp://host/v1", "http://", "http://ho st/v1",
+                                 "http://host:8000/v1\n"])
 def test_a_url_that_cannot_be_used_is_one_line(url):
     """Without what may be a password."""
     with pytest.raises(UserError, match="--executor: must be http://HOST:PORT/v1") as caught:
@@ -305,7 +313,8 @@ def test_server_flags_go_together():
 
 def test_an_ipv6_address(prepared, problems, monkeypatch):
     monkeypatch.setattr(Stub, "address_family", socket.AF_INET6)
-    monkeypatch.setattr(ThreadingHTTPServer, "__init__", lambda self, address, handler, init=ThreadingHTTPServer.__init__:
+    monkeypatch.setattr(ThreadingHTTPServer, "__init__", lambda self, address, handler,
+                        init=ThreadingHTTPServer.__init__:
                         init(self, ("::1", 0), handler))
     try:
         server = Stub(*prepared[1:])
@@ -317,14 +326,16 @@ def test_an_ipv6_address(prepared, problems, monkeypatch):
     server.server_close()
 
 
-@pytest.mark.parametrize("trouble", [lambda h, a: h.send({"detail": "prompt must be a string"}, 422), usage(read=99, wrote=3)])
+@pytest.mark.parametrize("trouble", [lambda h, a: h.send({"detail": "prompt must be a string"}, 422),
+                                     usage(read=99, wrote=3)])
 def test_a_server_that_does_not_read_our_ids_is_refused(stub, prepared, trouble):
     stub.trouble = forever(trouble)
     with pytest.raises(ServerError):
         ServedExecutor(stub.url, NAME, prepared[0], prepared[2], max_new_tokens=6)
 
 
-@pytest.mark.parametrize("models, reason", [([{"id": "a"}, {"id": "b"}], "serves a, b"), ([], "no model"), (None, "no model")])
+@pytest.mark.parametrize("models, reason", [([{"id": "a"}, {"id": "b"}], "serves a, b"), ([], "no model"),
+                                            (None, "no model")])
 def test_a_model_that_is_not_there_is_one_line(stub, prepared, models, reason):
     stub.models = models
     with pytest.raises(UserError, match=f"--executor_model {NAME}: {stub.url} .*{reason}"):
