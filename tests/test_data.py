@@ -206,12 +206,11 @@ def test_no_ground_truth_in_other_text(source, task_type):
     ("Step 1: 5 + 3 = 8", [True]), ("4 - 2 = 2 hours = 120 minutes", [True]), ("5 dozen = 5 * 12 = 60", [True]),
     ("6*5 = 30 and 60/2 = 31", [True, False]), ("10/4 = 2 and 1/2", [True]), ("30 x (1 and 1/3) = 40", [True]),
     ("10/3 = 3.33", [True]), ("20/3 = 6.66", [True]), ("10/3 = 3.35", [False]), ("10/3 = 3", [False]), ("2.4*1.5 = 3.7", [False]),
-    ("20% * 50 = 10", [True]), ("100% - 20% = 80%", [True]), ("40/50*100 = 80%", [True]), ("2/3 = 67%", [True]),
-    ("2/3 = 60%", [False]), ("26000 / 80% = 32500", [True]),
+    ("20% * 50 = 10", [True]), ("50 * 20% = 11", [False]), ("100% - 20% = 80%", []), ("2/3 = 67%", []),
     ("48/2 = ?", []), ("5 * ? = 10", []), ("6 = 6", []), ("2 hours = 120 minutes", []), ("5 + 3 equals 8", []), ("", []),
     ("x + 3 + 2 = 9", []), ("2x + 3 = 9", []), ("3 + 4 = 8x", []), ("3 + 4 = 8 - y", []), ("7:30 + 2 = 9:30", []),
     ("20% of $50 + 3 = 13", []), ("10 times 3 + 2 = 32", []), ("2^3 + 1 = 9", []), ("2**3 + 1 = 9", []), ("5/0 = 3", []),
-    (f"{'1+' * 200}1 = 2", []), ("1" * 5000 + " + 1 = 2", []), ("((5 + 3) = 8", [True]), ("1+)2( = 3", [])])
+    (f"{'1+' * 200}1 = 2", []), ("1" * 5000 + " + 1 = 2", []), ("((5 + 3) = 8", []), ("1+)2( = 3", [])])
 def test_stated_calculations(text, right):
     """What a reader would call true; and what cannot be computed as it stands is not counted, rather than called false."""
     assert data.stated_calculations(text) == right
@@ -346,8 +345,9 @@ def test_flaws_that_a_trace_does_not_allow():
                                              [], "2*3 = 6\n6+3 = ?")], ids=("math", "code", "gsm8k"))
 def test_a_kind_of_flaw_that_nobody_makes_is_refused_by_name(problem, monkeypatch):
     """Not made into another one in silence, whether it is unknown or only missing in a world."""
+    trace = problem.reference_solution if problem.source == "gsm8k" else problem.reference_reasoning
     with pytest.raises(ValueError, match="sarcasm"):
-        perturb(problem, problem.reference_reasoning, "sarcasm", random.Random(0))
+        perturb(problem, trace, "sarcasm", random.Random(0))
     monkeypatch.setitem(NEGATIVE_KINDS[problem.task_type], "sarcasm", {})
     with pytest.raises(ValueError, match="sarcasm"):
         for seed in range(9):
@@ -624,12 +624,11 @@ def test_problems_that_cannot_teach_are_counted_named_and_left_out(tmp_path, cap
     heldout = [public("math", problem_id="h", problem="h")]
     assert run_groups(tmp_path, groups, heldout) == [good, groups[-1]]
     said = capsys.readouterr().err
-    for words in ("2 left out, the same as an earlier line: math-17, again\n", "good one: equal\n",
+    for words in ("2 left out, a repeat of an earlier line: math-17, again\n", "good one: equal\n",
                   "2 left out, the reference answer has no value: nothing, digits\n"):
         assert f"train.jsonl: {words}" in said or words in said
     shutil.rmtree(tmp_path / "run")
-    for train, words in (([equal], "no group is left"), ([good, public("math", problem="another")], "train.jsonl:2: .*'math-17'"),
-                         ([public("math", problem=" h", extra=1)], "1 training problems are also held out")):
+    for train, words in (([equal], "no group is left"), ([public("math", problem=" h", extra=1)], "1 training problems are also held out")):
         with pytest.raises(UserError, match=words):
             run_groups(tmp_path, train, heldout)
         assert not list(tmp_path.glob("run/*"))
