@@ -1287,8 +1287,8 @@ def stage_folder(path, settings, reads=(), reopen: bool = False):
             if not has_content(partial):                          # another try may have other settings
                 shutil.rmtree(partial)
             raise
-        (partial / ".lock").unlink()
-        os.replace(partial, path)
+    (partial / ".lock").unlink()
+    os.replace(partial, path)
 
 
 def has_content(folder: Path) -> bool:
@@ -1413,20 +1413,22 @@ def _split_groups(s, split, n):
     """At most n groups of one split."""
     part, path = ("train", s.data) if split == "train" else ("test", s.heldout_data)
     spare = n + n // 4 + 4                                        # some problems allow too few flaws
-    if s.source == "tiny":
-        groups = build_groups(tiny_problems(s.task_type, spare, s.seed, split), s.negatives, s.seed)
-    else:
-        path = local(path or GSM8K_URL.format(part))
+    if s.source == "groups":
+        if not path:
+            raise UserError("--source groups: needs --data FILE and --heldout_data FILE")
+        path = local(path)
         groups = read_places(path)
         if s.tests:
             join_tests(groups, local(s.tests))
-    if s.source == "groups":
         groups = teachable(path, groups, n, "tests" if s.tests else "")
     elif s.source == "gsm8k":
-        problems = [problem_of(group) for group in teachable(path, groups, 10**9, "trace")]
+        path = local(path or GSM8K_URL.format(part))
+        problems = [problem_of(group) for group in teachable(path, read_places(path), 10**9, "trace")]
         problems = [p for p in problems if len(_ANNOTATION.findall(p.reference_solution)) <= s.max_calculations]
         random.Random(s.seed).shuffle(problems)
         groups = build_groups(problems[:spare], s.negatives, s.seed)
+    else:
+        groups = build_groups(tiny_problems(s.task_type, spare, s.seed, split), s.negatives, s.seed)
     if len(groups) < n:
         print(f"{path or s.source}: gives {len(groups)} {split} groups of the {n} asked for", file=sys.stderr)
     if not groups:

@@ -140,6 +140,7 @@ CASES = [  # command, flags, what happened to the run before, words of the line
     ("data", "--source gsm8k --task_type code", None, ["--source gsm8k", "--task_type", "left out"]),
     ("data", "--heldout_data x.jsonl", None, ["--source tiny", "--heldout_data", "left out"]),
     ("data", "--source groups", None, ["--negatives 2", "--source groups", "left out"]),
+    ("data", "--source groups --negatives 4", None, ["--data FILE", "--heldout_data FILE"]),
     ("data", "--tests x.jsonl", None, ["--tests", "--source tiny", "left out"]),
     ("data", "--source groups --negatives 4 --data RUN/none --heldout_data RUN/none", None, ["RUN/none"]),
     ("data", "--source groups --negatives 4 --data hf://owner --heldout_data b", None, ["hf://owner", "cannot be"]),

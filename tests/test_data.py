@@ -229,14 +229,6 @@ def test_ground_truth_on_real_text():
     assert data.source_of(problem).right_metric == "calculations_right"
 
 
-def test_a_slip_is_seen_wherever_it_is_made():
-    problem, rng = gsm8k_problem(), random.Random(0)
-    right = data.hide_result(solution(), "68")
-    assert check_trace(problem, right) == (True, False)
-    flaws = {data.source_of(problem).flaw(problem, "arithmetic_slip", rng) for _ in range(30)}
-    assert len(flaws) > 6 and {check_trace(problem, flaw)[0] for flaw in flaws} == {False}
-
-
 @pytest.mark.parametrize("piece", ["1+1=2 ", "1+", "(1", "1%", "1 aa bb cc ", "1=", "-1=", "9", "1 1/2 ", " 1  =  ", "$ ", "\n=\n1"])
 def test_hostile_text_takes_linear_time(piece):
     """A planner may write anything; twice the text must not take four times as long."""
@@ -300,13 +292,6 @@ def test_flaws_of_an_annotated_solution(kind):
     made = {perturb(problem, solution(), kind, random.Random(seed)) for seed in range(100)} - {None}
     assert made and made <= BY_HAND[kind]
     assert len(made) >= min(2, len(BY_HAND[kind]))
-
-
-def test_flaws_leave_numbers_alone_that_only_look_alike():
-    """Carrying 30 on must not touch 300, 1.30 or 2,030 in the words that follow."""
-    text = "It is 6*5 = <<6*5=30>>30.\nOf 300 at 1.30 and 2,030 it is 30+1 = <<30+1=31>>31.\nThen 31*2 = <<31*2=62>>62."
-    made = {perturb(gsm8k_problem(text), text, "arithmetic_slip", random.Random(seed)) for seed in range(30)} - {None}
-    assert made and all("Of 300 at 1.30 and 2,030 it" in flawed for flawed in made)
 
 
 @pytest.mark.parametrize("text, shown", [
@@ -717,43 +702,6 @@ def test_read_humaneval(tmp_path):
         else:
             with pytest.raises(AssertionError):
                 exec(problem.tests[0]["assert"], scope)
-
-
-def real(name):
-    """A file of a public data set: they are no part of the repository."""
-    folder = os.environ.get("TRACELIFT_DATA")
-    if not folder or not (Path(folder) / name).is_file():
-        pytest.skip(f"TRACELIFT_DATA names no folder with {name}; set it to the folder that holds the public data sets")
-    return Path(folder) / name
-
-
-def test_all_of_gsm8k():
-    """Every line parses; the final answer is gone from the last line wherever annotations say what it is; nearly
-    every problem allows three flaws."""
-    problems = data.read_gsm8k(real("gsm8k/train.jsonl")), data.read_gsm8k(real("gsm8k/test.jsonl"))
-    assert tuple(map(len, problems)) == (7473, 1319)
-    problems = [*problems[0], *problems[1]]
-    assert len({p.problem_id for p in problems}) == len(problems)
-    annotated = [p for p in problems if p.reference_reasoning is not None]
-    assert not [p for p in annotated if "<<" in p.reference_reasoning or "####" in p.reference_reasoning]
-    assert not [p for p in problems if p.reference_reasoning is None and re.search(r"<<[^<>]*=[^<>]*>>", p.reference_solution)]
-    assert len(annotated) > 0.98 * len(problems)
-    stated = []
-    for p in annotated:
-        final = p.reference_solution.rpartition("####")[2].strip()
-        forms = "|".join({re.escape(final), re.escape(final.replace(",", ""))})
-        if re.search(rf"= *\$?(?:{forms})(?![\d,.]*\d)", p.reference_reasoning.rpartition("\n")[2]):
-            stated.append(p)
-    assert len(stated) < 0.005 * len(annotated), [p.reference_reasoning for p in stated[:3]]
-    part = annotated[::20]
-    assert len(data.build_groups(part, 3, 0)) > 0.95 * len(part)
-
-
-def test_all_of_humaneval():
-    problems = data.read_humaneval(real("humaneval/HumanEval.jsonl"))
-    assert len(problems) == len({p.problem_id for p in problems}) == 164
-    for p in problems:
-        compile(p.reference_solution + "\n" + p.tests[0]["assert"], p.problem_id, "exec")
 
 
 # ---------------------------------------------------------------- prompts
@@ -1191,14 +1139,3 @@ def test_the_command_writes_groups_and_says_what_comes_next(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     other = command(tmp_path, *arguments, "--seed", "1")
     assert other.returncode == 2 and "--seed" in other.stderr and other.stderr.count("\n") == 1
-
-
-def test_ready_groups_pass_through_unchanged(tmp_path):
-    """--source groups: the public data set, with keys of its own, cut to size."""
-    lines = [json.dumps(group(problem_id=str(i), problem=f"Zoë {i}", metadata={"i": i}), ensure_ascii=False) + "\n" for i in range(4)]
-    (tmp_path / "g.jsonl").write_text("".join(lines))
-    save(tmp_path / "h.jsonl", [group(problem="held out")])
-    done = command(tmp_path, "--run_dir", "run", "--source", "groups", "--data", "g.jsonl", "--heldout_data", "h.jsonl",
-                   "--train", "3", "--heldout", "1")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run/groups/train.jsonl").read_text() == "".join(lines[:3])
