@@ -95,7 +95,7 @@ class Source:
                         "Problem:\n{problem}",
         "code planner": "Write a short step by step plan in words for this programming task, so that someone else can "
                         f"write the program. {TAGGED} Do not write code.\n\nTask:\n{{problem}}",
-        "math executor": "Give the final answer of this problem. Write only one line, '#### ' and the answer. Do not "
+        "math executor": "Give the final answer to this problem. Write only one line, '#### ' and the answer. Do not "
                          "explain it.\n\nProblem:\n{problem}",
         "code executor": "Write a Python program for this task. Write only the code, in one ```python block. Do not "
                          "explain it.\n\nTask:\n{problem}",
@@ -126,12 +126,12 @@ def source_of(problem: Problem) -> Source:
 
 
 def planner_prompt(problem: Problem) -> str:
-    """What the planner reads. It completes it with `<reasoning>...</reasoning>`."""
+    """The planner's prompt. Its completion is `<reasoning>...</reasoning>`."""
     return source_of(problem).prompts[f"{problem.task_type} planner"].format(problem=problem.problem)
 
 
 def executor_prompt(problem: Problem, reasoning: str | None) -> str:
-    """What the executor reads, with a trace or (None) without one. An empty trace is still a trace."""
+    """The executor's prompt, with a trace or (None) without one. An empty trace is still a trace."""
     prompts = source_of(problem).prompts
     prompt = prompts[f"{problem.task_type} executor"].format(problem=problem.problem)
     trace = "" if reasoning is None else prompts["trace"].format(trace=reasoning)
@@ -493,17 +493,15 @@ def join_tests(groups: list[tuple[str, dict]], path) -> None:
     """Gives code groups the tests of another file, with rows {problem_id, tests: [{input, output, is_reward_test}]}. If
     a row has the flag `is_reward_test`, only the tests that bear it count; at most 8. Groups without a row get none."""
     tests_of = {}
-    for where, row in read_records(path, {"problem_id": "a text", "tests": _TESTS}):
-        if row["problem_id"] in tests_of:
-            raise UserError(f"{where}: problem_id {row['problem_id']!r} was there before; it must be unique")
+    for _, row in read_records(path, {"problem_id": "a text", "tests": _TESTS}):
         flagged = any("is_reward_test" in test for test in row["tests"])
         tests = [test for test in row["tests"] if test.get("is_reward_test") or not flagged]
-        tests_of[row["problem_id"]] = tests[:8]
+        tests_of.setdefault(row["problem_id"], []).extend(tests)
     for _, group in groups:
         if domain_of(group) == "code":
             if isinstance(group.get("tests"), str):               # the reward model goes on reading it
                 group.setdefault("tests_or_constraints", group["tests"])
-            group["tests"] = tests_of.get(group["problem_id"], [])
+            group["tests"] = tests_of.get(group["problem_id"], [])[:8]
 
 
 def teachable(path, groups: list[tuple[str, dict]], n: int, need: str = "") -> list[dict]:
@@ -889,7 +887,7 @@ SOURCES["tiny", "math"], SOURCES["tiny", "code"] = TinyMath(), TinyCode()
 def tiny_problems(task_type: str, n: int, seed: int, split: str = "train") -> list[Problem]:
     """`n` distinct problems of the tiny world. No computation (start and steps in math, what the function does in code)
     of the base, train and held-out shares occurs in another; "heldout" and "longer" are both of the held-out share.
-    UserError where the split has fewer."""
+    UserError if the split has fewer."""
     rng = random.Random(f"{task_type} {split} {seed}")
     world, problems = SOURCES["tiny", task_type], {}              # text -> problem
     for _ in range(100 * n + 10000):
@@ -1050,11 +1048,6 @@ def _worked(solution):
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", solution.partition("####")[0].strip())
 
 
-def strip_annotations(text: str) -> str:
-    """GSM8K text without its <<48/2=24>> annotations."""
-    return _ANNOTATION.sub("", text)
-
-
 def _split_working(before):
     """A text in front of an annotation: (what comes first, the calculation in words at its end)."""
     working = _WORKING.search(before)
@@ -1075,7 +1068,7 @@ def hide_result(annotated: str, answer: str = "") -> str | None:
     after = re.sub(r"^\d*\.?\d+", "?", annotated[last.end():])
     numbers = "|".join(re.escape(number) for number in {last[2].strip("$ "), answer} - {""})
     mention = re.compile(rf"(?<![\d.,])(?:{numbers})(?!\d|[.,]\d)")
-    return strip_annotations(annotated[:line] + mention.sub("?", before) + shown + mention.sub("?", after))
+    return _ANNOTATION.sub("", annotated[:line] + mention.sub("?", before) + shown + mention.sub("?", after))
 
 
 def calculate(expression: str) -> Fraction | None:
@@ -1211,7 +1204,8 @@ def run_command(main, argv=None) -> None:
     """Runs `main(argv)`. What a user can mend (flags, files, the disk, a diverged training, the sandbox) becomes one
     line on stderr and exit code 2; anything else keeps its traceback. Ctrl-C and SIGTERM end it with code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")                      # a terminal may know ASCII only
+    with suppress(AttributeError):                                # stdout may be replaced by a plain stream
+        sys.stdout.reconfigure(errors="replace")                  # and a terminal may know ASCII only
     try:
         main(sys.argv[1:] if argv is None else argv)
     except (UserError, OSError, FloatingPointError, verify.SandboxError) as error:

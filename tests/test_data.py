@@ -304,7 +304,7 @@ def test_a_slip_shows_also_in_numbers_with_commas_or_bare_points(text, shown):
     for seed in range(30):
         flawed = perturb(gsm8k_problem(text), text, "arithmetic_slip", random.Random(seed))
         if flawed and flawed.split("\n")[0] != text.split("\n")[0]:            # the slip is in the first calculation
-            assert not re.search(shown, data.strip_annotations(flawed)), flawed
+            assert not re.search(shown, re.sub("<<.*?>>", "", flawed)), flawed
 
 
 def test_flaws_that_a_trace_does_not_allow():
@@ -583,8 +583,7 @@ def test_tests_in_a_file_of_their_own(tmp_path, capsys):
     made = data.read_problems(run / "groups" / "train.jsonl")
     assert [[t["input"] for t in p.tests] for p in made] == [["2"], ["4", "5"], [str(n) for n in range(8)]]
     assert data.rm_text(made[0], "t") == data.rm_text(data.problem_of(groups[0]), "t") and "an example as text" in data.rm_text(made[0], "t")
-    for bad, words in (({"problem_id": "x", "tests": [3]}, "tests.jsonl:2: key 'tests'"), ({"problem_id": "x"}, "tests.jsonl:2: key 'tests'"),
-                       (rows[0], "tests.jsonl:2: problem_id 'flagged' was there before")):
+    for bad, words in (({"problem_id": "x", "tests": [3]}, "tests.jsonl:2: key 'tests'"), ({"problem_id": "x"}, "tests.jsonl:2: key 'tests'")):
         save(tmp_path / "tests.jsonl", [rows[0], bad])
         with pytest.raises(UserError, match=words):
             data.join_tests(data.read_places(tmp_path / "train.jsonl"), tmp_path / "tests.jsonl")
