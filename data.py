@@ -1157,7 +1157,8 @@ def _carry(rest, old, new):
 # What a user writes is checked: flags here, files in section 3. What a stage has written appears whole or not at all,
 # and is then trusted.
 
-def option(default, help: str, *, low=None, above=None, choices=(), needs="", only={}, path=False, affects_result=True):
+def option(default, help: str, *, low=None, above=None, choices=(), needs="", only=None, path=False,
+           affects_result=True):
     """A field of a settings class: its default and the text that `--help` shows.
 
     A number is at least `low` and more than `above`; a text is one of `choices`. The option may be set only together
@@ -1182,7 +1183,7 @@ class Options:
                 must = f"be above {above}, and below 2**62"
             elif value != f.default and needs and not getattr(self, needs):
                 must = f"be left out, since it has no effect without --{needs}"
-            for other, values in rule["only"].items():
+            for other, values in (rule["only"] or {}).items():
                 if value != f.default and getattr(self, other) not in values:
                     must = f"be left out, since it has no effect with --{other} {getattr(self, other)}"
             if must:
