@@ -95,7 +95,7 @@ class Source:
                         "Problem:\n{problem}",
         "code planner": "Write a short step by step plan in words for this programming task, so that someone else can "
                         f"write the program. {TAGGED} Do not write code.\n\nTask:\n{{problem}}",
-        "math executor": "Give the final answer of this problem. Write only one line, '#### ' and the answer. Do not "
+        "math executor": "Give the final answer to this problem. Write only one line, '#### ' and the answer. Do not "
                          "explain it.\n\nProblem:\n{problem}",
         "code executor": "Write a Python program for this task. Write only the code, in one ```python block. Do not "
                          "explain it.\n\nTask:\n{problem}",
@@ -126,12 +126,12 @@ def source_of(problem: Problem) -> Source:
 
 
 def planner_prompt(problem: Problem) -> str:
-    """What the planner reads. It completes it with `<reasoning>...</reasoning>`."""
+    """The planner's prompt. Its completion is `<reasoning>...</reasoning>`."""
     return source_of(problem).prompts[f"{problem.task_type} planner"].format(problem=problem.problem)
 
 
 def executor_prompt(problem: Problem, reasoning: str | None) -> str:
-    """What the executor reads, with a trace or (None) without one. An empty trace is still a trace."""
+    """The executor's prompt, with a trace or (None) without one. An empty trace is still a trace."""
     prompts = source_of(problem).prompts
     prompt = prompts[f"{problem.task_type} executor"].format(problem=problem.problem)
     trace = "" if reasoning is None else prompts["trace"].format(trace=reasoning)
@@ -298,8 +298,6 @@ NEGATIVE_KINDS = {
 def perturb(problem: Problem, reasoning: str, kind: str, rng: random.Random) -> str | None:
     """A copy of a correct trace with one localized flaw of this kind; None if the trace does not allow it. GSM8K traces
     must still carry their annotations (<<48/2=24>>). ValueError for a kind that the problem's source cannot make."""
-    if kind not in NEGATIVE_KINDS[problem.task_type]:
-        raise ValueError(f"{kind!r} is not a flaw of {problem.task_type}")
     flawed = source_of(problem).perturb(problem, reasoning, kind, rng)
     return None if flawed == reasoning else flawed
 
@@ -315,9 +313,7 @@ def build_groups(problems: list[Problem], negatives_per_group: int, seed: int) -
         rng.shuffle(kinds)
         bank = {}                                                 # flawed trace -> kind
         for kind in kinds * 4:                                    # one of each kind, then again where too few worked
-            if len(bank) == negatives_per_group:
-                break
-            flawed = source_of(problem).flaw(problem, kind, rng)
+            flawed = source_of(problem).flaw(problem, kind, rng) if len(bank) < negatives_per_group else None
             if flawed and flawed != problem.reference_reasoning:
                 bank.setdefault(flawed, kind)
         if len(bank) == negatives_per_group:
@@ -444,8 +440,7 @@ def read_places(path) -> list[tuple[str, dict]]:
     for where, group in groups:
         domain = domain_of(group)
         if domain is None:
-            raise UserError(f"{where}: neither the names in its rubrics nor key 'task_type' say whether it is math or "
-                            f"code; rubrics of math have {', '.join(DIMENSIONS['math'])}")
+            raise UserError(f"{where}: neither its rubrics nor key 'task_type' say whether this is math or code")
         check_form(group, dict.fromkeys(("positive_pool", "negative_bank"), [{"rubric": _RUBRIC[domain]}]), where)
     return groups
 
@@ -498,45 +493,39 @@ def join_tests(groups: list[tuple[str, dict]], path) -> None:
     """Gives code groups the tests of another file, with rows {problem_id, tests: [{input, output, is_reward_test}]}. If
     a row has the flag `is_reward_test`, only the tests that bear it count; at most 8. Groups without a row get none."""
     tests_of = {}
-    for where, row in read_records(path, {"problem_id": "a text", "tests": _TESTS}):
-        name, tests = row["problem_id"], row["tests"]
-        if name in tests_of:
-            raise UserError(f"{where}: problem_id {name!r} was there before; it must be unique")
-        if any("is_reward_test" in test for test in tests):
-            tests = [test for test in tests if test.get("is_reward_test")]
-        tests_of[name] = tests[:8]
+    for _, row in read_records(path, {"problem_id": "a text", "tests": _TESTS}):
+        flagged = any("is_reward_test" in test for test in row["tests"])
+        tests = [test for test in row["tests"] if test.get("is_reward_test") or not flagged]
+        tests_of.setdefault(row["problem_id"], []).extend(tests)
     for _, group in groups:
         if domain_of(group) == "code":
             if isinstance(group.get("tests"), str):               # the reward model goes on reading it
                 group.setdefault("tests_or_constraints", group["tests"])
-            group["tests"] = tests_of.get(group["problem_id"], [])
+            group["tests"] = tests_of.get(group["problem_id"], [])[:8]
 
 
 def teachable(path, groups: list[tuple[str, dict]], n: int, need: str = "") -> list[dict]:
     """The first `n` groups of a file that can teach. The others are counted and named on stderr, one line per reason.
-    need: "tests" or "trace". UserError for tests that verify.py refuses, for two groups under one problem_id (baselines
-    are kept by it), and if no group is left."""
-    left_out, kept, seen = {}, {}, set()                          # {reason: ids}, {id: group}, contents
+    need: "tests" or "trace". UserError for tests that verify.py refuses, and if no group is left."""
+    left_out, kept, seen = {}, [], set()                          # left_out: {reason: problem_ids}
     for where, group in groups:
         name, content = group["problem_id"], json.dumps({**group, "problem_id": ""}, sort_keys=True)
         try:
-            reason = "the same as an earlier line" if content in seen else _why_not(group, need)
+            reason = "a repeat of an earlier line" if seen & {name, content} else _why_not(group, need)
         except ValueError as error:
             raise UserError(f"{where}: {error}; mend the test or delete this line") from None
-        seen.add(content)
+        seen |= {name, content}
         if reason:
             left_out.setdefault(reason, []).append(name)
-        elif name in kept:
-            raise UserError(f"{where}: problem_id {name!r} was there before; it must be unique")
         else:
-            kept[name] = group
+            kept.append(group)
         if len(kept) == n:
             break
     for reason, names in left_out.items():
         print(f"{path}: {len(names)} left out, {reason}: {', '.join(names[:20])}", file=sys.stderr)
     if not kept:
         raise UserError(f"{path}: no group is left, see above for the reasons; mend the file")
-    return list(kept.values())
+    return kept
 
 
 def _why_not(group, need):
@@ -548,7 +537,8 @@ def _why_not(group, need):
     if need == "trace" and not good:
         return "no annotation says what is a calculation"
     if problem.task_type == "math":
-        return None if verify.math_equal(verify.extract_answer(solution), solution) else "the reference answer has no value"
+        has_value = verify.math_equal(verify.extract_answer(solution), solution)
+        return None if has_value else "the reference answer has no value"
     if not problem.tests:
         return "no tests in --tests FILE" if need == "tests" else None
     verdict, = verify.run_programs([verify.extract_code(solution)], [problem.tests])
@@ -653,13 +643,13 @@ def parse_chain(reasoning: str) -> list[Equation] | None:
 def _chain(start, steps):
     """Equations of a computation, the last result left open; none if a value leaves 10..99 (always two digits, so that
     the tiny model need not learn to line numbers up)."""
-    chain = []
+    values = [start]
     for op, n in steps:
-        chain.append(Equation(start, op, n, "?").closed())
-        start = int(chain[-1].c)
-    if not chain or any(not 10 <= int(value) <= 99 for equation in chain for value in (equation.a, equation.c)):
+        values.append(COMPUTE[op](values[-1], n))
+    if any(not 10 <= value <= 99 for value in values):
         return []
-    return [*chain[:-1], chain[-1]._replace(c="?")]
+    results = [*map(str, values[1:-1]), "?"]
+    return [Equation(a, op, b, c) for a, (op, b), c in zip(values, steps, results)]
 
 
 class TinyMath(Tiny):
@@ -897,7 +887,7 @@ SOURCES["tiny", "math"], SOURCES["tiny", "code"] = TinyMath(), TinyCode()
 def tiny_problems(task_type: str, n: int, seed: int, split: str = "train") -> list[Problem]:
     """`n` distinct problems of the tiny world. No computation (start and steps in math, what the function does in code)
     of the base, train and held-out shares occurs in another; "heldout" and "longer" are both of the held-out share.
-    UserError where the split has fewer."""
+    UserError if the split has fewer."""
     rng = random.Random(f"{task_type} {split} {seed}")
     world, problems = SOURCES["tiny", task_type], {}              # text -> problem
     for _ in range(100 * n + 10000):
@@ -1058,11 +1048,6 @@ def _worked(solution):
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", solution.partition("####")[0].strip())
 
 
-def strip_annotations(text: str) -> str:
-    """GSM8K text without its <<48/2=24>> annotations."""
-    return _ANNOTATION.sub("", text)
-
-
 def _split_working(before):
     """A text in front of an annotation: (what comes first, the calculation in words at its end)."""
     working = _WORKING.search(before)
@@ -1083,7 +1068,7 @@ def hide_result(annotated: str, answer: str = "") -> str | None:
     after = re.sub(r"^\d*\.?\d+", "?", annotated[last.end():])
     numbers = "|".join(re.escape(number) for number in {last[2].strip("$ "), answer} - {""})
     mention = re.compile(rf"(?<![\d.,])(?:{numbers})(?!\d|[.,]\d)")
-    return strip_annotations(annotated[:line] + mention.sub("?", before) + shown + mention.sub("?", after))
+    return _ANNOTATION.sub("", annotated[:line] + mention.sub("?", before) + shown + mention.sub("?", after))
 
 
 def calculate(expression: str) -> Fraction | None:
@@ -1105,17 +1090,19 @@ _ARITHMETIC = [(re.compile(pattern), new) for pattern, new in [
     (r"(?:(?<=[\d%)] )|half |third |quarter )(?:of|times|by|plus|minus)(?= [\d(])", "^"),   # not computed
     (r" and (?=\d/\d+\b(?! *[-+*/=]))", " "), (r"(?<!\d)(\d{1,9}) (\d+/\d+)", r"(\1+\2)"),  # 2 and 1/2
     (r"/ +(\d+/\d+)", r"/(\1)"),                                                # 14 / 1/4
+    (r"(?:(?<=\*)|(?<=\* ))([\d.]{1,9})%|(?<![\d.])([\d.]{1,9})%(?= ?\*)", r"(\1\2/100)"),  # 20% * 50
     (r"(?: ?[/-]? ?[A-Za-z]{2,20}\b){1,6}(?= {0,4}(?:[-+*=)]|/ ?[\d(]))", ""),  # units: 6 miles/hour * 2
-    (r"(?: ?/? ?[A-Za-z]{2,})+", ";"), (r" {0,4}([-+*/=^]) {0,4}", r"\1")]]
-_SIDES = re.compile(r"(?<![\w.^:+*/()%-])[\d.+*/()%-]+(?:=[\d.+*/()%-]+)+(?![\w^:+*/(%-]| \d)")
-_SINGLE = re.compile(r"\(*-?\d*(\.?)(\d*)(%?)[).]*")                          # one number
+    (r"(?: ?/? ?[A-Za-z]{2,})+", ";"), (r" {0,4}([-+*/=^]) {0,4}", r"\1"),
+    (r"\(([-\d.+*/]+=[-\d.+*/=]+)\)", r" \1 ")]]                                # (5 + 3 = 8)
+_SIDES = re.compile(r"(?<![\w.^:+*/()%-])[\d.+*/()-]+(?:=[\d.+*/()-]+)+(?![\w^:+*/(%-]| \d)")
+_SINGLE = re.compile(r"-?\d*(?:\.(\d*))?")                                    # one number
 
 
 def stated_calculations(text: str) -> list[bool]:
     """Whether each calculation that a text states is true, in their order: "2 * 3 = 6", "4 x $1.50 = 12/2 = $6" (two).
 
-    "3 bags * 5 = 15 apples" is one. "15 = 15" is none, nor is what has variables, powers, mere words or "?" in it.
-    Rounded decimals are true, rounded integers are not: 10/3 = 3.33, but not 3. 30% is 0.3 or 30. Units are not
+    "3 bags * 5 = 15 apples" is one. "15 = 15" is none, nor is what has variables, powers, mere words or "?" in it, nor
+    a result in percent. Rounded decimals are true, rounded integers are not: 10/3 = 3.33, but not 3. Units are not
     compared."""
     for pattern, new in _ARITHMETIC:
         text = pattern.sub(new, text)
@@ -1123,26 +1110,13 @@ def stated_calculations(text: str) -> list[bool]:
     for found in _SIDES.findall(text):
         sides = found.split("=")
         sides = sides[bool(_SINGLE.fullmatch(sides[0])):]          # a calculation begins with an operator
-        for pair in zip(sides, sides[1:]):
-            single = [_SINGLE.fullmatch(side) for side in pair]
-            verdicts = [] if all(single) else [_equal(pair, single, percent) for percent in ("", "/100")]
-            if verdicts and None not in verdicts:
-                right.append(any(verdicts))
+        for left, result in zip(sides, sides[1:]):
+            value, said, single = calculate(left), calculate(result), _SINGLE.fullmatch(result)
+            if None in (value, said) or single and _SINGLE.fullmatch(left):
+                continue
+            rounding = Fraction(1, 10 ** len(single[1])) if single and single[1] else 0
+            right.append(value == said or abs(value - said) < rounding)
     return right
-
-
-def _equal(pair, single, percent):
-    """Whether two sides are equal, but for the rounding of a single decimal; None if one cannot be computed."""
-    values, rounding = [], 0
-    for side, number in zip(pair, single):
-        extra = side.count("(") - side.count(")")                 # of a bracket around the whole: (5 + 3 = 8)
-        side = side.rstrip(".").removeprefix("(" * extra).removesuffix(")" * -extra)
-        values.append(calculate(re.sub(r"([\d.]+)%", rf"(\1{percent})", side)))
-        if number and (number[1] or number[3] and percent):
-            rounding = Fraction(1, 10 ** len(number[2]) * (100 if number[3] and percent else 1))
-    if None in values:
-        return None
-    return values[0] == values[1] or abs(values[0] - values[1]) < rounding
 
 
 def _show(number):
@@ -1183,17 +1157,15 @@ def _carry(rest, old, new):
 # What a user writes is checked: flags here, files in section 3. What a stage has written appears whole or not at all,
 # and is then trusted.
 
-def option(default, help: str, *, low=None, above=None, choices: tuple = (), needs: str = "", only: dict | None = None,
-           path: bool = False, affects_result: bool = True):
+def option(default, help: str, *, low=None, above=None, choices=(), needs="", only=None, path=False,
+           affects_result=True):
     """A field of a settings class: its default and the text that `--help` shows.
 
     A number is at least `low` and more than `above`; a text is one of `choices`. The option may be set only together
     with the option that it `needs`, and only while those in `only` have one of these values: {name: values}. `path`: a
-    file or folder, made absolute. An option that changes where, how fast or in how much memory a stage runs does not
-    affect its result, and a stage that was made with another value of it still counts as the same."""
-    rules = {"help": help, "low": low, "above": above, "choices": choices, "needs": needs, "only": only or {},
-             "path": path, "affects_result": affects_result}
-    return field(default=default, metadata=rules)
+    file or folder, made absolute. An option that only changes where, how fast or in how much memory a stage runs does
+    not affect its result: a stage made with another value of it counts as the same."""
+    return field(default=default, metadata=dict(locals()))
 
 
 class Options:
@@ -1211,7 +1183,7 @@ class Options:
                 must = f"be above {above}, and below 2**62"
             elif value != f.default and needs and not getattr(self, needs):
                 must = f"be left out, since it has no effect without --{needs}"
-            for other, values in rule["only"].items():
+            for other, values in (rule["only"] or {}).items():
                 if value != f.default and getattr(self, other) not in values:
                     must = f"be left out, since it has no effect with --{other} {getattr(self, other)}"
             if must:
@@ -1233,7 +1205,8 @@ def run_command(main, argv=None) -> None:
     """Runs `main(argv)`. What a user can mend (flags, files, the disk, a diverged training, the sandbox) becomes one
     line on stderr and exit code 2; anything else keeps its traceback. Ctrl-C and SIGTERM end it with code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")                      # a terminal may know ASCII only
+    with suppress(AttributeError):                                # stdout may be replaced by a plain stream
+        sys.stdout.reconfigure(errors="replace")                  # and a terminal may know ASCII only
     try:
         main(sys.argv[1:] if argv is None else argv)
     except (UserError, OSError, FloatingPointError, verify.SandboxError) as error:
@@ -1309,8 +1282,8 @@ def stage_folder(path, settings, reads=(), reopen: bool = False):
             if not has_content(partial):                          # another try may have other settings
                 shutil.rmtree(partial)
             raise
-        (partial / ".lock").unlink()
-        os.replace(partial, path)
+    (partial / ".lock").unlink()
+    os.replace(partial, path)
 
 
 def has_content(folder: Path) -> bool:
@@ -1363,9 +1336,8 @@ def environment() -> dict:
     """Versions, git commit and hardware, for the record."""
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else ""
-    return {"python": platform.python_version(), "torch": metadata.version("torch"), "gpu": gpu,
-            "transformers": metadata.version("transformers"), "platform": platform.platform(),
-            "cpu_cores": os.cpu_count(),
+    return {"torch": metadata.version("torch"), "transformers": metadata.version("transformers"), "gpu": gpu,
+            "platform": platform.platform(), "cpu_cores": os.cpu_count(),
             "commit": subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")}
 
 
@@ -1394,6 +1366,10 @@ def local(path: str) -> str:
                         "--heldout_data FILE (run.sh: DATA, HELDOUT_DATA)") from None
 
 
+FROM_FILES = {"source": ("gsm8k", "groups")}
+GENERATED_FLAWS = {"source": ("tiny", "gsm8k")}
+
+
 @dataclass(frozen=True)
 class DataSettings(Options):
     """Settings of `python data.py`."""
@@ -1403,17 +1379,17 @@ class DataSettings(Options):
     source: str = option("tiny", "tiny: generated; gsm8k: built from GSM8K solutions; groups: TraceLift-Groups as they "
                                  "are, or HumanEval or MBPP lines (no traces: no reward model)",
                          choices=("tiny", "gsm8k", "groups"))
-    data: str = option("", "training file, or hf://datasets/OWNER/NAME/FILE; empty with gsm8k: downloaded once from its "
-                           "public repository", path=True, only={"source": ("gsm8k", "groups")})
-    heldout_data: str = option("", "held-out file, in the same format", path=True, only={"source": ("gsm8k", "groups")})
+    data: str = option("", "training file, or hf://datasets/OWNER/NAME/FILE; empty with gsm8k: downloaded once from "
+                           "its public repository", path=True, only=FROM_FILES)
+    heldout_data: str = option("", "held-out file, in the same format", path=True, only=FROM_FILES)
     tests: str = option("", "tests of code groups in a file of their own: {problem_id, tests: [{input, output, "
                             "is_reward_test}]} a line", path=True, only={"source": ("groups",)})
     train: int = option(3000, "training groups at most", low=1)
     heldout: int = option(300, "held-out groups at most, and as many longer ones in the tiny world", low=1)
-    negatives: int = option(4, "flawed traces per group", low=1, only={"source": ("tiny", "gsm8k")})
+    negatives: int = option(4, "flawed traces per group", low=1, only=GENERATED_FLAWS)
     max_calculations: int = option(10**6, "use only problems whose solution has at most so many", low=1,
                                    only={"source": ("gsm8k",)})
-    seed: int = option(0, "random seed for problems and flaws", only={"source": ("tiny", "gsm8k")})
+    seed: int = option(0, "random seed for problems and flaws", low=0, only=GENERATED_FLAWS)
 
 
 def load_groups(s: DataSettings) -> dict[str, list[dict]]:
@@ -1432,20 +1408,22 @@ def _split_groups(s, split, n):
     """At most n groups of one split."""
     part, path = ("train", s.data) if split == "train" else ("test", s.heldout_data)
     spare = n + n // 4 + 4                                        # some problems allow too few flaws
-    if s.source == "tiny":
-        groups = build_groups(tiny_problems(s.task_type, spare, s.seed, split), s.negatives, s.seed)
-    else:
-        path = local(path or GSM8K_URL.format(part))
+    if s.source == "groups":
+        if not path:
+            raise UserError("--source groups: needs --data FILE and --heldout_data FILE")
+        path = local(path)
         groups = read_places(path)
         if s.tests:
             join_tests(groups, local(s.tests))
-    if s.source == "groups":
         groups = teachable(path, groups, n, "tests" if s.tests else "")
     elif s.source == "gsm8k":
-        problems = [problem_of(group) for group in teachable(path, groups, 10**9, "trace")]
+        path = local(path or GSM8K_URL.format(part))
+        problems = [problem_of(group) for group in teachable(path, read_places(path), 10**9, "trace")]
         problems = [p for p in problems if len(_ANNOTATION.findall(p.reference_solution)) <= s.max_calculations]
         random.Random(s.seed).shuffle(problems)
         groups = build_groups(problems[:spare], s.negatives, s.seed)
+    else:
+        groups = build_groups(tiny_problems(s.task_type, spare, s.seed, split), s.negatives, s.seed)
     if len(groups) < n:
         print(f"{path or s.source}: gives {len(groups)} {split} groups of the {n} asked for", file=sys.stderr)
     if not groups:

@@ -206,12 +206,11 @@ def test_no_ground_truth_in_other_text(source, task_type):
     ("Step 1: 5 + 3 = 8", [True]), ("4 - 2 = 2 hours = 120 minutes", [True]), ("5 dozen = 5 * 12 = 60", [True]),
     ("6*5 = 30 and 60/2 = 31", [True, False]), ("10/4 = 2 and 1/2", [True]), ("30 x (1 and 1/3) = 40", [True]),
     ("10/3 = 3.33", [True]), ("20/3 = 6.66", [True]), ("10/3 = 3.35", [False]), ("10/3 = 3", [False]), ("2.4*1.5 = 3.7", [False]),
-    ("20% * 50 = 10", [True]), ("100% - 20% = 80%", [True]), ("40/50*100 = 80%", [True]), ("2/3 = 67%", [True]),
-    ("2/3 = 60%", [False]), ("26000 / 80% = 32500", [True]),
+    ("20% * 50 = 10", [True]), ("50 * 20% = 11", [False]), ("100% - 20% = 80%", []), ("2/3 = 67%", []),
     ("48/2 = ?", []), ("5 * ? = 10", []), ("6 = 6", []), ("2 hours = 120 minutes", []), ("5 + 3 equals 8", []), ("", []),
     ("x + 3 + 2 = 9", []), ("2x + 3 = 9", []), ("3 + 4 = 8x", []), ("3 + 4 = 8 - y", []), ("7:30 + 2 = 9:30", []),
     ("20% of $50 + 3 = 13", []), ("10 times 3 + 2 = 32", []), ("2^3 + 1 = 9", []), ("2**3 + 1 = 9", []), ("5/0 = 3", []),
-    (f"{'1+' * 200}1 = 2", []), ("1" * 5000 + " + 1 = 2", []), ("((5 + 3) = 8", [True]), ("1+)2( = 3", [])])
+    (f"{'1+' * 200}1 = 2", []), ("1" * 5000 + " + 1 = 2", []), ("((5 + 3) = 8", []), ("1+)2( = 3", [])])
 def test_stated_calculations(text, right):
     """What a reader would call true; and what cannot be computed as it stands is not counted, rather than called false."""
     assert data.stated_calculations(text) == right
@@ -228,14 +227,6 @@ def test_ground_truth_on_real_text():
     assert check_trace(gsm8k_problem(final="48"), "48*1 = 48") == (True, False)
     assert check_trace(gsm8k_problem(final="1,250"), "10*125 = $1250") == (True, True)
     assert data.source_of(problem).right_metric == "calculations_right"
-
-
-def test_a_slip_is_seen_wherever_it_is_made():
-    problem, rng = gsm8k_problem(), random.Random(0)
-    right = data.hide_result(solution(), "68")
-    assert check_trace(problem, right) == (True, False)
-    flaws = {data.source_of(problem).flaw(problem, "arithmetic_slip", rng) for _ in range(30)}
-    assert len(flaws) > 6 and {check_trace(problem, flaw)[0] for flaw in flaws} == {False}
 
 
 @pytest.mark.parametrize("piece", ["1+1=2 ", "1+", "(1", "1%", "1 aa bb cc ", "1=", "-1=", "9", "1 1/2 ", " 1  =  ", "$ ", "\n=\n1"])
@@ -303,13 +294,6 @@ def test_flaws_of_an_annotated_solution(kind):
     assert len(made) >= min(2, len(BY_HAND[kind]))
 
 
-def test_flaws_leave_numbers_alone_that_only_look_alike():
-    """Carrying 30 on must not touch 300, 1.30 or 2,030 in the words that follow."""
-    text = "It is 6*5 = <<6*5=30>>30.\nOf 300 at 1.30 and 2,030 it is 30+1 = <<30+1=31>>31.\nThen 31*2 = <<31*2=62>>62."
-    made = {perturb(gsm8k_problem(text), text, "arithmetic_slip", random.Random(seed)) for seed in range(30)} - {None}
-    assert made and all("Of 300 at 1.30 and 2,030 it" in flawed for flawed in made)
-
-
 @pytest.mark.parametrize("text, shown", [
     ("He gets 5*500 = <<5*500=2500>>2,500.\nThen 2,500+1 = <<2500+1=2501>>2,501.\nThen 2,501*2 = <<2501*2=5002>>5,002.",
      r"gets 5\*500 = 2,?500\."),
@@ -320,7 +304,7 @@ def test_a_slip_shows_also_in_numbers_with_commas_or_bare_points(text, shown):
     for seed in range(30):
         flawed = perturb(gsm8k_problem(text), text, "arithmetic_slip", random.Random(seed))
         if flawed and flawed.split("\n")[0] != text.split("\n")[0]:            # the slip is in the first calculation
-            assert not re.search(shown, data.strip_annotations(flawed)), flawed
+            assert not re.search(shown, re.sub("<<.*?>>", "", flawed)), flawed
 
 
 def test_flaws_that_a_trace_does_not_allow():
@@ -346,8 +330,9 @@ def test_flaws_that_a_trace_does_not_allow():
                                              [], "2*3 = 6\n6+3 = ?")], ids=("math", "code", "gsm8k"))
 def test_a_kind_of_flaw_that_nobody_makes_is_refused_by_name(problem, monkeypatch):
     """Not made into another one in silence, whether it is unknown or only missing in a world."""
+    trace = problem.reference_solution if problem.source == "gsm8k" else problem.reference_reasoning
     with pytest.raises(ValueError, match="sarcasm"):
-        perturb(problem, problem.reference_reasoning, "sarcasm", random.Random(0))
+        perturb(problem, trace, "sarcasm", random.Random(0))
     monkeypatch.setitem(NEGATIVE_KINDS[problem.task_type], "sarcasm", {})
     with pytest.raises(ValueError, match="sarcasm"):
         for seed in range(9):
@@ -598,8 +583,7 @@ def test_tests_in_a_file_of_their_own(tmp_path, capsys):
     made = data.read_problems(run / "groups" / "train.jsonl")
     assert [[t["input"] for t in p.tests] for p in made] == [["2"], ["4", "5"], [str(n) for n in range(8)]]
     assert data.rm_text(made[0], "t") == data.rm_text(data.problem_of(groups[0]), "t") and "an example as text" in data.rm_text(made[0], "t")
-    for bad, words in (({"problem_id": "x", "tests": [3]}, "tests.jsonl:2: key 'tests'"), ({"problem_id": "x"}, "tests.jsonl:2: key 'tests'"),
-                       (rows[0], "tests.jsonl:2: problem_id 'flagged' was there before")):
+    for bad, words in (({"problem_id": "x", "tests": [3]}, "tests.jsonl:2: key 'tests'"), ({"problem_id": "x"}, "tests.jsonl:2: key 'tests'")):
         save(tmp_path / "tests.jsonl", [rows[0], bad])
         with pytest.raises(UserError, match=words):
             data.join_tests(data.read_places(tmp_path / "train.jsonl"), tmp_path / "tests.jsonl")
@@ -624,12 +608,11 @@ def test_problems_that_cannot_teach_are_counted_named_and_left_out(tmp_path, cap
     heldout = [public("math", problem_id="h", problem="h")]
     assert run_groups(tmp_path, groups, heldout) == [good, groups[-1]]
     said = capsys.readouterr().err
-    for words in ("2 left out, the same as an earlier line: math-17, again\n", "good one: equal\n",
+    for words in ("2 left out, a repeat of an earlier line: math-17, again\n", "good one: equal\n",
                   "2 left out, the reference answer has no value: nothing, digits\n"):
         assert f"train.jsonl: {words}" in said or words in said
     shutil.rmtree(tmp_path / "run")
-    for train, words in (([equal], "no group is left"), ([good, public("math", problem="another")], "train.jsonl:2: .*'math-17'"),
-                         ([public("math", problem=" h", extra=1)], "1 training problems are also held out")):
+    for train, words in (([equal], "no group is left"), ([public("math", problem=" h", extra=1)], "1 training problems are also held out")):
         with pytest.raises(UserError, match=words):
             run_groups(tmp_path, train, heldout)
         assert not list(tmp_path.glob("run/*"))
@@ -718,43 +701,6 @@ def test_read_humaneval(tmp_path):
         else:
             with pytest.raises(AssertionError):
                 exec(problem.tests[0]["assert"], scope)
-
-
-def real(name):
-    """A file of a public data set: they are no part of the repository."""
-    folder = os.environ.get("TRACELIFT_DATA")
-    if not folder or not (Path(folder) / name).is_file():
-        pytest.skip(f"TRACELIFT_DATA names no folder with {name}; set it to the folder that holds the public data sets")
-    return Path(folder) / name
-
-
-def test_all_of_gsm8k():
-    """Every line parses; the final answer is gone from the last line wherever annotations say what it is; nearly
-    every problem allows three flaws."""
-    problems = data.read_gsm8k(real("gsm8k/train.jsonl")), data.read_gsm8k(real("gsm8k/test.jsonl"))
-    assert tuple(map(len, problems)) == (7473, 1319)
-    problems = [*problems[0], *problems[1]]
-    assert len({p.problem_id for p in problems}) == len(problems)
-    annotated = [p for p in problems if p.reference_reasoning is not None]
-    assert not [p for p in annotated if "<<" in p.reference_reasoning or "####" in p.reference_reasoning]
-    assert not [p for p in problems if p.reference_reasoning is None and re.search(r"<<[^<>]*=[^<>]*>>", p.reference_solution)]
-    assert len(annotated) > 0.98 * len(problems)
-    stated = []
-    for p in annotated:
-        final = p.reference_solution.rpartition("####")[2].strip()
-        forms = "|".join({re.escape(final), re.escape(final.replace(",", ""))})
-        if re.search(rf"= *\$?(?:{forms})(?![\d,.]*\d)", p.reference_reasoning.rpartition("\n")[2]):
-            stated.append(p)
-    assert len(stated) < 0.005 * len(annotated), [p.reference_reasoning for p in stated[:3]]
-    part = annotated[::20]
-    assert len(data.build_groups(part, 3, 0)) > 0.95 * len(part)
-
-
-def test_all_of_humaneval():
-    problems = data.read_humaneval(real("humaneval/HumanEval.jsonl"))
-    assert len(problems) == len({p.problem_id for p in problems}) == 164
-    for p in problems:
-        compile(p.reference_solution + "\n" + p.tests[0]["assert"], p.problem_id, "exec")
 
 
 # ---------------------------------------------------------------- prompts
@@ -1192,14 +1138,3 @@ def test_the_command_writes_groups_and_says_what_comes_next(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     other = command(tmp_path, *arguments, "--seed", "1")
     assert other.returncode == 2 and "--seed" in other.stderr and other.stderr.count("\n") == 1
-
-
-def test_ready_groups_pass_through_unchanged(tmp_path):
-    """--source groups: the public data set, with keys of its own, cut to size."""
-    lines = [json.dumps(group(problem_id=str(i), problem=f"Zoë {i}", metadata={"i": i}), ensure_ascii=False) + "\n" for i in range(4)]
-    (tmp_path / "g.jsonl").write_text("".join(lines))
-    save(tmp_path / "h.jsonl", [group(problem="held out")])
-    done = command(tmp_path, "--run_dir", "run", "--source", "groups", "--data", "g.jsonl", "--heldout_data", "h.jsonl",
-                   "--train", "3", "--heldout", "1")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run/groups/train.jsonl").read_text() == "".join(lines[:3])
