@@ -86,7 +86,7 @@ _OPENED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # Behind a box: the answer said again, with at most one plain word, and not a sentence about it.
 _AGAIN = re.compile(r"[\W_]*(?:(?:so|thus|hence|therefore|and|the|my|our|final|correct|answer|is)\b[\W_]*)*|.*答案.*", re.IGNORECASE)
 _PLAIN_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-_END = re.compile(r"(?<!Rs)\.(?:\s|$)|(?<=[A-Za-z])[!?](?:\s|$)|[\s(,]+(?:because|since)\b|,\s+(?:in|so|as|for)\b")
+_END = re.compile(r"(?<!Rs)\.(?:\s|$)|(?<=[A-Za-z])[!?](?:\s|$)|[\s(,]+(?:because|since)\b|,\s+(?:in|so|as|for)\b(?!.*=)")
 _FORMULA = re.compile(r"([^0-9$]*)\$([^$]+)\$([^0-9$]*)")          # in a sentence
 _VALUE = re.compile(r"[0-9½⅓¼√π∞=]|\\(?!text|math|mbox)[A-Za-z]")
 _LABEL = re.compile(r"\b(?:step|part|case|section|example|question|problem|method|equation|line)\s*#?\(?[0-9]+\)?"
@@ -96,6 +96,11 @@ _BULLET = re.compile(r"^\s*[-\u2013\u2014\u2212\u2022*]\s+")        # at the sta
 _DASH = re.compile(r"([^\W\d]{2}[:*]*\s|[^\W\d]:)\s*[-\u2013\u2014\u2212]\s+")  # after a word: no minus sign
 # Between two numbers: they are two guesses, or a sum.
 _HEDGE = re.compile(r"(?i)[\s,;&/-]*(?:(?:and|to)\b[\s$]*(?:[a-z] *= *)?)?|.*\b(?:or|maybe|perhaps|possibly)\b.*")
+
+# Up to two words before a number, and in its clause behind it.
+_BEFORE = re.compile(r"(?:[^\s=]+\s+){0,2}[^\s=]*$")
+_IN_CLAUSE = r"(?![.;!?)](?:\s|$)|,\s|[。，；！？]|\s-\s[A-Za-z]{3})"
+_BEHIND = re.compile(rf"(?:{_IN_CLAUSE}\S)*(?:{_IN_CLAUSE}\s+(?:{_IN_CLAUSE}\S)+){{0,2}}")
 
 # [0-9] and not \d, which also matches the digits of every other script.
 _WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
@@ -117,9 +122,7 @@ _NOT_UNITS = set("""
     undefined double triple twice thrice least most isn doesn wasn cannot never alpha beta gamma delta epsilon zeta
     eta theta iota kappa lambda mu nu xi omicron rho sigma tau upsilon phi chi psi omega
     repeating repeated recurring recurrent periodic far close near nowhere unlike instead beyond exceed exceeding short
-    opposite base modulo remainder fold couple few several ish false impossible unknown rather two three four five six
-    seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty
-    fifty sixty seventy eighty ninety""".split())
+    opposite base modulo remainder fold couple few several ish false impossible unknown rather""".split())
 _HEDGES = set("about around nearly almost over under than between within up off if unless".split())   # before a number
 _CURRENCIES = set("usd us eur gbp inr cny jpy rs r".split())
 _AFTER = set("m s g h L l".split())                             # alone behind a number; other letters may be variables
@@ -145,10 +148,13 @@ _RIVALS = [[set(side.split()) for side in line.split("|")] for line in """am | p
     cent penny pence | dollar usd | euro eur | pound gbp | rupee inr | yen jpy | yuan cny 元""".split(";")]
 
 
+_SYMBOL = "[A-Za-zπ∞θαβγφλμσω]"
+_ARGUMENT = r"\s*(?:\{([^{}]*)\}|([0-9]|SYMBOL))"                # of a TeX command
+
+
 def _rules(table: str) -> list:
-    """A line is a pattern, an arrow and what replaces it (␣ is a blank); ARGUMENT is one of a TeX command."""
-    for name, pattern in (("ARGUMENT", r"\s*(?:\{([^{}]*)\}|([0-9]|SYMBOL))"), ("SYMBOL", "[A-Za-zπ∞θαβγφλμσω]"), ("DECIMAL", _DECIMAL)):
-        table = table.replace(name, pattern)
+    """A line is a pattern, an arrow and what replaces it (␣ is a blank)."""
+    table = table.replace("ARGUMENT", _ARGUMENT).replace("SYMBOL", _SYMBOL).replace("DECIMAL", _DECIMAL)
     pairs = [line.split(" =>") for line in table.strip().split("\n")]
     return [(re.compile(pattern.strip(), re.DOTALL), new.strip().replace("␣", " ")) for pattern, new in pairs]
 
@@ -170,6 +176,10 @@ _UNWRAP = _rules(r"\\text\{([^{}]*)\} => \1")
 _LISTS = _rules(r"""
     degrees =>
     ,? and (?!\S* (?!\S*\d)) => ,""")
+# A side of a calculation: commas of thousands and after words, x between numbers; what a result is for.
+_SIDES = _rules(r"""
+    (?<=[0-9]),(?=[0-9]{3})|(?<=[A-Za-z])[,:](?=\s)|\bx(?= ?[0-9]) =>""")
+_RESULT = re.compile(r"(?<=[a-z])\s(?:out of|for|in|after|before|that|on|with|during|by|from|of)\s.*|(?<=[0-9])\sfor\s.*")
 _JOINTS = _rules(r"""
     \s*(\W|[π∞])\s* => \1
     (?<=[0-9]) (?=[a-z](?![a-z])) =>""")
@@ -204,6 +214,7 @@ _TYPOGRAPHY = _rules(r"""
     \.{2,}|\\[lc]?dots(?![a-z]) => …
     \{,\}(?=[0-9]{3}) => ,
     (?<=[0-9A-Za-z)])\*\*(?=[0-9A-Za-z(]) => ^
+    (?<=[0-9])\s*/\s*(?=[a-z]{3}) => ␣per␣
     \\! =>
     \\% => %
     (?<=[0-9])(?:\\,|[\u00a0\u202f\u2006\u2009])(?=[0-9]{3}(?![0-9])) => ,
@@ -340,7 +351,8 @@ def _marked(text: str) -> str | None:
     contents = ["".join(filter(None, box.groups())).strip() for box in boxes]
     between = text[boxes[0].end():boxes[-1].start()] + "x"
     # Boxes in one sentence may be two answers; tags are not.
-    if len(set(contents)) > 1 and not re.search(r"\n|[.!?]\s|<answer>", between.lstrip()) and not _MARKER.search(between):
+    guesses = boxes[-1][1] and len(set(contents)) > 1 and not re.search(r"\n|[.!?]\s", between.lstrip())
+    if guesses and not _MARKER.search(between):
         return " or ".join(contents)
     # \boxed{Answer: 24}, <answer>\boxed{24}</answer>
     return _marked(_rewrite(contents[-1][:MAX_ANSWER + 1], _UNWRAP)) or contents[-1]
@@ -353,18 +365,16 @@ def _without_dashes(line: str) -> str:
 
 def _last_number(line: str) -> str | None:
     """The last number of a line, with two words on either side where they make something else of it (4 dozen)."""
-    line = _BULLET.sub("", line, count=1)
+    line = _BULLET.sub("", line)
     numbers = list(_NUMBER.finditer(line))[-2:]
     if not numbers:
         return None
     start, end = numbers[-1].span()
     if len(numbers) == 2 and _HEDGE.fullmatch(line, numbers[0].end(), start):
         return line[numbers[0].start():end]                       # two guesses
-    begin = re.search(r"(?:[^\s=]+\s+){0,2}[^\s=]*$", line[:start]).start()
-    clause = re.split(r"[.;!?)](?:\s|$)|,\s|[。，；！？]|\s-\s(?=[A-Za-z]{3})", line[end:], maxsplit=1)[0]
-    after = re.match(r"\S*(?:\s+\S+){0,2}", clause)[0]           # its unit, perhaps
-    phrase = line[begin:end] + after
-    return phrase.strip() if _number(phrase) is None else (numbers[-1][0] + after).strip()
+    end = _BEHIND.match(line, end).end()                          # its unit, perhaps
+    phrase = line[_BEFORE.search(line[:start]).start():end].strip()
+    return phrase if _number(phrase) is None else line[start:end].strip()
 
 
 def _clean(text: str) -> str:
@@ -402,13 +412,14 @@ def _value(text: str) -> _Answer:
     named = re.fullmatch(r"∠?[^\W\d_][\w' ]*(?:\([^()=]*\))?(?:\+[^\W\d_]\w*)*|\([^\W\d](?:,[^\W\d])*\)|", name)
     named = named and not _NOT_UNITS & _words(first)
     if (named or _is_calculation(first)) and all(map(_is_calculation, others[:-1])):
-        return _value(others[-1].strip())._replace(name=name if named else "")
+        last = others[-1].strip() if named else _RESULT.sub("", others[-1].strip())
+        return _value(last)._replace(name=name if named else "")
     return _Answer(_as_text(text))
 
 
 def _is_calculation(text: str) -> bool:
     """Whether a side of an equation is a number or arithmetic, perhaps with units or in a sentence."""
-    rest = re.sub(r"(?<=[0-9]),(?=[0-9]{3})|x(?= ?[0-9])", "", _WORD.sub(_drop, text))
+    rest = _WORD.sub(_drop, _rewrite(text, _SIDES))
     return not _NOT_UNITS & _words(text) and re.fullmatch(r"[0-9\s.+*/()%÷^√π-]*", rest) is not None
 
 
@@ -474,7 +485,7 @@ def _drop(match: re.Match) -> str:
 
 OUTCOMES = ("compile_error", "timeout", "memory", "runtime_error", "failed_test", "passed", "no_tests")  # worst first
 # A closing fence is indented at most three blanks more than the opening one, or follows the last character.
-_FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})([^`\n]*)(?:\n|(?=`))(.*?)"
+_FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})(?![`~])([^`\n]*)(?:\n|(?=`))(.*?)"
                     r"(?:(?<=\n)\1? {0,3}\2[`~]*[ \t]*$|(?<=[^\s`~])\2[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _PYTHON = re.compile(r"\W*(?:[\w/.]*\.py|i?python[0-9.]*|py[0-9.]*)(?![-\w])", re.IGNORECASE)
 _CODE = re.compile(r"\s*(?:(?:import|from|def|class|for|while|if|with)\b.* |[A-Za-z_][\w.]*(?:\(| = )).*")  # on the fence's line
@@ -493,10 +504,10 @@ def code_blocks(text: str) -> list[str]:
     for _, _, info, body in _FENCE.findall(text):
         tag = _PYTHON.match(info)
         begun = _CODE.match(info, tag.end() if tag else 0)
-        code = textwrap.dedent(body).removesuffix("\n").lstrip("\ufeff")
+        code = textwrap.dedent(body).lstrip("\ufeff")
         code = f"{begun[0].strip()}\n{code}" if begun else code
         plain = not info.strip() and re.search(r"[=(]|\bimport\b", body) and not _OUTPUT.match(body)
-        found[2 if tag or begun else bool(plain)] += [code] * bool(code.strip())
+        found[2 if tag or begun else bool(plain)] += [code.removesuffix("\n")] * bool(code.strip())
     return found[2] or found[1] or found[0] or [text.split("\n```")[0]]
 
 
@@ -556,17 +567,16 @@ class SandboxError(RuntimeError):
 # Of these a test may pass functions and classes to the program, beside the builtins.
 MODULES = ("math", "cmath", "re", "random", "string", "copy", "itertools", "functools", "collections", "operator",
            "heapq", "bisect", "datetime", "decimal", "fractions")
-_RUNS_CODE = set("exec compile __import__ pickle marshal shelve importlib builtins subprocess ctypes runpy code".split())
+_RUNS_CODE = set("exec compile pickle marshal shelve importlib builtins subprocess ctypes runpy code".split())
 
 
 def check_tests(tests: list[dict], where: str = "tests") -> None:
     """Refuses the tests of one problem that cannot be judged, when it enters. ValueError names the test: a wrong type
-    or key, no valid Python, no assert, a module beyond the standard library, a lambda as an argument of the program,
-    and what would run code that a program returned."""
+    or key, no valid Python, no assert, a module beyond the standard library, and what would run code that a program returned."""
     if not isinstance(tests, (list, tuple)):
         raise ValueError(f"{where} must be a list of tests, not {type(tests).__name__}")
     for j, test in enumerate(tests):
-        texts = {key for key in ("assert", "input", "output") if isinstance(dict(test).get(key), str)}
+        texts = {key for key in ("assert", "input", "output") if isinstance(test, dict) and isinstance(test.get(key), str)}
         if texts not in ({"assert"}, {"input", "output"}):
             raise ValueError(f"{where}[{j}] must have a text under 'assert', or under 'input' and 'output': {test!r:.80}")
         try:
@@ -576,21 +586,16 @@ def check_tests(tests: list[dict], where: str = "tests") -> None:
 
 
 def _check_statement(tree: ast.Module) -> None:
-    used = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            used.add(node.id)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "sorted") not in dir(builtins):
-            if any(isinstance(argument, ast.Lambda) for argument in node.args):
-                raise ValueError(f"it hands a lambda to {node.func.id}, which cannot cross to the program")
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            module = (getattr(node, "module", None) or node.names[0].name).partition(".")[0]
-            used.add(module)
-            if module not in sys.stdlib_module_names:
-                raise ValueError(f"no {module!r}: the standard library is all that programs and tests have")
-    if used & _RUNS_CODE:
-        raise ValueError(f"with {min(used & _RUNS_CODE)} it might run what a program returned")
-    if tree.body and not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+    nodes = list(ast.walk(tree))
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    modules = [node.names[0].name for node in nodes if isinstance(node, ast.Import)]
+    modules += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules = {name.partition(".")[0] for name in modules}
+    if not modules <= sys.stdlib_module_names:
+        raise ValueError(f"no {', '.join(modules)}: the standard library is all that programs and tests have")
+    if _RUNS_CODE & (used | modules):
+        raise ValueError(f"with {min(_RUNS_CODE & (used | modules))} it might run what a program returned")
+    if tree.body and not any(isinstance(node, ast.Assert) for node in nodes):
         raise ValueError("there is no assert in it")
 
 
@@ -641,10 +646,9 @@ def _judge(program: str, tests: list[dict], limits: dict) -> Verdict:
         results += _run_asserts(program, asserts, limits)
     outcomes, total = [outcome for outcome, _ in results], len(stdin) + len(asserts)
     worst = min(outcomes, key=OUTCOMES.index, default="no_tests")
-    detail = ""
-    if worst not in ("passed", "no_tests"):
-        first = outcomes.index(worst)
-        detail = f"test {first + 1} of {total}: {results[first][1]}".encode("ascii", "backslashreplace").decode()
+    detail = results[outcomes.index(worst)][1] if outcomes else ""
+    detail = detail and f"test {outcomes.index(worst) + 1} of {total}: {detail}"
+    detail = detail.encode("ascii", "backslashreplace")[:500].decode()
     return Verdict(worst, outcomes.count("passed"), total - outcomes.count("no_tests"), detail)
 
 
@@ -706,7 +710,7 @@ def _run_asserts(program: str, asserts: list[str], limits: dict) -> list[list]:
     results = [json.loads(line) for line in report.splitlines()]
     if results and _is_over(results[-1], limits):
         return results
-    if end[0] == "passed":
+    if end[0] == "passed":                                        # the judge may have met a limit, too
         end = ["runtime_error", "ended before this test was done"]
     elif len(results) == len(asserts):
         results.pop()                                             # it must also end well
@@ -718,14 +722,11 @@ def _run(program: str, contents: list[bytes], longest: int, limits: dict) -> tup
     each enough to compare it with `longest` bytes."""
     reply, (_, errors, *files) = _ask(limits, [_bytes(program), b"", *contents], keep=65536 + 4 * longest)
     detail = errors[-400:].decode("utf-8", "replace").rpartition("\n")[2][:200]
-    code, outcome = reply["code"], "runtime_error"
+    code = reply["code"]
+    outcome = _STATUS.get(code, "runtime_error")
     if reply["late"] or reply["cpu"] > limits["timeout"] or code == -signal.SIGPROF:
         outcome, detail = "timeout", f"over {limits['timeout']} s of CPU, or it waited for as long"
-    elif reply["judged"]:
-        outcome, detail = "failed_test", "what it returned could not be compared within the limits"
-    elif code in _STATUS:
-        outcome = _STATUS[code]
-    return [outcome, detail or f"ended with status {code}"], files
+    return [outcome, detail if outcome == "passed" else detail or f"ended with status {code}"], files
 
 
 def _ask(job: dict, contents: list[bytes], keep: int) -> tuple[dict, list[bytes]]:
@@ -756,7 +757,7 @@ def _ask(job: dict, contents: list[bytes], keep: int) -> tuple[dict, list[bytes]
         raise SandboxError(f"{_ATTEMPTS} helpers died in a row; the first may have said why on stderr")
     layers()                                                      # helpers live, but not with this program
     said = f"{_ATTEMPTS} helpers died with it in a row".encode()
-    return {"code": 1, "cpu": 0, "late": False, "judged": 0}, [b"", said] + [b""] * (len(contents) - 2)
+    return {"code": 1, "cpu": 0, "late": False}, [b"", said] + [b""] * (len(contents) - 2)
 
 
 # ---------------------------------------------------------------- helpers, seen from the trainer
@@ -839,7 +840,8 @@ def serve() -> None:
     _limit(resource.RLIMIT_STACK, 64 << 20)                       # deep recursion
     scratch = "namespaces" not in _without and _own_scratch()
     os.chdir("/dev/shm" if scratch else "/")
-    walls = {wall.__name__: wall for wall in (_landlock(scratch), _seccomp()) if wall}
+    rules = None if "landlock" in _without else _landlock(scratch)
+    walls = {"landlock": rules, "seccomp": None if "seccomp" in _without else _seccomp(rules is not None)}
     libc.prctl(4, 0, 0, 0, 0)                                     # PR_SET_DUMPABLE: nobody reads its memory, nor a child's
     gc.freeze()                                  # a collection in a child would write to, and so copy, every page
     channel = socket.socket(fileno=3)
@@ -847,19 +849,19 @@ def serve() -> None:
         message, files, _, _ = socket.recv_fds(channel, 1 << 16, 40)
         if not message:
             os._exit(0)
-        reply = _work(json.loads(message), files, walls.values())
+        reply = _work(json.loads(message), files, walls)
         for entry in os.scandir() if scratch else ():
             shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
-        channel.send(json.dumps(reply | {"walls": list(walls)}).encode())
+        channel.send(json.dumps(reply | {"walls": [name for name in walls if walls[name] is not None]}).encode())
 
 
-def _work(job: dict, files: list[int], walls) -> dict:
+def _work(job: dict, files: list[int], walls: dict) -> dict:
     """A run in new processes; closes the files. The judge comes first, and its files are closed before the program
     starts, which shall not find them."""
     program, errors, *others = files
     if "asserts" in job:
         ours, theirs = (end.detach() for end in socket.socketpair())
-        judge = _spawn(job, walls, ours, errors, lambda: _check_asserts(*others, theirs, job["fail_fast"]))
+        judge = _spawn(job, walls, ours, errors, lambda: _check_asserts(*others, theirs))
         for fd in (ours, *others):
             os.close(fd)
         others = [theirs]
@@ -870,7 +872,7 @@ def _work(job: dict, files: list[int], walls) -> dict:
         os.close(fd)
     ended, late = _wait({judge, child}, job["timeout"])
     code, cpu = ended[child]
-    return {"code": code, "cpu": cpu, "late": late, "judged": judge != child and ended[judge][0]}
+    return {"code": code, "cpu": cpu, "late": late}
 
 
 def _wait(pids: set[int], timeout: float) -> tuple[dict, bool]:
@@ -890,7 +892,7 @@ def _wait(pids: set[int], timeout: float) -> tuple[dict, bool]:
     return ended, late
 
 
-def _spawn(job: dict, walls, link: int | None, errors: int, work) -> int:
+def _spawn(job: dict, walls: dict, link: int | None, errors: int, work) -> int:
     """Forks a child that puts up the walls, then works. Descriptor 3 is its link to the judge or the program."""
     pid = os.fork()
     if pid:
@@ -900,8 +902,7 @@ def _spawn(job: dict, walls, link: int | None, errors: int, work) -> int:
         _limit(resource.RLIMIT_AS, job["memory_mb"] << 20)
         _limit(resource.RLIMIT_FSIZE, _SCRATCH)
         _limit(resource.RLIMIT_CPU, int(job["timeout"]) + 1)      # in whole seconds: it backs up the timer
-        for put_up in walls:
-            put_up()
+        _put_up(**walls)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         signal.setitimer(signal.ITIMER_PROF, job["timeout"])
         random.seed(0)                                            # verdicts shall not depend on luck
@@ -1074,9 +1075,7 @@ def _answer_asserts(source: int) -> None:
                 judge.write(json.dumps(answer(request)).encode() + b"\n")
                 judge.flush()
         leave(0)
-    except SystemExit as stop:
-        _fail(1, SystemExit(f"{stop.code}; the program ended itself, so its asserts did not run"))
-    except BaseException as error:
+    except BaseException as error:                                # SystemExit too: then its asserts did not run
         _fail(1, error)
 
 
@@ -1150,7 +1149,7 @@ def _evaluate(text: str, *_):
     return ast.literal_eval(text)
 
 
-def _check_asserts(tests: int, report: int, theirs: int, fail_fast: bool) -> None:
+def _check_asserts(tests: int, report: int, theirs: int) -> None:
     """The judge: runs each statement, reports a line [outcome, detail]. It holds the asserts and none of the program."""
     os.close(theirs)                                              # else the link would not end with the program
     program = socket.socket(fileno=3).makefile("rwb")
@@ -1174,19 +1173,16 @@ def _check_asserts(tests: int, report: int, theirs: int, fail_fast: bool) -> Non
         raise (raised if known else _OfProgram)(more.partition(": ")[2])
 
     for statement in json.loads(_read_file(tests)):
-        outcome, detail = "runtime_error", ""
         try:
             code = compile(statement, "<assert>", "exec", dont_inherit=True)
             scope = _Scope(ask, code.co_names)
             exec(code, scope)
-            outcome = "passed" if scope.asked else "no_tests"
-        except (AssertionError, TypeError) as error:              # it is wrong, or of a kind that cannot be compared
-            outcome, detail = "failed_test", _describe(error)
-        except BaseException as error:
-            outcome, detail = "memory" if isinstance(error, MemoryError) else outcome, _describe(error)
-        os.write(report, json.dumps([outcome, f"{' '.join(statement[:80].split())}: {detail}"]).encode() + b"\n")
-        if fail_fast and outcome not in ("passed", "no_tests"):
-            break
+            result = "passed" if scope.asked else "no_tests", ""
+        except BaseException as error:                            # TypeError: of a kind that cannot be compared
+            outcomes = {AssertionError: "failed_test", TypeError: "failed_test", MemoryError: "memory"}
+            outcome = outcomes.get(type(error), "runtime_error")
+            result = outcome, f"{' '.join(statement[:80].split())}: {_describe(error)}"
+        os.write(report, json.dumps(result).encode() + b"\n")
     os._exit(0)
 
 
@@ -1244,83 +1240,70 @@ def _limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, value))
 
 
-def _must(result: int, what: str) -> None:
-    if result != 0:
-        raise OSError(ctypes.get_errno(), what)
-
-
 def _own_scratch() -> bool:
     """A /dev/shm of this process and its children, where user namespaces are allowed: its files end with the helper."""
     uid, gid = os.getuid(), os.getgid()
     if libc.unshare(0x10000000 | 0x00020000) != 0:                # a user and a mount namespace
         return False
     libc.prctl(4, 1, 0, 0, 0)                                     # PR_SET_DUMPABLE: a plain user may write the maps
-    try:
-        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
-        _must(libc.mount(b"none", b"/", None, 0x44000, None), "private mounts")
-        # nosuid, nodev, noexec. Few files: folders in folders stay removable.
-        _must(libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 14, f"size={_SCRATCH},nr_inodes=50".encode()), "tmpfs")
-    except OSError:
-        return False
-    return True
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with contextlib.suppress(OSError), open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    # Private mounts; nosuid, nodev, noexec, and few files: folders in folders stay removable.
+    return libc.mount(b"none", b"/", None, 0x44000, None) == 0 == libc.mount(
+        b"tmpfs", b"/dev/shm", b"tmpfs", 14, f"size={_SCRATCH},nr_inodes=50".encode())
 
 
-def _no_new_privileges() -> None:
-    """What both walls ask of a plain user (PR_SET_NO_NEW_PRIVS); of root, whose rights would lift limits, all rights."""
-    _must(libc.prctl(38, 1, 0, 0, 0), "no_new_privs")
-    libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
-
-
-def _landlock(scratch: bool):
-    """A function that lets a process open nothing but libraries, four devices, and files in its own /dev/shm; None where
+def _landlock(scratch: bool) -> int | None:
+    """Rules under which a process opens nothing but libraries, four devices, and files in its own /dev/shm; None where
     the kernel has no Landlock."""
     abi = libc.syscall(444, None, 0, 1)
-    if abi < 1 or "landlock" in _without:
+    if abi < 1:
         return None
     every = (1 << 13 + (abi > 1) + (abi > 2) + (abi > 4)) - 1     # 13 rights, then REFER, TRUNCATE, IOCTL_DEV
     rules = libc.syscall(444, struct.pack("Q", every), 8, 0)
     rights = dict.fromkeys(_READABLE, 4 | 8) | dict.fromkeys(_DEVICES, 2 | 4)          # read, list; write, read
     rights |= {"/dev/shm": every} if scratch else {}
-    for path, allowed in rights.items():
-        if os.path.exists(path):
-            fd = os.open(path, os.O_PATH)
-            libc.syscall(445, rules, 1, struct.pack("=Qi", allowed, fd), 0)
-            os.close(fd)
-
-    def landlock():
-        _no_new_privileges()
-        _must(libc.syscall(446, rules, 0), "landlock")
-        os.close(rules)                                           # a program shall not add to those of the next
-    return landlock
+    for path in filter(os.path.exists, rights):
+        fd = os.open(path, os.O_PATH)
+        libc.syscall(445, rules, 1, struct.pack("=Qi", rights[path], fd), 0)
+        os.close(fd)
+    return rules
 
 
-def _seccomp():
-    """A function that installs a filter (BPF) which refuses every system call but _CALLS; None where it has no table."""
-    if os.uname().machine not in _ARCHITECTURES or "seccomp" in _without:
+def _seccomp(may_write: bool) -> ctypes.Array | None:
+    """A filter (BPF) which refuses every system call but _CALLS; None where it has no table."""
+    if os.uname().machine not in _ARCHITECTURES:
         return None
     place, architecture = _ARCHITECTURES[os.uname().machine]
     load, equal, leave, admit, kill = 0x20, 0x15, 0x06, 0x7FFF0000, 0x80000000
     refuse = 0x50000 | 38                        # ENOSYS: then the C library falls back from clone3 to clone
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (leave, 0, 0, kill), (load, 0, 0, 0)]
-    for call in (_CALLS + (_READING if _landlock(False) is None else _WRITING)).split(","):
-        name, _, values = call.partition(":")
-        argument, *admitted = values.split() or [""]
-        checks = [part for value in admitted for part in ((equal, 0, 1, int(value, 16)), (leave, 0, 0, admit))]
-        if checks:
-            checks = [(load, 0, 0, 16 + 8 * int(argument)), *checks, (leave, 0, 0, refuse)]
-        checks = checks or [(leave, 0, 0, admit)]
+    for call in (_CALLS + (_WRITING if may_write else _READING)).split(","):
+        name, _, check = call.partition(":")
+        argument, *values = check.split() or ["0"]
+        body = [(load, 0, 0, 16 + 8 * int(argument))]
+        for value in values:
+            body += [(equal, 0, 1, int(value, 16)), (leave, 0, 0, admit)]
+        body.append((leave, 0, 0, refuse if values else admit))
         if name.split()[place] != "-":
-            code += [(equal, 0, len(checks), int(name.split()[place])), *checks]
+            code += [(equal, 0, len(body), int(name.split()[place])), *body]
     code.append((leave, 0, 0, refuse))
-    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-    pointer = struct.pack("HP", len(code), ctypes.addressof(program))
+    return ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
 
-    def seccomp():
-        _no_new_privileges()
-        _must(libc.prctl(22, 2, pointer, 0, 0), f"seccomp {program is None}")
-    return seccomp
+
+def _put_up(landlock: int | None, seccomp: ctypes.Array | None) -> None:
+    """Walls off this process for good. What both ask of a plain user is PR_SET_NO_NEW_PRIVS; root, whose rights would
+    lift limits, loses all rights."""
+    failed = libc.prctl(38, 1, 0, 0, 0)
+    libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
+    if landlock is not None:
+        failed |= libc.syscall(446, landlock, 0)
+        os.close(landlock)                                        # a program shall not add to the rules of the next
+    if seccomp is not None:
+        failed |= libc.prctl(22, 2, struct.pack("HP", len(seccomp) // 8, ctypes.addressof(seccomp)), 0, 0)
+    if failed:
+        raise OSError(ctypes.get_errno(), "a wall cannot be put up")
 
 
 # ---------------------------------------------------------------- command line

@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--no-site", action="store_true", help="start the rival's interpreters with -S")
     options = parser.parse_args()
     PYTHON.extend(["-S"] * options.no_site)
-    missing = [name for name, on in verify.layers().items() if not on]
+    missing = set(verify.WALLS) - set(verify.layers())
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, walls missing: {missing or 'none'}")
     for gigabytes in options.ballast:
         ballast = b"x" * (gigabytes << 30)
