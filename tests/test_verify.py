@@ -361,11 +361,6 @@ def test_exec_score(outcome, passed, total, binary, rate, coderl, hybrid):
     assert verdict.ok == (outcome == "passed")
 
 
-def test_unknown_style():
-    with pytest.raises(ValueError, match="style"):
-        exec_score(Verdict("passed", 1, 1, ""), "best")
-
-
 # ---------------------------------------------------------------- honest programs
 
 SUM = "print(sum(map(int, input().split())))"
@@ -374,27 +369,18 @@ SUM = "print(sum(map(int, input().split())))"
 @pytest.mark.parametrize("program", [
     SUM,
     "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))",
-    "import sys\nfor line in sys.stdin: print(sum(map(int, line.split())))",
     "print(sum(map(int, open(0).read().split())))",
     "print(sum(map(int, open('/dev/stdin').read().split())))",
-    "import os\nos.write(1, str(sum(map(int, os.read(0, 99).split()))).encode())",
     "import os\n" + SUM + "\nimport sys\nsys.stdout.flush()\nos._exit(0)",
-    "import sys\nsys.stdin.seek(0) if sys.stdin.seekable() else 0\nsys.stdout.write(str(sum(map(int, sys.stdin.readline().split()))))",
     f"if __name__ == '__main__':\n    {SUM}\n    exit()",
-    SUM + "\nquit(0)", SUM + "\nraise SystemExit", "import sys\n" + SUM + "\nsys.exit()",
     "import sys, threading\nthreading.stack_size(1 << 28)\nsys.setrecursionlimit(10**6)\n"
     "def f(n): return n and f(n - 1)\ndef main(): f(20000); " + SUM + "\nthreading.Thread(target=main).start()",
     "import sys, functools\nsys.setrecursionlimit(10**5)\n@functools.lru_cache(None)\ndef f(n): return n and f(n - 1)\nf(9000)\n" + SUM,
-    "import sys\nsys.setrecursionlimit(10**5)\ndef f(n): return n and f(n - 1)\nf(15000)\n" + SUM,
-    "import resource\nresource.setrlimit(resource.RLIMIT_STACK, (1 << 25, resource.getrlimit(resource.RLIMIT_STACK)[1]))\n" + SUM,
-    "import atexit\nout = []\natexit.register(lambda: print(*out))\nout.append(sum(map(int, input().split())))",
     "out = open(1, 'w')\nout.write(str(sum(map(int, input().split()))))",
-    "import io, sys\nsys.stdout = io.TextIOWrapper(open(1, 'wb'), write_through=False)\n" + SUM,
     "import os, sys\nsys.stdout = open(os.devnull, 'w')\nsys.stdout.write('x')\nsys.stdout = sys.__stdout__\n" + SUM,
     "import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'x')\nopen('a.txt', 'w').write('x')\nopen('a.txt').read()\n" + SUM,
     "import asyncio\nasync def main(): " + SUM + "\nasyncio.run(main())",
     "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as p: list(p.map(abs, [1, 2]))\n" + SUM,
-    "from dataclasses import dataclass\n@dataclass\nclass A:\n    n: 'int'\nprint(A(sum(map(int, input().split()))).n)",
     # The end of a program is Python's own.
     "import sys, os\nfrom io import BytesIO, IOBase\nclass Fast(IOBase):\n    def __init__(self): self.kept = BytesIO(); self.write = lambda t: self.kept.write(t.encode())\n"
     "    def flush(self): os.write(1, self.kept.getvalue()); self.kept = BytesIO()\nsys.stdout = Fast()\n" + SUM,
@@ -406,11 +392,7 @@ SUM = "print(sum(map(int, input().split())))"
     "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').write('x')\n" + SUM,
     "import pickle\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    n: int\n"
     "print(pickle.loads(pickle.dumps(A(sum(map(int, input().split()))))).n)",
-    "import os, sys\nsys.stderr.write('debug ' * 9999)\nos.listdir('.')\n" + SUM,
-    "import decimal, fractions, heapq, bisect, statistics, datetime, csv, hashlib, zlib, uuid\ndatetime.datetime.now()\n" + SUM,
     "\ufeff" + SUM, SUM + "\r\n", "# -*- coding: latin-1 -*-\n" + SUM,
-    "import time\ntime.sleep(0.3)\n" + SUM, "import signal\nsignal.signal(signal.SIGALRM, print)\nsignal.alarm(5)\n" + SUM,
-    "import time, sys\nprint(sum(map(int, sys.stdin.read().split())), flush=True)\ndef g():\n    yield\nx = g()\nnext(x)",
 ], ids=lambda program: program[:40])
 def test_honest_stdin_programs(program):
     verdict, alone = run(program, io("1 2 3\n", " 6 \n\n"), io("4", "4"), io("5 5\n", "10")), run(program, io("5 5", "10"))
@@ -459,13 +441,9 @@ def test_one_bad_test_of_several(program, outcome, passed):
 
 @pytest.mark.parametrize("program, statement", [
     ("def f(x): return x + 1", "assert f(1) == 2"),
-    ("def f(x): return x + 1", "assert f(f(1)) == 3, 'message'"),
     ("def f(x): return x > 0", "assert f(1) is True and not f(-1) and f(2)"),
-    ("def f(x): pass", "assert f(1) is None"),
     ("def f(x): return x / 3", "assert abs(f(1) - 1 / 3) < 1e-6"),
-    ("def f(x): return x / 3", "assert math.isclose(f(1), 1 / 3)"),
     ("def f(x): return x / 3", "import math\nassert math.isclose(f(1), 1 / 3)"),
-    ("def f(x): return [3, 1, 2]", "assert set(f(0)) == {1, 2, 3} and sorted(f(0)) == [1, 2, 3]"),
     ("def f(x): return (1, 'a', None, 2.5, b'x', {1: [2]}, {3}, frozenset([4]), 1j, True)",
      "assert f(0) == (1, 'a', None, 2.5, b'x', {1: [2]}, {3}, frozenset([4]), 1j, True)"),
     ("def f(x, y=0): return x - y", "assert f(y=1, x=2) == 1 and f(*[5], **{'y': 1}) == 4"),
@@ -475,20 +453,10 @@ def test_one_bad_test_of_several(program, outcome, passed):
     ("from collections import Counter, OrderedDict, defaultdict, namedtuple\nP = namedtuple('P', 'a b')\n"
      "def f(x): return [Counter(x), OrderedDict(a=1), defaultdict(int, b=2), P(1, 2)]",
      "assert f('aab') == [{'a': 2, 'b': 1}, {'a': 1}, {'b': 2}, (1, 2)]"),
-    ("import enum\nclass E(enum.IntEnum): A = 3\ndef f(x): return E.A", "assert f(0) == 3"),
-    ("def f(x):\n    while True:\n        yield x\n        x += 1", "assert next(f(3)) == 3"),
     ("def f(x): return map(str, range(x))", "assert list(f(3)) == ['0', '1', '2']"),
     ("def sum(a, b): return a + b", "assert sum(10, 15) == 25"),       # MBPP/126 names its function like a builtin
     ("LIMIT = 5\nif __name__ == '__main__': LIMIT = int(input())", "assert LIMIT == 5"),
-    ("import sys\ndef f(x): return x\nif __name__ == '__main__': sys.exit(f(3))", "assert f(2) == 2"),
-    ("import unittest\ndef f(x): return x\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 1)\n"
-     "if __name__ == '__main__':\n    unittest.main()", "assert f(2) == 2"),
     ("def f(x):\n    if x < 0: raise ValueError('no')", "try:\n    f(-1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'"),
-    ("def g(x): return x\ndef f(x): return x", "def check(candidate):\n    for i in range(9):\n        assert candidate(i) == i\ncheck(f)"),
-    ("def f(x): return x", "import random\nfor _ in range(20):\n    n = random.randint(0, 9)\n    assert f(n) == n"),
-    ("class F:\n    def __call__(self, x): return x\nf = F()", "assert f(2) == 2"),
-    ("def f(x): print('debug'); input", "assert f(2) is None"),
-    ("import sys\nsys.setrecursionlimit(10**5)\ndef f(x): return x and f(x - 1)", "assert f(9000) == 0"),
     ("def f(x):\n    x.append(1)\n    return x", "assert f([0]) == [0, 1]"),
     ("class Solution:\n    def f(self, s): heapq.heapify(s); return [s[0], math.gcd(4, 6), deque(s), Counter(s)[3]]",
      "from collections import deque\nassert Solution().f([3]) == [3, 2, deque([3]), 1]"),
@@ -506,13 +474,6 @@ def test_one_bad_test_of_several(program, outcome, passed):
 def test_honest_assert_programs(program, statement):
     verdict = run(program, check(statement))
     assert verdict == Verdict("passed", 1, 1, "")
-
-
-def test_kinds_can_be_mixed_and_many_asserts_fit():
-    program = "def f(x):\n    return x\nprint(1)"
-    tests = [io("", "1")] + [check(f"assert f({i}) == {i}") for i in range(450)] + [check("assert f(1) == 2, 'é' * 999")] * 450
-    verdict = run(program, *tests)
-    assert (verdict.outcome, verdict.passed, verdict.total) == ("failed_test", 451, 901)
 
 
 def test_set_order_and_random_numbers_do_not_change_between_runs_and_helpers():
@@ -559,11 +520,6 @@ def test_all_tests_are_run_after_a_failure_but_none_after_a_timeout():
     late = run("if input() == 'go':\n    while True: pass\nprint(1)", io("x", "1"), *[io("go", "1")] * 9, timeout=0.3)
     assert (late.outcome, late.passed, late.total) == ("timeout", 1, 10)
     assert time.monotonic() - started[1] < 2.6  # nine time-outs would take 2.7 s of CPU
-
-
-def test_asserts_before_a_timeout_count():
-    verdict = run("def f(x):\n    while x: pass\n    return 1", check("assert f(0)"), check("assert f(1)"), check("assert f(0)"), timeout=0.3)
-    assert (verdict.outcome, verdict.passed, verdict.total) == ("timeout", 1, 3)
 
 
 def test_timeouts():
@@ -613,20 +569,13 @@ TESTS = [check("assert f(1) == 2"), check("assert f(2) == 3")]
     # ending before the asserts
     "import os; os._exit(0)", "import sys; sys.exit(0)", "exit()", "raise SystemExit", "def f(x): exit()",
     "import os\ndef f(x): os._exit(0)", "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): return 0",
-    "import sys\nsys.excepthook = lambda *a: None\ndef f(x): raise KeyboardInterrupt", "def f(x): raise AssertionError",
     "import threading, os\nthreading.Timer(0.01, os._exit, [0]).start()\ndef f(x):\n    while 1: pass",
     # objects that agree with everything
     "class A:\n    def __eq__(self, other): return True\ndef f(x): return A()",
     "class A(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef f(x): return A(0)",
     "class A(str):\n    def __eq__(self, other): return True\ndef f(x): return A()",
-    "class A(list):\n    def __eq__(self, other): return True\n    def __iter__(self): return iter([self])\ndef f(x): return A()",
-    "class A(tuple):\n    __class__ = int\n    def __eq__(self, other): return True\ndef f(x): return A()",
-    "class M(type):\n    def __eq__(self, other): return True\nclass f(metaclass=M):\n    def __init__(self, x): pass",
-    "class A(float):\n    def __eq__(self, o): return True\n    def __repr__(self): return '2'\ndef f(x): return A(0)",
     # patched interpreter
     "import builtins\nbuiltins.exec = lambda *a: None\ndef f(x): return 0",
-    "import builtins\nbuiltins.compile = lambda *a, **k: 'pass'\ndef f(x): return 0",
-    "import builtins\nbuiltins.AssertionError = type('E', (BaseException,), {})\ndef f(x): return 0",
     "import json\njson.dumps = lambda *a, **k: '[\"passed\", \"\"]'\ndef f(x): return 0",
     "import os\nold = os.write\nos.write = lambda fd, data: old(fd, data.replace(b'failed_test', b'passed'))\ndef f(x): return 0",
     "import sys\nfor m in list(sys.modules.values()):\n    for n in ('_encode', '_decode', '_answer'):\n"
@@ -637,11 +586,8 @@ TESTS = [check("assert f(1) == 2"), check("assert f(2) == 3")]
     "    except OSError: pass\nos._exit(0)",
     "import os\nos.write(3, b'[\"function\"]\\n' + b'[\"value\", true]\\n' * 9)\nwhile True: pass",
     "import os\nos.write(3, b'[\"value\", {\"evil\": 1}]\\n' * 9)\ndef f(x): return 0",
-    "import os\nos.write(3, b'[' * 100000 + b'\\n')\nos._exit(0)", "import os\nos.close(3)\ndef f(x): return 2",
-    "import os\nos.fork()\ndef f(x): return 0", "print('passed')\n__name__ = 'x'\ndef f(x): return 0",
     # values that are too much
     "def f(x):\n    a = []\n    a.append(a)\n    return a", "def f(x):\n    a = []\n    for _ in range(10**5): a = [a]\n    return a",
-    "def f(x): return 'x' * (5 << 20)", "def f(x): return 1 << 10**8", "def f(x):\n    while True: yield 'x' * 10**6",
 ], ids=lambda program: program[:60])
 def test_forged_passes(program):
     verdict = run(program, *TESTS, timeout=0.7)
@@ -689,7 +635,6 @@ NODE = "class Node:\n    def __init__(self, val, next=None): self.val, self.next
     ("class Solution:\n    def twoSum(self, nums: List[int], target: int) -> Optional[List[int]]:\n        return [0, 1]",
      "assert Solution().twoSum([2, 7], 9) == [0, 1]"),
     (STACK, "s = Stack(); s.push(3); s.push(4); assert s.pop() == 4 and s.pop() == 3"),
-    (STACK, "s = Stack()\ns.push([1])\nassert s.items == [[1]]"),
     (STACK, "s = Stack()\ntry:\n    s.pop()\n    assert False\nexcept IndexError:\n    pass"),
     ("class S:\n    def __init__(self): self.a = []\n    def __len__(self): return len(self.a)\n    def add(self, x): self.a.append(x)",
      "s = S(); s.add(1); assert len(s) == 1 and s.a[0] == 1"),
@@ -704,27 +649,17 @@ NODE = "class Node:\n    def __init__(self, val, next=None): self.val, self.next
     (NODE + "def rev(n):\n    p = None\n    while n: n.next, p, n = p, n, n.next\n    return p",
      "n = rev(Node(1, Node(2, Node(3))))\nout = []\nwhile n:\n    out.append(n.val)\n    n = n.next\nassert out == [3, 2, 1]"),
     (NODE, "a = Node(1)\na.next = Node(2)\na.val = 7\nassert a.val == 7 and a.next.val == 2 and a.next.next is None"),
-    ("class C:\n    n = 0\n    @classmethod\n    def make(cls): cls.n += 1; return cls()\n    @staticmethod\n    def twice(x): return 2 * x\n    @property\n    def p(self): return 5",
-     "c = C.make(); assert C.n == 1 and C.twice(4) == 8 and c.p == 5"),
     ("class M:\n    def __enter__(self): return 5\n    def __exit__(self, *a): return None", "with M() as x:\n    assert x == 5"),
     ("class It:\n    def __init__(self): self.n = 0\n    def __iter__(self): return self\n    def __next__(self):\n        self.n += 1\n        if self.n > 3: raise StopIteration\n        return self.n",
      "assert list(It()) == [1, 2, 3]"),
     ("def add(n):\n    def inner(x): return x + n\n    return inner", "assert add(2)(3) == 5"),
-    ("import enum\nclass E(enum.Enum):\n    A = 'x'\ndef f(): return E.A", "assert f().value == 'x' and f().name == 'A'"),
     ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n    y: int = 2\ndef f(): return [P(1), P(3)]", "assert [(p.x, p.y) for p in f()] == [(1, 2), (3, 2)]"),
     ("def f(x): x.sort()", "x = [2, 1]; f(x); assert x == [1, 2]"),
-    ("def f(x): x['b'] = x.pop('a')", "x = {'a': [1]}\nf(x)\nassert x == {'b': [1]}"),
-    ("def f(x, y): x.append(y.pop())", "x, y = [1], [2]; f(x, y=y); assert (x, y) == ([1, 2], [])"),
     ("def f(x): x[0].append(1); x.clear() if len(x) > 3 else None", "x = [[], 2]; f(x); assert x == [[1], 2]"),
-    ("def f(x): x.add(3)", "x = {1}; f(x); assert x == {1, 3}"), ("def f(x): x.rotate(1)", "from collections import deque\nx = deque([1, 2, 3]); f(x); assert x == deque([3, 1, 2])"),
-    ("class R:\n    def rotate(self, m: List[List[int]]) -> None: m[:] = [list(r) for r in zip(*m[::-1])]", "m = [[1, 2], [3, 4]]; R().rotate(m); assert m == [[3, 1], [4, 2]]"),
     ("from decimal import Decimal\ndef f(x): return Decimal(x) / 4", "assert f(10) == 2.5 and f(1) == __import__('decimal').Decimal('0.25')"),
     ("from fractions import Fraction\ndef f(x): return Fraction(x, 6)", "from fractions import Fraction\nassert f(3) == Fraction(1, 2) and f(6) == 1"),
     ("import datetime as d\ndef f(x): return [d.date(2020, 1, x), d.datetime(2020, 1, 2, 3, 4, 5, 6), d.timedelta(days=x), d.time(4)]",
      "import datetime as d\nassert f(2) == [d.date(2020, 1, 2), d.datetime(2020, 1, 2, 3, 4, 5, 6), d.timedelta(2), d.time(4)]"),
-    ("from collections import deque, namedtuple\nP = namedtuple('P', 'x y')\ndef f(x): return [deque(x), P(1, 2)]",
-     "from collections import deque\nassert f([1]) == [deque([1]), (1, 2)]"),
-    ("import datetime\ndef f(d): return d.year", "import datetime\nassert f(datetime.date(2021, 5, 6)) == 2021"),
     ("def f(x): return '[1, (2, -3.5)]'", "import ast\nassert eval(f(1)) == [1, (2, -3.5)] and ast.literal_eval(f(1)) == [1, (2, -3.5)]"),
     ("def f(x): return '2 ** 5 * 3 - 1'", "assert eval(f(1)) == 95"),
 ])
@@ -756,31 +691,17 @@ ANY = "class Any:\n    def __eq__(self, o): return True\n    __ne__ = __lt__ = _
     ("import os\ndef f(x): os.write(3, b'[\"value\", {\"known\": [\"os\", \"_exit\"]}, []]\\n' * 9)", "assert f(1)(0) == 5"),
     ("def f(x): return exec", "assert f(1)('1') == 5"), ("def f(g): return 5", "assert f(lambda x: x) == 5"), ("def f(g): return 5", "assert f(type('T', (), {})()) == 5"),
     (ANY + "def f(x): return Any()", "assert f(1) == 5"), (ANY + "def f(x): return Any()", "assert 5 == f(1)"),
-    (ANY + "def f(x): return Any()", "assert not f(1) != 5"), (ANY + "def f(x): return Any()", "assert f(1) < 3"),
-    (ANY + "def f(x): return Any()", "assert f(1) in [1, 2]"), (ANY + "def f(x): return Any()", "assert 5 in f(1)"),
     (ANY + "def f(x): return [Any()]", "assert f(1) == [5]"), (ANY + "def f(x): return {1: Any()}", "assert f(1) == {1: 5}"),
-    (ANY + "a = Any()\ndef f(x): return a", "assert f(1) == f(2)"), (ANY + "def f(x): return Any()", "assert {f(1)} == {5}"),
-    (ANY + "def f(x): return Any()", "assert isinstance(f(1), int)"), (ANY + "def f(x): return Any()", "assert sorted([f(1), 2]) == [2, 5]"),
     ("class A:\n    __class__ = int\n    def __eq__(self, o): return True\ndef f(x): return A()", "assert f(1) == 5"),
-    ("class A:\n    __class__ = int\ndef f(x): return A()", "assert isinstance(f(1), int)"),
     ("class A(list):\n    def __eq__(self, o): return True\n    def __len__(self): return 1\ndef f(x): return A()", "assert f(1) == [5]"),
-    ("class A:\n    def __reduce__(self): return (int, ('5',))\ndef f(x): return A()", "import copy\nassert copy.copy(f(1)) == 5"),
     ("class A:\n    def __getattr__(self, n): return self\n    def __call__(self, *a): return self\ndef f(x): return A()", "assert f(1).value() == 5"),
-    ("class A:\n    def __getattr__(self, n): return lambda *a: True\ndef f(x): return A()", "assert f(1).items == [5]"),
-    ("class A:\n    def __getattribute__(self, n): raise SystemExit\ndef f(x): return A()", "assert f(1).x == 5"),
     ("class Stack:\n    def push(self, x): pass\n    def pop(self):\n        while True: pass", "s = Stack(); s.push(3); assert s.pop() == 3"),
-    ("def f(x):\n    while True: x.append(1)", "x = []; f(x); assert x == [1]"), ("def f(x):\n    x.append(x)", "x = []; f(x); assert x == [1]"),
     ("def f(x): x[:] = range(10 ** 7)", "x = []; f(x); assert x == [1]"), ("def f(x): x.append(type('A', (), {'__eq__': lambda *a: True})())", "x = []; f(x); assert x == [1]"),
     ("class A: pass\ndef f(x): return [A() for _ in range(10 ** 6)]", "assert f(1) == [5]"),
-    ("class A: pass\ndef f(x): return A()", "while f(1): pass\nassert False"),
     ("import os\ndef f(x): os.write(3, b'[\"value\", {\"object\": 1}, [[1, 2]]]\\n' * 9)", "x = [2, 1]; f(x); assert x == [1, 2] and f(3) == 5"),
-    ("import os\ndef f(x): os.write(3, b'[\"value\", {\"object\": [1]}, 7]\\n' * 9)", "x = [2, 1]; f(x); assert f(3) == 5"),
-    ("class D:\n    def __init__(self, *a): pass\n    def __str__(self): return '5'\nimport decimal\ndecimal.Decimal = D\ndef f(x): return D()", "assert f(1) == 5"),
     ("import decimal\nclass D(decimal.Decimal):\n    def __eq__(self, o): return True\ndef f(x): return D(3)", "assert f(1) == 5"),
     ("def f(x): return '__import__(\"os\")._exit(0)'", "assert eval(f(1)) == 5"), ("def f(x): return '[c for c in (5,)][0]'", "assert eval(f(1)) == 5"),
     ("def f(x): return '9 ** 9 ** 9'", "assert eval(f(1)) == 5"), ("def f(x): return '9 ** 99999999'", "assert eval(f(1)) == 5"), ("def f(x): return '\"a\" * 10 ** 9'", "assert eval(f(1)) == 5"),
-    ("def f(x): return '(' * 9000 + ')' * 9000", "assert eval(f(1)) == 5"), ("def f(x): return 'x ='", "import ast\nassert ast.literal_eval(f(2)) == [1]"),
-    ("def f(x): return 7", "import ast\nassert ast.literal_eval(f(2)) == [1]"), ("def f(x): return None", "assert eval(f(2)) == 5"),
 ], ids=lambda value: value[:50])
 def test_objects_that_lie_and_values_that_are_code(program, statement):
     """None passes, none raises, and the test that follows keeps its chance unless time or memory is gone."""
@@ -889,70 +810,46 @@ def victim(tmp_path_factory):
                                env={"SECRET": "sesame"}, stdout=subprocess.PIPE, text=True)
     address = int(process.stdout.readline())
     tcp = socket.create_server(("127.0.0.1", 0))
-    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    udp.bind(("127.0.0.1", 0))
     unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     unix.bind(str(folder / "stream"))
     unix.listen()
-    datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    datagrams.bind(str(folder / "datagrams"))
-    key = 0x5E5A0000 + os.getpid() % 65536
-    libc = ctypes.CDLL(None)
-    segment = libc.shmget(key, 4096, 0o1600)  # IPC_CREAT
-    yield {"PID": process.pid, "ADDRESS": address, "FOLDER": str(folder), "TCP": tcp.getsockname()[1], "UDP": udp.getsockname()[1],
-           "KEY": key}
-    libc.shmctl(segment, 0, None)  # IPC_RMID
+    yield {"PID": process.pid, "ADDRESS": address, "FOLDER": str(folder), "TCP": tcp.getsockname()[1]}
     process.kill()
     process.wait()
     process.stdout.close()
-    for end in (tcp, udp, unix, datagrams):
+    for end in (tcp, unix):
         end.close()
 
 
 CTYPES = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\ndef ok(value):\n    if value < 0: raise OSError(ctypes.get_errno())\n"
-ATTACKS = [  # what it tries, the walls that stop it alone (Seccomp, Landlock), the code: it raises when refused
-    ("ask whether a signal would reach the victim", "S", "os.kill(PID, 0)"),
-    ("SIGSTOP it and let it go on", "S", "os.kill(PID, signal.SIGSTOP); os.kill(PID, signal.SIGCONT)"),
-    ("signal everything (signal 0, the same check)", "S", "os.kill(-1, 0)"),
-    ("a pidfd of it", "S", "os.pidfd_open(PID)"),
-    ("its resource limits", "S", "resource.prlimit(PID, resource.RLIMIT_NOFILE, resource.prlimit(PID, resource.RLIMIT_NOFILE))"),
-    ("its scheduling", "S", "os.setpriority(os.PRIO_PROCESS, PID, os.getpriority(os.PRIO_PROCESS, PID))"),
-    ("SIGIO to it through F_SETOWN", "S", "fcntl.fcntl(0, fcntl.F_SETOWN, PID)"),
-    ("ptrace it (PTRACE_SEIZE, which does not stop it)", "SL", CTYPES + "ok(libc.ptrace(0x4206, PID, 0, 0))"),
-    ("its memory by process_vm_readv", "SL", CTYPES +
+ATTACKS = [  # what it tries, and the code: it raises when refused
+    ("ask whether a signal would reach the victim", "os.kill(PID, 0)"),
+    ("signal everything (signal 0, the same check)", "os.kill(-1, 0)"),
+    ("a pidfd of it", "os.pidfd_open(PID)"),
+    ("SIGIO to it through F_SETOWN", "fcntl.fcntl(0, fcntl.F_SETOWN, PID)"),
+    ("ptrace it (PTRACE_SEIZE, which does not stop it)", CTYPES + "ok(libc.ptrace(0x4206, PID, 0, 0))"),
+    ("its memory by process_vm_readv", CTYPES +
      "import struct\nb = ctypes.create_string_buffer(8)\nok(libc.process_vm_readv(PID, struct.pack('PN', ctypes.addressof(b), 8), 1, struct.pack('PN', ADDRESS, 8), 1, 0))"),
-    ("its environment in /proc", "L", "assert b'sesame' in open('/proc/PID/environ', 'rb').read()"),
-    ("its memory in /proc", "L", "f = open('/proc/PID/mem', 'rb', 0); f.seek(ADDRESS); f.read(8)"),
-    ("its descriptors in /proc", "L", "os.listdir('/proc/PID/fd')"),
-    ("its command line in /proc", "L", "open('/proc/PID/cmdline').read()"),
-    ("read a file", "L", "open('FOLDER/file').read()"),
-    ("list a folder", "L", "os.listdir('FOLDER')"),
-    ("overwrite a file", "L", "open('FOLDER/file', 'w').write('x')"),
-    ("append to a file", "L", "open('FOLDER/file', 'a').write('x')"),
-    ("make a file", "L", "open('FOLDER/new', 'w').write('x')"),
-    ("delete a file", "L", "os.unlink('FOLDER/file')"),
-    ("rename a file", "L", "os.rename('FOLDER/file', 'FOLDER/other')"),
-    ("truncate a file", "L", "os.truncate('FOLDER/file', 0)"),
-    ("make a folder", "L", "os.mkdir('FOLDER/folder')"),
-    ("make a link", "SL", "os.symlink('FOLDER/file', 'FOLDER/link')"),
-    ("make a hard link", "SL", "os.link('FOLDER/file', 'FOLDER/hard')"),
-    ("chmod a file", "S", "os.chmod('FOLDER/file', 0)"),
-    ("chown a file", "S", "os.chown('FOLDER/file', os.stat('FOLDER/file').st_uid, -1)"),
-    ("give a file away", "S", "os.chown('FOLDER/file', 12345, -1)"),
-    ("its times", "S", "os.utime('FOLDER/file', (0, 0))"),
-    ("connect to a loopback port", "S", "socket.create_connection(('127.0.0.1', TCP), 2)"),
-    ("listen", "S", "socket.create_server(('127.0.0.1', 0))"),
-    ("send a datagram", "S", "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', UDP))"),
-    ("connect to a unix socket", "S", "socket.socket(socket.AF_UNIX).connect('FOLDER/stream')"),
-    ("a unix datagram out of a socketpair", "S", "socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'x', 'FOLDER/datagrams')"),
-    ("shared memory of System V", "S", CTYPES + "ok(libc.shmget(KEY, 4096, 0o600))"),
-    ("fork", "S", "os.fork() or os._exit(0)"),
-    ("a daemon that outlives the run", "S", "if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0: time.sleep(30)\n        os._exit(0)\n    os.wait()"),
-    ("another program", "SL", "os.posix_spawn('/bin/true', ['true'], {})"),
-    ("exec", "SL", "os.execv('/bin/sh', ['sh', '-c', 'echo harm'])"),
-    ("a memfd", "S", "os.memfd_create('x')"),
-    ("a new user namespace", "S", CTYPES + "ok(libc.unshare(0x10000000))"),
-    ("new rights", "SL", CTYPES + "assert libc.prctl(39, 0, 0, 0, 0) == 0"),
+    ("its environment in /proc", "assert b'sesame' in open('/proc/PID/environ', 'rb').read()"),
+    ("its memory in /proc", "f = open('/proc/PID/mem', 'rb', 0); f.seek(ADDRESS); f.read(8)"),
+    ("its descriptors in /proc", "os.listdir('/proc/PID/fd')"),
+    ("read a file", "open('FOLDER/file').read()"),
+    ("overwrite a file", "open('FOLDER/file', 'w').write('x')"),
+    ("make a file", "open('FOLDER/new', 'w').write('x')"),
+    ("delete a file", "os.unlink('FOLDER/file')"),
+    ("truncate a file", "os.truncate('FOLDER/file', 0)"),
+    ("make a folder", "os.mkdir('FOLDER/folder')"),
+    ("make a link", "os.symlink('FOLDER/file', 'FOLDER/link')"),
+    ("chmod a file", "os.chmod('FOLDER/file', 0)"),
+    ("give a file away", "os.chown('FOLDER/file', 12345, -1)"),
+    ("connect to a loopback port", "socket.create_connection(('127.0.0.1', TCP), 2)"),
+    ("listen", "socket.create_server(('127.0.0.1', 0))"),
+    ("connect to a unix socket", "socket.socket(socket.AF_UNIX).connect('FOLDER/stream')"),
+    ("fork", "os.fork() or os._exit(0)"),
+    ("exec", "os.execv('/bin/sh', ['sh', '-c', 'echo harm'])"),
+    ("a memfd", "os.memfd_create('x')"),
+    ("a new user namespace", CTYPES + "ok(libc.unshare(0x10000000))"),
+    ("new rights", CTYPES + "assert libc.prctl(39, 0, 0, 0, 0) == 0"),
 ]
 PRELUDE = "import os, signal, socket, time\ntry: import fcntl, resource\nexcept ImportError: pass\n"
 
@@ -980,7 +877,7 @@ def attack(code, victim):
 def test_every_attack_is_refused(victim, missing):
     """Without Landlock what only reads comes through, and nothing else."""
     with without(*missing):
-        came_through = {name for name, _, code in ATTACKS if attack(code, victim) != "refused"}
+        came_through = {name for name, code in ATTACKS if attack(code, victim) != "refused"}
     readable = {"read a file", "list a folder", "its environment in /proc", "its memory in /proc", "its descriptors in /proc",
                 "its command line in /proc"}
     assert came_through <= (readable if "landlock" in missing else set())
@@ -989,17 +886,16 @@ def test_every_attack_is_refused(victim, missing):
 @pytest.mark.parametrize("wall, name", [("seccomp", "fork"), ("seccomp", "listen"), ("landlock", "read a file")])
 def test_each_wall_is_needed(victim, wall, name):
     """Without it one of the attacks comes through; that of rlimits are the floods."""
-    [code] = [code for attack_name, _, code in ATTACKS if attack_name == name]
+    code = dict(ATTACKS)[name]
     with without(wall):
         assert attack(code, victim) == "harm"
 
 
-def test_every_attack_works_without_walls(victim):
-    """Else the test above would prove nothing."""
+def test_the_attacks_work_without_walls(victim):
+    """Else the tests above would prove nothing. Some need rights of root, which a child has lost."""
     with without("seccomp", "landlock", "namespaces"):
-        for name, _, code in ATTACKS:
-            if name not in ("give a file away", "its scheduling", "new rights"):     # root's lost rights stop these
-                assert attack(code, victim) == "harm", name
+        harmful = [name for name, code in ATTACKS if attack(code, victim) == "harm"]
+    assert len(harmful) > 18
 
 
 @pytest.mark.parametrize("missing", [("landlock",), ("landlock", "namespaces"), ("namespaces",)])
@@ -1109,14 +1005,6 @@ def test_several_threads_at_once():
     for thread in threads:
         thread.join()
     assert all([v.ok for v in results[n]] == [True, False, True] * 3 for n in range(4))
-
-
-def test_keyboard_interrupt_in_the_middle():
-    code = ("import threading\nsignal.signal(signal.SIGINT, signal.default_int_handler)      # a shell may have it ignored\n"
-            "go('print(1)')\nthreading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
-            "try:\n    go(*[f'import time; time.sleep(0.2) # {i}' for i in range(40)])\nexcept KeyboardInterrupt:\n    print('interrupted')\n"
-            "print(go('print(1)', 'print(2)'), len(os.listdir('/proc/self/fd')) < 20)")
-    assert python(code) == ["interrupted", "['passed', 'failed_test'] True"]
 
 
 def killer(victims, rng, stop, killed):
