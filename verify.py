@@ -572,7 +572,8 @@ _RUNS_CODE = set("exec compile pickle marshal shelve importlib builtins subproce
 
 def check_tests(tests: list[dict], where: str = "tests") -> None:
     """Refuses the tests of one problem that cannot be judged, when it enters. ValueError names the test: a wrong type
-    or key, no valid Python, no assert, a module beyond the standard library, and what would run code that a program returned."""
+    or key, no valid Python, no assert, a module beyond the standard library, a lambda for the program, and what would run
+    code that a program returned."""
     if not isinstance(tests, (list, tuple)):
         raise ValueError(f"{where} must be a list of tests, not {type(tests).__name__}")
     for j, test in enumerate(tests):
@@ -595,6 +596,10 @@ def _check_statement(tree: ast.Module) -> None:
         raise ValueError(f"no {', '.join(modules)}: the standard library is all that programs and tests have")
     if _RUNS_CODE & (used | modules):
         raise ValueError(f"with {min(_RUNS_CODE & (used | modules))} it might run what a program returned")
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    handed = {call.func.id for call in calls if any(isinstance(argument, ast.Lambda) for argument in call.args)}
+    if handed - {*dir(builtins), *(getattr(node, "name", "") for node in nodes)}:
+        raise ValueError(f"it hands a lambda to {min(handed)}, which cannot cross to the program")
     if tree.body and not any(isinstance(node, ast.Assert) for node in nodes):
         raise ValueError("there is no assert in it")
 
@@ -723,10 +728,10 @@ def _run(program: str, contents: list[bytes], longest: int, limits: dict) -> tup
     reply, (_, errors, *files) = _ask(limits, [_bytes(program), b"", *contents], keep=65536 + 4 * longest)
     detail = errors[-400:].decode("utf-8", "replace").rpartition("\n")[2][:200]
     code = reply["code"]
-    outcome = _STATUS.get(code, "runtime_error")
     if reply["late"] or reply["cpu"] > limits["timeout"] or code == -signal.SIGPROF:
-        outcome, detail = "timeout", f"over {limits['timeout']} s of CPU, or it waited for as long"
-    return [outcome, detail if outcome == "passed" else detail or f"ended with status {code}"], files
+        return ["timeout", f"over {limits['timeout']} s of CPU, or it waited for as long"], files
+    outcome = _STATUS.get(code, "runtime_error")
+    return [outcome, "" if outcome == "passed" else detail or f"ended with status {code}"], files
 
 
 def _ask(job: dict, contents: list[bytes], keep: int) -> tuple[dict, list[bytes]]:
@@ -834,6 +839,7 @@ def serve() -> None:
         signal.signal(number, signal.SIG_DFL)                     # whoever started the trainer may have ignored them
     signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGCHLD])
     os.dup2(0, 3)
+    os.dup2(1, 0)                                                 # /dev/null: no child shall find the channel there
     os.closerange(4, 4096)
     _limit(resource.RLIMIT_NOFILE, 64)
     _limit(resource.RLIMIT_CORE, 0)
@@ -1046,8 +1052,6 @@ _OPERATIONS = {"call": lambda target, args, kwargs: target(*args, **kwargs), "ge
 def _answer_asserts(source: int) -> None:
     """The program as a module, then its answers to the judge until that closes the link."""
     leave, kept = os._exit, {}                                    # the objects that the judge knows, by number
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)
     code, names = _load(source, "program")
     operations = _OPERATIONS | {"name": names.__getitem__}
 

@@ -291,7 +291,7 @@ PIECES = r"""\boxed{ \fbox{ } { \frac \dfrac \sqrt [ ] ( ) ^ _ 12 3.5 1,234 - ##
     - {,} € \, dozen 999999999999""".split() + [" ", "\n", "answer is ", "Answer: ", "Step 2:", "\ud800", "\0", "<answer>", "</answer>", "$$", "\\[", "<|im_end|>"]
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(60_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(60_000, marks=pytest.mark.slow)])
 def test_fuzzed_texts(count):
     rng = random.Random(count)
     for _ in range(count):
@@ -458,6 +458,7 @@ def test_one_bad_test_of_several(program, outcome, passed):
     ("LIMIT = 5\nif __name__ == '__main__': LIMIT = int(input())", "assert LIMIT == 5"),
     ("def f(x):\n    if x < 0: raise ValueError('no')", "try:\n    f(-1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'"),
     ("def f(x):\n    x.append(1)\n    return x", "assert f([0]) == [0, 1]"),
+    ("import sys\ndef f(x):\n    for _ in range(300): print('debug ' * 10**4)\n    sys.stderr.write('noise')\n    return sys.stdin.read()", "assert f(1) == ''"),
     ("class Solution:\n    def f(self, s): heapq.heapify(s); return [s[0], math.gcd(4, 6), deque(s), Counter(s)[3]]",
      "from collections import deque\nassert Solution().f([3]) == [3, 2, deque([3]), 1]"),
     ("def f(s): return str(int(s) + 1)", "assert f('9' * 4999) == '1' + '0' * 4999"),
@@ -551,6 +552,10 @@ def test_verdicts_do_not_depend_on_the_load():
             process.kill()
             process.wait()
     assert [v.outcome for v in verdicts] == ["passed", "timeout"] * 2
+
+
+def test_a_pass_has_no_detail():
+    assert run("import sys\nprint(1)\nsys.stderr.write('noise')", io("", "1"), io(" ", "1")) == Verdict("passed", 2, 2, "")
 
 
 def test_what_expects_nothing_does_not_count():
@@ -689,7 +694,7 @@ ANY = "class Any:\n    def __eq__(self, o): return True\n    __ne__ = __lt__ = _
     ("class M:\n    def __enter__(self): return 2\n    def __exit__(self, *a): return True\ndef f(x): return M()", "with f(1) as y:\n    assert y == 3"),
     ("class Open:\n    def __enter__(self): return 2\n    def __exit__(self, *a): return True", "with Open() as y:\n    assert y == 3"),
     ("import os\ndef f(x): os.write(3, b'[\"value\", {\"known\": [\"os\", \"_exit\"]}, []]\\n' * 9)", "assert f(1)(0) == 5"),
-    ("def f(x): return exec", "assert f(1)('1') == 5"), ("def f(g): return 5", "assert f(lambda x: x) == 5"), ("def f(g): return 5", "assert f(type('T', (), {})()) == 5"),
+    ("def f(x): return exec", "assert f(1)('1') == 5"), ("def f(g): return 5", "assert f(type('T', (), {})()) == 5"),
     (ANY + "def f(x): return Any()", "assert f(1) == 5"), (ANY + "def f(x): return Any()", "assert 5 == f(1)"),
     (ANY + "def f(x): return [Any()]", "assert f(1) == [5]"), (ANY + "def f(x): return {1: Any()}", "assert f(1) == {1: 5}"),
     ("class A:\n    __class__ = int\n    def __eq__(self, o): return True\ndef f(x): return A()", "assert f(1) == 5"),
@@ -713,7 +718,7 @@ def test_objects_that_lie_and_values_that_are_code(program, statement):
     ("f(1) == 1", "no assert"), ("assert exec(f(1)) is None", "exec"), ("assert compile(f(1), '', 'eval')", "compile"),
     ("e = exec\nassert e(f(1)) is None", "exec"), ("import pickle\nassert pickle.loads(f(1)) == 1", "pickle"),
     ("from marshal import loads\nassert loads(f(1)) == 1", "marshal"), ("import numpy\nassert f(1) == 1", "numpy.*standard library"),
-    ("assert f(1) ==", "judged"), ("assert (", "judged"), ("assert " + "(" * 10**5, "judged"),
+    ("assert f(lambda x: x) == 5", "lambda to f"), ("assert f(1) ==", "judged"), ("assert (", "judged"), ("assert " + "(" * 10**5, "judged"),
 ])
 def test_tests_that_are_refused_when_a_problem_enters(statement, said):
     with pytest.raises(ValueError, match=rf"tests\[1\]\['assert'\].*{said}"):
@@ -730,6 +735,7 @@ def test_bad_tests_are_named(test):
 
 
 def test_tests_that_are_not_refused():
+    verify.check_tests([check("assert sorted(f(1), key=lambda x: -x) == [1]"), check("def check(g):\n    assert g() == 1\ncheck(lambda: f(2))")])
     verify.check_tests([io("1", "2"), check(""), check("import re\nassert re.compile('a+').match(f(1))"),
                         check("class T:\n    def go(self):\n        assert f(1) == 1\nT().go()")])
     with pytest.raises(ValueError, match="^tests must be a list"):
@@ -1015,7 +1021,7 @@ def killer(victims, rng, stop, killed):
             killed.append(1)
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.slow)])
 def test_helpers_killed_at_random(count):
     """Every verdict is right, and nothing is left behind, neither of helpers nor of what they ran."""
     fresh()
@@ -1045,8 +1051,8 @@ def test_judges_and_programs_killed_at_random_never_raise_and_never_pass_a_wrong
     thread = threading.Thread(target=killer, args=(victims, random.Random(1), stop, killed))
     thread.start()
     try:
-        programs = [f"import time\ndef f(x):\n    time.sleep(0.05)\n    return 0  # {i}" for i in range(40)]
-        verdicts = run_programs(programs, [[check("assert f(1) == 2"), check("assert f(2) == 3")]] * 40, workers=2)
+        programs = [f"import time\ndef f(x):\n    time.sleep(0.05)\n    return 0  # {i}" for i in range(24)]
+        verdicts = run_programs(programs, [[check("assert f(1) == 2"), check("assert f(2) == 3")]] * 24, workers=2)
     finally:
         stop.set()
         thread.join()
