@@ -885,6 +885,7 @@ def _wait(pids: set[int], timeout: float) -> tuple[dict, bool]:
     """Waits for children, and kills them when they wait too long -> {pid: (exit code, CPU seconds)}, whether late."""
     started, ended, late = time.monotonic(), {}, False
     while running := pids - ended.keys():
+        signal.sigtimedwait([signal.SIGCHLD], 0.1)
         cpu = sum(time.clock_gettime(~pid << 3 | 2) for pid in running)           # the CPU clocks of processes
         late = late or time.monotonic() - started > 0.5 + timeout + 5 * cpu
         for pid in running:
@@ -893,8 +894,6 @@ def _wait(pids: set[int], timeout: float) -> tuple[dict, bool]:
             done, status, usage = os.wait4(pid, os.WNOHANG)
             if done:
                 ended[pid] = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
-        if len(ended) < len(pids):
-            signal.sigtimedwait([signal.SIGCHLD], 0.1)
     return ended, late
 
 
@@ -985,12 +984,7 @@ def _play_tests(source: int, files: list[int]) -> None:
 
 
 def _flush(stream) -> None:
-    """As Python does at its end: what has no `closed` is open."""
-    try:
-        closed = getattr(stream, "closed", False)
-    except ValueError:                                            # it was detached
-        closed = True
-    if not closed:
+    with contextlib.suppress(ValueError):                         # it is closed, or was detached
         stream.flush()
 
 
