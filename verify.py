@@ -899,11 +899,13 @@ def _wait(pids: set[int], timeout: float) -> tuple[dict, bool]:
 
 def _spawn(job: dict, walls: dict, link: int | None, errors: int, work) -> int:
     """Forks a child that puts up the walls, then works. Descriptor 3 is its link to the judge or the program."""
-    pid = os.fork()
+    helper, pid = os.getpid(), os.fork()
     if pid:
         return pid
     try:
         libc.prctl(1, signal.SIGKILL, 0, 0, 0)                    # PR_SET_PDEATHSIG: die with the helper
+        if os.getppid() != helper:                                # it is dead already
+            os._exit(1)
         _limit(resource.RLIMIT_AS, job["memory_mb"] << 20)
         _limit(resource.RLIMIT_FSIZE, _SCRATCH)
         _limit(resource.RLIMIT_CPU, int(job["timeout"]) + 1)      # in whole seconds: it backs up the timer
