@@ -184,7 +184,8 @@ _JOINTS = _rules(r"""
     \s*(\W|[π∞])\s* => \1
     (?<=[0-9]) (?=[a-z](?![a-z])) =>""")
 # A formula or a block on lines of its own.
-_DISPLAY = re.compile(r"(?<!\\)\\\[((?:[^\\]|\\[^\[\]]){0,1000}?)\\\]|\$\$([^$]{1,1000})\$\$|^```\w*\n([^`]{1,200})\n```", re.M)
+_DISPLAY = re.compile(r"(?<!\\)\\\[((?:[^\\]|\\[^\[\]]){0,1000}?)\\\]|\$\$([^$]{1,1000})\$\$"
+                      r"|\$([^$]{0,200}\\begin[^$]{1,800})\$|^```\w*\n([^`]{1,200})\n```", re.MULTILINE)
 # Signs and abbreviations as words. A dollar without a partner is money; two of them enclose a formula.
 _SPOKEN = _rules(r"""
     \b([ap])\.\s?m\b => \1m
