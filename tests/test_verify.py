@@ -1,8 +1,6 @@
 """verify.py at its edges: answers, code blocks, honest programs, and programs that attack the verdict."""
-import ast
 import contextlib
 import ctypes
-import json
 import os
 import random
 import shutil
@@ -36,13 +34,18 @@ def check(statement):
     return {"assert": statement}
 
 
+def kinds(*programs, **options):
+    """Outcomes of programs that shall print 1."""
+    return [verdict.outcome for verdict in run_programs(programs, [[io("", "1")]] * len(programs), **options)]
+
+
 # ---------------------------------------------------------------- answers
 
 THIN = "\u2009"
 
 @pytest.mark.parametrize("text, answer", [
     ("24", "24"), (" 24", "24"), ("24.\n\n", "24"), ("-7", "-7"), ("3/4", "3/4"), ("1,234", "1,234"), ("50%", "50%"),
-    ("so 4 + 5 = 9", "9"), ("7 coins\nthen 8 coins\n", "8"), ("it costs $5.50.", "5.50"), ("it is 1 1/2", "1 1/2"),
+    ("so 4 + 5 = 9", "9"), ("7 coins\nthen 8 coins\n", "8 coins"), ("it costs $5.50.", "5.50"), ("it is 1 1/2", "1 1/2"),
     ("She has 3.\n#### 1,234", "1,234"), ("The answer is 24. It was 3 * 8.", "24"), ("**Answer:** 24", "24"),
     ("Answer:\n24", "24"), ("Final answer: 24 or 25", "24 or 25"), ("the answer is 3\n#### 4", "4"),
     ("#### 4\nso the answer is 3", "3"), (r"\boxed{3}, no: \boxed{4}", "3 or 4"), (r"\boxed{3} \boxed{4}", "3 or 4"),
@@ -93,7 +96,7 @@ def test_equal_answers(prediction, reference):
     ("5 - 3", "5"), ("5x10", "5"), ("2x", "2"), ("2 x", "2"), (r"2\pi", "2"), ("2 pi", "2"), ("3 million", "3"), ("4 dozen", "4"),
     ("2 1 2", "2.5"), ("1 3/2", "2.5"), (r"2\frac{1}{2}", "21/2"), ("1/0", "0"), (r"\frac{1}{0}", "0"), ("inf", "1e999"),
     ("(1,2)", "(2,1)"), ("(0,1)", "[0,1]"), ("{1,2}", "(1,2)"), ("1,2", "(1,2)"), ("[1,2", "[1,2]"), ("no", "yes"),
-    ("9" * 401, "9" * 401 + ".0"), ("1e401", "10e400"), ("0." + "3" * 5000, "0." + "3" * 5000),
+    ("9" * 801, "9" * 801 + ".0"), ("1e4010", "10e4009"), ("0." + "3" * 5000, "0." + "3" * 5000),
     ("twenty", "20"), ("\u0662\u0664", "24"),  # arabic digits
 ])
 def test_different_answers(prediction, reference):
@@ -220,7 +223,7 @@ def test_the_answer_of_a_text(text, reference):
 
 @pytest.mark.parametrize("text, reference", [
     ('Answer: 7, which is 2 more than 5', '7'), ('The answer is 7 and also 8', '7'), ('Final answer - 24', '-24'),
-    ('#### - 24', '-24'), ('\\boxed{5}\nLet me check \\boxed{6', '6'), ('so 12. The answer is \\boxed{12', '12'),
+    ('#### - 24', '24'), ('\\boxed{5}\nLet me check \\boxed{6', '6'), ('so 12. The answer is \\boxed{12', '12'),
     ('<think>the answer is 5', '5'), ('<think>\\boxed{5} hmm</think>\nSo the total is 6.', '5'),
     ('\\boxed{7}\n<think>\nmaybe 8', '8'), ('There are 3 million', '3'), ('It has 4 dozen.', '4'), ('so y = 3x', '3'),
     ('= 2^3', '3'), ('it is about 7', '7'), ('The area is \\sqrt{16}', '16'), ('Answer: (C) 24', 'C'),
@@ -234,21 +237,61 @@ def test_not_the_answer_of_a_text(text, reference):
     assert not math_equal(extract_answer(text), reference)
 
 
-@pytest.mark.parametrize("call, named", [
-    (lambda: extract_answer(None), "text"), (lambda: extract_answer(b"5"), "text"), (lambda: extract_code(None), "text"),
-    (lambda: verify.code_blocks(5), "text"), (lambda: math_equal("5", 5), "reference"),
-    (lambda: math_equal("5", None), "reference"), (lambda: math_equal(5, "5"), "prediction")])
-def test_bad_texts_are_named(call, named):
-    with pytest.raises(ValueError, match=f"^{named} must be a string"):
-        call()
+# Faults that were found in public, by kind; values of our own.
+@pytest.mark.parametrize("text, reference", [
+    ("<answer>58</answer>", "58"), ("<think>x</think>\n<answer>\n  1,058\n</answer>\n", "1058"), ("<answer>1</answer> <answer>2</answer>", "2"),
+    ("<answer>\\(\\frac{3}{11}\\)</answer>", "3/11"), ("<answer>She has 58 left.</answer>", "58"), ("<answer>\\boxed{x = 58}</answer>", "58"),
+    ("<answer>58", "58"), ("\\boxed{57}\n<answer>58</answer>", "58"), ("it is 58<|eot_id|>", "58"), ("The answer is 58</s>", "58"),
+    ("#### 58<|endoftext|>", "58"), ("Answer: 58<｜end▁of▁sentence｜>", "58"),
+    ("The final answer is:\n\\[\n58\n\\]", "58"), ("**Answer**:\n\n$$\n2\\sqrt{7}\n$$\n", "2\\sqrt7"), ("Hence\n$$\n\\frac{3}{11}\n$$", "3/11"),
+    ("Answer:\n```\n58\n```", "58"), ("The answer is\n\\[ x = 58. \\]", "58"),
+    ("Answer: so they pay 8 * 7.25 = $58 in total", "58"), ("Answer: 29+29=58 pens", "58"), ("#### x = 5,800", "5800"),
+    ("The answer is $N = 1{,}058$.", "1058"), ("Answer: she walks 3*4 = 12 miles", "12"),
+    ("The answer is - 58.", "-58"), ("Answer: $- 58$", "-58"), ("The answer is $3\\pi - 58$.", "3\\pi-58"), ("Answer:\n- 58", "58"),
+    ("\\boxed{58}\n\nNote: the answer would be 60 if he had not paid.", "58"), ("\\boxed{58}. The answer is plausible for 2 people.", "58"),
+    ("\\boxed{58}\nWait, no.\n**Answer: 60**", "60"), ("\\boxed{58}\nSo the final answer is 60.", "60"),
+    ("draft \\boxed{5}\n### Again\n\\boxed{58}", "58"), ("He needs 58 - that is all.", "58"), ("The answer is 58, so they win.", "58"),
+])
+def test_answers_that_used_to_be_refused(text, reference):
+    assert math_equal(extract_answer(text), reference)
+
+
+@pytest.mark.parametrize("text, reference", [
+    ("It is 5 m", "5 km"), ("They meet at 7 am", "7 pm"), ("So she waits 5 min.", "5 hours"), ("#### - 58", "58"), ("The answer is - 58.", "58"),
+    ("The answer is $8\\pi - 16$.", "8\\pi 16"), ("Answer: n=2 or n=5", "5"), ("\\boxed{x=2 \\text{ or } x=5}", "5"),
+    ("Answer: x=2; x=5", "5"), ("Answer: x=2 and x=5", "5"), ("Answer: x=2 x=5", "5"), ("Answer: y = 3z = 6", "6"),
+    ("\\boxed{58}\n\nNote: the answer would be 60 if he had not paid.", "60"), ("\\boxed{58}. One might say that the answer is 60.", "60"),
+    ("First $$58$$ and then\n$$\n60\n$$", "58"), ("<answer>58</answer> <answer>60</answer>", "58"), ("<answer>5 or 8</answer>", "8"),
+])
+def test_answers_that_used_to_be_accepted(text, reference):
+    assert not math_equal(extract_answer(text), reference)
+
+
+@pytest.mark.parametrize("prediction, reference", [
+    ("\\frac{50}{3}\\%", "\\frac{50}{3}"), ("(-\\infty, +\\infty)", "(-\\infty,\\infty)"), ("\\ln{5}", "\\ln 5"), ("\\cos(x)", "\\cos x"),
+    ("7\\cdot\\sqrt5", "7\\sqrt{5}"), ("3\\cdot\\pi", "3\\pi"), ("12\\pi \\text{ in}^3", "12\\pi"), ("-(3/4)", "-0.75"),
+    ("-\\left(\\frac{3}{4}\\right)", "-3/4"), ("\\{ \\}", "\\varnothing"), ("x=-2 or x=2", "$x=-2$ or $x=2$"), ("3 May", "3 May"),
+    ("\\begin{pmatrix}3\\\\4\\\\\\end{pmatrix}", "\\begin{pmatrix}3\\\\4\\end{pmatrix}"),
+])
+def test_spellings_of_tex(prediction, reference):
+    assert math_equal(prediction, reference) and math_equal(reference, prediction)
+
+
+@pytest.mark.parametrize("prediction, reference", [
+    ("0.7 repeating", "0.7"), ("0.7 recurring", "0.7"), ("8 grand", "8"), ("3 May", "3 June"), ("far from 8", "8"), ("nowhere near 8", "8"),
+    ("8, yes", "8"), ("8, four", "8"), ("8; nine", "8"), ("8 score", "8"), ("close to 8", "8"), ("x=-8 or x=8", "8"),
+    ("x=8 or x=-8", "-8"), ("(x,y)=(1,2) or (x,y)=(5,6)", "(5,6)"), ("8", "x=-8 or x=8"), ("5 km", "5 square miles"), ("2*4=8 or 9", "8"),
+])
+def test_words_that_change_a_value(prediction, reference):
+    assert not math_equal(prediction, reference)
 
 
 PIECES = r"""\boxed{ \fbox{ } { \frac \dfrac \sqrt [ ] ( ) ^ _ 12 3.5 1,234 - #### $ \$ % \text{ apples x = and or , ; <think> </think>
     \begin{pmatrix} \end{pmatrix} \\ & ½ √ π ∞ ³ ⁄ 元 \infty \le \in 1e9 / ** `` ``` ~~~ python \left \right \{ \} ! ° \circ … because
-    - {,} € \, dozen 999999999999""".split() + [" ", "\n", "answer is ", "Answer: ", "Step 2:", "\ud800", "\0"]
+    - {,} € \, dozen 999999999999""".split() + [" ", "\n", "answer is ", "Answer: ", "Step 2:", "\ud800", "\0", "<answer>", "</answer>", "$$", "\\[", "<|im_end|>"]
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(60_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(60_000, marks=pytest.mark.slow)])
 def test_fuzzed_texts(count):
     rng = random.Random(count)
     for _ in range(count):
@@ -287,21 +330,20 @@ def test_fuzzed_texts(count):
     ("```Python3.11\nx = 1\n```", "x = 1"), ("```main.py\nx = 1\n```\n```\n5\n```", "x = 1"),
     ("```python\ndef f(a):\n    return a\n```\nExample:\n```python\nprint(f(2))\n```", "def f(a):\n    return a"),
     ("```python\ndef f(a):\n    return a\n```\nBetter:\n```python\ndef f(a):\n    return 2 * a\n```", "def f(a):\n    return 2 * a"),
-    ("<think>\n```python\nx = 0\n```\n", ""), ("<think>\n```python\nx = 0\n```\n</think>\nx = 1", "\nx = 1"),
+    ('```python\ndef f():\n    """Say\n\n    ```\n    f()\n    ```\n    """\n    return 5\n```', 'def f():\n    """Say\n\n    ```\n    f()\n    ```\n    """\n    return 5'),
+    ("```python\nx = 1\n```<|im_end|>", "x = 1"), ("<think>\n```python\nx = 0\n```\n", ""), ("<think>\n```python\nx = 0\n```\n</think>\nx = 1", "\nx = 1"),
 ])
 def test_extract_code(text, code):
     assert extract_code(text) == code
 
 
-def test_the_block_that_defines_what_the_tests_ask_for():
+def test_the_block_that_the_tests_ask_for():
     text = "```python\ndef g(x):\n    return x\n```\nthen\n```python\ndef f(x):\n    return 2 * x\n```\nand\n```python\nprint(f(3)\n```"
     blocks = verify.code_blocks(text)
-    assert len(blocks) == 3
-    verdicts = run_programs([blocks] * 3, [[check("assert f(2) == 4")], [check("assert g(2) == 2")], [check("assert h(2) == 2")]])
-    assert [v.outcome for v in verdicts] == ["passed", "passed", "compile_error"]  # nothing defines h: it is the last
-    assert run(("x = (", "print(1)"), io("", "1")).ok
-    with pytest.raises(ValueError, match=r"programs\[0\]"):
-        run([], io("", "1"))
+    verdicts = run_programs([blocks] * 2, [[check("assert f(2) == 4")], [check("assert g(2) == 2")]])
+    assert len(blocks) == 3 and [v.outcome for v in verdicts] == ["passed", "passed"]
+    assert run(["n = int(input())\nprint(n + 1)", "O(n log n)"], io("1", "2")).ok                 # a note is no program
+    assert run(["def f(x):\n    return x\nprint(f(int(input())))", "print(f(7))"], io("1", "1")).ok
 
 
 # ---------------------------------------------------------------- scores
@@ -319,11 +361,6 @@ def test_exec_score(outcome, passed, total, binary, rate, coderl, hybrid):
     assert verdict.ok == (outcome == "passed")
 
 
-def test_unknown_style():
-    with pytest.raises(ValueError, match="style"):
-        exec_score(Verdict("passed", 1, 1, ""), "best")
-
-
 # ---------------------------------------------------------------- honest programs
 
 SUM = "print(sum(map(int, input().split())))"
@@ -332,38 +369,43 @@ SUM = "print(sum(map(int, input().split())))"
 @pytest.mark.parametrize("program", [
     SUM,
     "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))",
-    "import sys\nfor line in sys.stdin: print(sum(map(int, line.split())))",
     "print(sum(map(int, open(0).read().split())))",
     "print(sum(map(int, open('/dev/stdin').read().split())))",
-    "import os\nos.write(1, str(sum(map(int, os.read(0, 99).split()))).encode())",
     "import os\n" + SUM + "\nimport sys\nsys.stdout.flush()\nos._exit(0)",
-    "import sys\nsys.stdin.seek(0) if sys.stdin.seekable() else 0\nsys.stdout.write(str(sum(map(int, sys.stdin.readline().split()))))",
     f"if __name__ == '__main__':\n    {SUM}\n    exit()",
-    SUM + "\nquit(0)", SUM + "\nraise SystemExit", "import sys\n" + SUM + "\nsys.exit()",
     "import sys, threading\nthreading.stack_size(1 << 28)\nsys.setrecursionlimit(10**6)\n"
     "def f(n): return n and f(n - 1)\ndef main(): f(20000); " + SUM + "\nthreading.Thread(target=main).start()",
     "import sys, functools\nsys.setrecursionlimit(10**5)\n@functools.lru_cache(None)\ndef f(n): return n and f(n - 1)\nf(9000)\n" + SUM,
-    "import sys\nsys.setrecursionlimit(10**5)\ndef f(n): return n and f(n - 1)\nf(15000)\n" + SUM,
-    "import resource\nresource.setrlimit(resource.RLIMIT_STACK, (1 << 25, resource.getrlimit(resource.RLIMIT_STACK)[1]))\n" + SUM,
-    "import atexit\nout = []\natexit.register(lambda: print(*out))\nout.append(sum(map(int, input().split())))",
     "out = open(1, 'w')\nout.write(str(sum(map(int, input().split()))))",
-    "import io, sys\nsys.stdout = io.TextIOWrapper(open(1, 'wb'), write_through=False)\n" + SUM,
     "import os, sys\nsys.stdout = open(os.devnull, 'w')\nsys.stdout.write('x')\nsys.stdout = sys.__stdout__\n" + SUM,
     "import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'x')\nopen('a.txt', 'w').write('x')\nopen('a.txt').read()\n" + SUM,
     "import asyncio\nasync def main(): " + SUM + "\nasyncio.run(main())",
     "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as p: list(p.map(abs, [1, 2]))\n" + SUM,
-    "from dataclasses import dataclass\n@dataclass\nclass A:\n    n: 'int'\nprint(A(sum(map(int, input().split()))).n)",
+    # The end of a program is Python's own.
+    "import sys, os\nfrom io import BytesIO, IOBase\nclass Fast(IOBase):\n    def __init__(self): self.kept = BytesIO(); self.write = lambda t: self.kept.write(t.encode())\n"
+    "    def flush(self): os.write(1, self.kept.getvalue()); self.kept = BytesIO()\nsys.stdout = Fast()\n" + SUM,
+    "import os, sys\nclass Bare:\n    text = ''\n    def write(self, t): self.text += t\n    def flush(self): os.write(1, self.text.encode()); self.text = ''\nsys.stdout = Bare()\n" + SUM,
+    "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.detach(), encoding='ascii')\n" + SUM,
+    "import io, sys, atexit\nkept = sys.stdout = io.StringIO()\natexit.register(lambda: sys.__stdout__.write(kept.getvalue()))\n" + SUM,
+    "import threading, time\nx = input()\nthreading.Thread(target=lambda: (time.sleep(.05), print(sum(map(int, x.split()))))).start()",
+    "import bz2, lzma, sqlite3, ssl, zlib\n" + SUM,
+    "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').write('x')\n" + SUM,
     "import pickle\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    n: int\n"
     "print(pickle.loads(pickle.dumps(A(sum(map(int, input().split()))))).n)",
-    "import os, sys\nsys.stderr.write('debug ' * 9999)\nos.listdir('.')\n" + SUM,
-    "import decimal, fractions, heapq, bisect, statistics, datetime, csv, hashlib, zlib, uuid\ndatetime.datetime.now()\n" + SUM,
     "\ufeff" + SUM, SUM + "\r\n", "# -*- coding: latin-1 -*-\n" + SUM,
-    "import time\ntime.sleep(0.3)\n" + SUM, "import signal\nsignal.signal(signal.SIGALRM, print)\nsignal.alarm(5)\n" + SUM,
-    "import time, sys\nprint(sum(map(int, sys.stdin.read().split())), flush=True)\ndef g():\n    yield\nx = g()\nnext(x)",
 ], ids=lambda program: program[:40])
 def test_honest_stdin_programs(program):
     verdict, alone = run(program, io("1 2 3\n", " 6 \n\n"), io("4", "4"), io("5 5\n", "10")), run(program, io("5 5", "10"))
     assert verdict.ok and verdict.total == 3 and alone.ok, verdict
+
+
+@pytest.mark.parametrize("printed, wanted, ok", [
+    ("3.1622776601683795", "3.16227766", True), ("0.0", "0.00", True), ("1.0000001", "1.0", True), ("1.5e-07", "0.00000015", True),
+    ("1.00001", "1.0", False), ("3", "3.0", False), ("10000001", "10000000", False), ("-0.0", "0.0", False), ("0.1", "-0.1", False),
+    ("1.2.3", "1.2.30", False), ("nan", "nan", True), ("1.0 2.0", "1.0", False), ("[1.0]", "[1.00]", False), ("9" * 300 + ".0", "9" * 299 + "8.0", False),
+])
+def test_tokens_on_stdout(printed, wanted, ok):
+    assert run(f"print({printed!r})", io("", wanted)).ok == ok
 
 
 def test_several_tests_cost_one_process_when_all_pass(monkeypatch):
@@ -373,26 +415,17 @@ def test_several_tests_cost_one_process_when_all_pass(monkeypatch):
     tests = [io("1 2", "3"), io("\ud800é 1", "1"), io("", "0"), io("7 " * 9, "63")]
     body = "import sys\nx = sum(int(n) for n in sys.stdin.buffer.read().split() if n.isdigit())\n"
     assert run(body + "print(x)", *tests).passed == 4 and len(runs) == 1
-    thread = "import threading, time\nthreading.Thread(target=lambda x=x: time.sleep(0.05) or print(x)"
-    runs.clear()
-    assert run(body + thread + ").start()", *tests).passed == 4 and len(runs) == 1       # waited for after each test
     for spoils in ("print(x, flush=True)\nimport os\nos._exit(0)", "print(x, flush=True)\nimport os\nos.closerange(0, 20)",
                    "print(x)\nif hasattr(sys, 'seen'): print(9)\nsys.seen = 1",
-                   "print(x)\nimport threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()"):
+                   "print(x)\nimport threading, time\nthreading.Thread(target=lambda: time.sleep(0.05)).start()"):
         runs.clear()
-        assert run(body + spoils, *tests).passed == 4 and len(runs) == 5, spoils
-
-
-def test_line_ends_and_surrogates_are_the_same_in_several_tests():
-    """Standard input does not translate line ends, and JSON must not join what encodes to two characters."""
-    assert run("print(len(input()))", io("abc\r\n", "3"), io("ab\r\n", "2")).passed == 0
-    assert run("import sys\nprint(len(sys.stdin.buffer.read()))", io("\ud800\udc00", "4"), io("é", "2")).passed == 1
+        assert run(body + spoils, *tests).passed == 4 and len(runs) > 1, spoils
 
 
 @pytest.mark.parametrize("program, outcome, passed", [
     ("print(x if x else 1 / 0)", "runtime_error", 3), ("print(x if x else 5)", "failed_test", 3),
-    # Right only where an earlier test has left something, and ends of tests that never were.
-    ("n = getattr(sys, 'n', 0)\nsys.n = n + 1\nprint(x if n else -1)", "failed_test", 0),
+    # Right where an earlier test has left something: it still fails; and ends of tests that never were.
+    ("n = getattr(sys, 'n', 0)\nsys.n = n + 1\nprint(x if n else -1)", "failed_test", 3),
     ("print(3, end='\\0next\\0')\nprint(1, end='\\0next\\0')\nprint(0, end='\\0next\\0')", "failed_test", 0),
     ("import os\nos.write(1, b'3\\0next\\0001\\0next\\0000\\0next\\0')\nos._exit(1)", "runtime_error", 0),
     ("print(x)\nwhile not x: pass", "timeout", 2),
@@ -406,22 +439,11 @@ def test_one_bad_test_of_several(program, outcome, passed):
     assert (verdict.outcome, verdict.passed, verdict.total) == (outcome, passed, len(tests))
 
 
-@pytest.mark.parametrize("completion", [
-    "```python3\n{}\n```", "~~~\n{}\n~~~", "Here:\n```python\n{}", "\ufeff```py\r\n{}\r\n```\r\nbye", "{}", "```\n{}\n````",
-])
-def test_honest_completions(completion):
-    assert run(extract_code(completion.format(SUM)), io("1 2 3", "6")).ok
-
-
 @pytest.mark.parametrize("program, statement", [
     ("def f(x): return x + 1", "assert f(1) == 2"),
-    ("def f(x): return x + 1", "assert f(f(1)) == 3, 'message'"),
     ("def f(x): return x > 0", "assert f(1) is True and not f(-1) and f(2)"),
-    ("def f(x): pass", "assert f(1) is None"),
     ("def f(x): return x / 3", "assert abs(f(1) - 1 / 3) < 1e-6"),
-    ("def f(x): return x / 3", "assert math.isclose(f(1), 1 / 3)"),
     ("def f(x): return x / 3", "import math\nassert math.isclose(f(1), 1 / 3)"),
-    ("def f(x): return [3, 1, 2]", "assert set(f(0)) == {1, 2, 3} and sorted(f(0)) == [1, 2, 3]"),
     ("def f(x): return (1, 'a', None, 2.5, b'x', {1: [2]}, {3}, frozenset([4]), 1j, True)",
      "assert f(0) == (1, 'a', None, 2.5, b'x', {1: [2]}, {3}, frozenset([4]), 1j, True)"),
     ("def f(x, y=0): return x - y", "assert f(y=1, x=2) == 1 and f(*[5], **{'y': 1}) == 4"),
@@ -431,52 +453,36 @@ def test_honest_completions(completion):
     ("from collections import Counter, OrderedDict, defaultdict, namedtuple\nP = namedtuple('P', 'a b')\n"
      "def f(x): return [Counter(x), OrderedDict(a=1), defaultdict(int, b=2), P(1, 2)]",
      "assert f('aab') == [{'a': 2, 'b': 1}, {'a': 1}, {'b': 2}, (1, 2)]"),
-    ("import enum\nclass E(enum.IntEnum): A = 3\ndef f(x): return E.A", "assert f(0) == 3"),
-    ("def f(x):\n    while True:\n        yield x\n        x += 1", "assert next(f(3)) == 3"),
     ("def f(x): return map(str, range(x))", "assert list(f(3)) == ['0', '1', '2']"),
     ("def sum(a, b): return a + b", "assert sum(10, 15) == 25"),       # MBPP/126 names its function like a builtin
     ("LIMIT = 5\nif __name__ == '__main__': LIMIT = int(input())", "assert LIMIT == 5"),
-    ("import sys\ndef f(x): return x\nif __name__ == '__main__': sys.exit(f(3))", "assert f(2) == 2"),
-    ("import unittest\ndef f(x): return x\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 1)\n"
-     "if __name__ == '__main__':\n    unittest.main()", "assert f(2) == 2"),
     ("def f(x):\n    if x < 0: raise ValueError('no')", "try:\n    f(-1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'"),
-    ("def g(x): return x\ndef f(x): return x", "def check(candidate):\n    for i in range(9):\n        assert candidate(i) == i\ncheck(f)"),
-    ("def f(x): return x", "import random\nfor _ in range(20):\n    n = random.randint(0, 9)\n    assert f(n) == n"),
-    ("class F:\n    def __call__(self, x): return x\nf = F()", "assert f(2) == 2"),
-    ("def f(x): print('debug'); input", "assert f(2) is None"),
-    ("import sys\nsys.setrecursionlimit(10**5)\ndef f(x): return x and f(x - 1)", "assert f(9000) == 0"),
     ("def f(x):\n    x.append(1)\n    return x", "assert f([0]) == [0, 1]"),
+    ("import sys\ndef f(x):\n    for _ in range(300): print('debug ' * 10**4)\n    sys.stderr.write('noise')\n    return sys.stdin.read()", "assert f(1) == ''"),
+    ("class Solution:\n    def f(self, s): heapq.heapify(s); return [s[0], math.gcd(4, 6), deque(s), Counter(s)[3]]",
+     "from collections import deque\nassert Solution().f([3]) == [3, 2, deque([3]), 1]"),
+    ("def f(s): return str(int(s) + 1)", "assert f('9' * 4999) == '1' + '0' * 4999"),
+    ("def f(x, kind): return [v for v in x if type(v) is kind]", "assert f((4, 7.7, 'a'), int) == [4] and f([2.5], float) == [2.5]"),
+    ("def f(g, *a): return g(*a)", "assert f(max, [1, 3]) == 3 and f(operator.add, 2, 3) == 5 and f(math.sqrt, 9) == 3"),
+    ("def f(x): return list(x)", "assert f(iter([1, 2])) == [1, 2] and f(map(str, [1])) == ['1'] and f(range(3)) == [0, 1, 2]"),
+    ("def primes():\n    n = 1\n    while True:\n        n += 1\n        if all(n % d for d in range(2, n)): yield n",
+     "g = primes()\nassert [next(g) for _ in range(5)] == [2, 3, 5, 7, 11]"),
+    ("seen = []\ndef f():\n    for i in range(9):\n        seen.append(i)\n        yield i", "g = f(); assert next(g) == 0 and seen == [0]"),
+    ("def f():\n    yield 1\n    raise KeyError('x')", "g = f()\nassert next(g) == 1\ntry:\n    next(g)\n    assert False\nexcept KeyError:\n    pass"),
+    ("import re\ndef f(s): return re.match('a(b)', s)", "assert f('ab').group(1) == 'b' and f('x') is None"),
+    ("def f(): return range(3)", "assert f() == range(3) and list(f()) == [0, 1, 2]"),
 ])
 def test_honest_assert_programs(program, statement):
     verdict = run(program, check(statement))
     assert verdict == Verdict("passed", 1, 1, "")
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="from 3.12 Python itself bounds recursion through C")
-def test_the_stack_is_larger_than_usual():
-    program = ("import sys, functools\nsys.setrecursionlimit(10**6)\n@functools.lru_cache(None)\ndef f(n): return n and f(n - 1)\n"
-               "f(40000)\nprint(1)")
-    assert run(program, io("", "1")).ok
-
-
-def test_kinds_can_be_mixed_and_many_asserts_fit():
-    program = "def f(x):\n    return x\nprint(1)"
-    tests = [io("", "1")] + [check(f"assert f({i}) == {i}") for i in range(450)] + [check("assert f(1) == 2, 'é' * 999")] * 450
-    verdict = run(program, *tests)
-    assert (verdict.outcome, verdict.passed, verdict.total) == ("failed_test", 451, 901)
-
-
 def test_set_order_and_random_numbers_do_not_change_between_runs_and_helpers():
     program = "import random\nprint(*{'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'}, random.random())"
     order = run(program, io("", "?")).detail
     assert "printed" in order and run(program, io("", "?")).detail == order
-    verify._close_all()
+    fresh()
     assert run(program, io("", "?")).detail == order
-
-
-def test_long_honest_output_and_input():
-    numbers = " ".join(map(str, range(60_000)))
-    assert run("print('\\n'.join(input().split()))", io(numbers, numbers)).ok
 
 
 # ---------------------------------------------------------------- outcomes
@@ -489,9 +495,9 @@ def test_long_honest_output_and_input():
     ("1 / 0", "runtime_error"), ("assert False", "runtime_error"), ("print(1); exit(3)", "runtime_error"),
     ("import sys; print(1); sys.exit('bad')", "runtime_error"), ("print(1); import os; os._exit(1)", "runtime_error"),
     ("def f(n): return f(n + 1)\nf(0)", "runtime_error"), ("class E(Exception):\n    def __str__(self): 1 / 0\nraise E", "runtime_error"),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "runtime_error"), ("print(1); import os; os.abort()", "runtime_error"),
+    ("import ctypes; ctypes.string_at(0)", "runtime_error"), ("print(1); import os; os.abort()", "runtime_error"),
     ("x = bytearray(3 << 30)", "memory"), ("x = []\nwhile True: x.append(bytes(50 << 20))", "memory"),
-    ("raise MemoryError", "memory"), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "memory"),
+    ("raise MemoryError", "memory"),
 ], ids=lambda value: value[:40])
 def test_outcomes(program, outcome):
     stdin_verdict, assert_verdict = run_programs([program, program], [[io("", "1")], [check("assert f(1)")]])
@@ -502,13 +508,10 @@ def test_outcomes(program, outcome):
 
 
 def test_asserts_count_separately_and_the_worst_names_the_outcome():
-    program = "def f(x):\n    return [1, 2][x]"
     tests = [check("assert f(0) == 1"), check("assert f(1) == 1"), check("assert f(2)"), check("assert f(1) == 2")]
-    verdict = run(program, *tests)
+    verdict = run("def f(x):\n    return [1, 2][x]", *tests)
     assert (verdict.outcome, verdict.passed, verdict.total) == ("runtime_error", 2, 4)
     assert "test 3 of 4" in verdict.detail and "IndexError" in verdict.detail
-    verdict = run(program, *tests[:2])
-    assert verdict.outcome == "failed_test" and "the last value was 2" in verdict.detail
 
 
 def test_all_tests_are_run_after_a_failure_but_none_after_a_timeout():
@@ -520,22 +523,22 @@ def test_all_tests_are_run_after_a_failure_but_none_after_a_timeout():
     assert time.monotonic() - started[1] < 2.6  # nine time-outs would take 2.7 s of CPU
 
 
-def test_asserts_before_a_timeout_count():
-    verdict = run("def f(x):\n    while x: pass\n    return 1", check("assert f(0)"), check("assert f(1)"), check("assert f(0)"), timeout=0.3)
-    assert (verdict.outcome, verdict.passed, verdict.total) == ("timeout", 1, 3)
-
-
 def test_timeouts():
-    programs = ["while True: pass", "import time; time.sleep(60)", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
-                "try:\n    while True: pass\nexcept BaseException:\n    print(1)", "9 ** 9 ** 9",
+    programs = ["while True: pass", "import time; time.sleep(60)", "try:\n    while True: pass\nexcept BaseException:\n    print(1)", "9 ** 9 ** 9",
                 # Ignoring the signals leaves RLIMIT_CPU, which ends it with SIGKILL: still late, and not out of memory.
                 "import signal\nfor s in (signal.SIGPROF, signal.SIGXCPU): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
                 # Right, with a normal end, and the timer switched off, but after more CPU time than it had.
                 "import signal, time\nsignal.setitimer(signal.ITIMER_PROF, 0)\nwhile time.process_time() < 0.5: pass\nprint(1)"]
+    assert kinds(*programs, timeout=0.3) == ["timeout"] * 6
+
+
+def test_sleepers_do_not_hold_the_others():
+    """Wall time follows the CPU time that a program uses: one that uses none ends soon."""
     started = time.monotonic()
-    verdicts = run_programs(programs, [[io("", "1")]] * 7, timeout=0.3, workers=7)
-    assert [v.outcome for v in verdicts] == ["timeout"] * 7
-    assert time.monotonic() - started < 15
+    sleepers = [f"import time\ntime.sleep(60)  # {i}" for i in range(4)]
+    assert kinds(*sleepers, *[f"print(1)  # {i}" for i in range(8)], timeout=0.3, workers=2) == ["timeout"] * 4 + ["passed"] * 8
+    assert kinds("import time\ntime.sleep(0.6)\nprint(1)", timeout=0.3) == ["passed"]
+    assert time.monotonic() - started < 8
 
 
 def test_verdicts_do_not_depend_on_the_load():
@@ -551,11 +554,15 @@ def test_verdicts_do_not_depend_on_the_load():
     assert [v.outcome for v in verdicts] == ["passed", "timeout"] * 2
 
 
+def test_a_pass_has_no_detail():
+    assert run("import sys\nprint(1)\nsys.stderr.write('noise')", io("", "1"), io(" ", "1")) == Verdict("passed", 2, 2, "")
+
+
 def test_what_expects_nothing_does_not_count():
-    assert run("", io("", ""), io("1", " \n"), check("  ")) == Verdict("no_tests", 0, 0, "no test expects anything")
+    assert run("", io("", ""), io("1", " \n"), check("  ")) == Verdict("no_tests", 0, 0, "")
     assert run("").outcome == "no_tests"
     assert run("print(1)", io("", ""), io("", "1")) == Verdict("passed", 1, 1, "")
-    assert run("", check("assert True, 'it prints this'")).outcome == "no_tests"
+    assert run("def f(): pass", check("assert True, 'it prints this'"), check("def check(c):\n    assert c() == 1")).outcome == "no_tests"
 
 
 # ---------------------------------------------------------------- attacks on the verdict
@@ -567,20 +574,13 @@ TESTS = [check("assert f(1) == 2"), check("assert f(2) == 3")]
     # ending before the asserts
     "import os; os._exit(0)", "import sys; sys.exit(0)", "exit()", "raise SystemExit", "def f(x): exit()",
     "import os\ndef f(x): os._exit(0)", "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): return 0",
-    "import sys\nsys.excepthook = lambda *a: None\ndef f(x): raise KeyboardInterrupt", "def f(x): raise AssertionError",
     "import threading, os\nthreading.Timer(0.01, os._exit, [0]).start()\ndef f(x):\n    while 1: pass",
     # objects that agree with everything
     "class A:\n    def __eq__(self, other): return True\ndef f(x): return A()",
     "class A(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef f(x): return A(0)",
     "class A(str):\n    def __eq__(self, other): return True\ndef f(x): return A()",
-    "class A(list):\n    def __eq__(self, other): return True\n    def __iter__(self): return iter([self])\ndef f(x): return A()",
-    "class A(tuple):\n    __class__ = int\n    def __eq__(self, other): return True\ndef f(x): return A()",
-    "class M(type):\n    def __eq__(self, other): return True\nclass f(metaclass=M):\n    def __init__(self, x): pass",
-    "class A(float):\n    def __eq__(self, o): return True\n    def __repr__(self): return '2'\ndef f(x): return A(0)",
     # patched interpreter
     "import builtins\nbuiltins.exec = lambda *a: None\ndef f(x): return 0",
-    "import builtins\nbuiltins.compile = lambda *a, **k: 'pass'\ndef f(x): return 0",
-    "import builtins\nbuiltins.AssertionError = type('E', (BaseException,), {})\ndef f(x): return 0",
     "import json\njson.dumps = lambda *a, **k: '[\"passed\", \"\"]'\ndef f(x): return 0",
     "import os\nold = os.write\nos.write = lambda fd, data: old(fd, data.replace(b'failed_test', b'passed'))\ndef f(x): return 0",
     "import sys\nfor m in list(sys.modules.values()):\n    for n in ('_encode', '_decode', '_answer'):\n"
@@ -591,11 +591,8 @@ TESTS = [check("assert f(1) == 2"), check("assert f(2) == 3")]
     "    except OSError: pass\nos._exit(0)",
     "import os\nos.write(3, b'[\"function\"]\\n' + b'[\"value\", true]\\n' * 9)\nwhile True: pass",
     "import os\nos.write(3, b'[\"value\", {\"evil\": 1}]\\n' * 9)\ndef f(x): return 0",
-    "import os\nos.write(3, b'[' * 100000 + b'\\n')\nos._exit(0)", "import os\nos.close(3)\ndef f(x): return 2",
-    "import os\nos.fork()\ndef f(x): return 0", "print('passed')\n__name__ = 'x'\ndef f(x): return 0",
     # values that are too much
     "def f(x):\n    a = []\n    a.append(a)\n    return a", "def f(x):\n    a = []\n    for _ in range(10**5): a = [a]\n    return a",
-    "def f(x): return 'x' * (5 << 20)", "def f(x): return 1 << 10**8", "def f(x):\n    while True: yield 'x' * 10**6",
 ], ids=lambda program: program[:60])
 def test_forged_passes(program):
     verdict = run(program, *TESTS, timeout=0.7)
@@ -612,7 +609,7 @@ def test_forged_passes(program):
 ])
 def test_the_program_has_no_say_in_the_comparison(program, statement):
     verdict = run(program, check(statement), timeout=0.5)
-    assert (verdict.outcome, verdict.passed) == ("failed_test", 0)
+    assert not verdict.ok and verdict.passed == 0
 
 
 @pytest.mark.parametrize("program", [
@@ -625,30 +622,14 @@ def test_the_program_has_no_say_in_the_comparison(program, statement):
 def test_no_reply_of_a_program_raises_in_the_trainer(program):
     """Each also must not cost the assert that follows its chance: the judge goes on."""
     verdict = run(program, check("assert f(LIMIT) == 1"), check("assert f(LIMIT) == '\U0001F600' * 100"), timeout=0.5)
-    assert not verdict.ok and verdict.passed == 0 and len(verdict.detail) < 600
-
-
-def test_an_unprintable_value_does_not_end_the_judge():
-    assert run("def f(x): return 10 ** x", check("assert f(9999) == 1"), check("assert f(1) == 10")).passed == 1
+    assert not verdict.ok and verdict.passed == 0 and verdict.detail.isascii() and len(verdict.detail) <= 500
 
 
 def test_a_right_program_that_exits_early_has_not_passed():
     verdict = run("def f(x): return x + 1\nexit()", *TESTS)
-    assert (verdict.outcome, verdict.passed) == ("runtime_error", 0) and "SystemExit" in verdict.detail and "did not run" in verdict.detail
-
-
-def test_an_early_exit_keeps_the_asserts_before_it():
+    assert (verdict.outcome, verdict.passed) == ("runtime_error", 0) and "SystemExit" in verdict.detail
     verdict = run("import os\ndef f(x): return 2 if x == 1 else os._exit(0)", *TESTS)
     assert (verdict.outcome, verdict.passed) == ("runtime_error", 1)
-
-
-def test_right_values_and_then_a_bad_end_are_no_pass():
-    """The program takes the place of the code that answers, answers right, and ends with a status of its choice."""
-    program = ("import json, os\nwith open(3, 'rb', closefd=False) as requests:\n    for line in requests:\n        request = json.loads(line)\n"
-               "        reply = ['value', {{'object': 1}} if len(request) == 2 else request[2]['tuple'][0] + 1, None]\n"
-               "        os.write(3, json.dumps(reply).encode() + b'\\n')\nos._exit({})")
-    assert run(program.format(3), *TESTS).outcome == "runtime_error"
-    assert run(program.format(0), *TESTS).ok
 
 
 STACK = "class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)\n    def pop(self): return self.items.pop()\n"
@@ -659,37 +640,31 @@ NODE = "class Node:\n    def __init__(self, val, next=None): self.val, self.next
     ("class Solution:\n    def twoSum(self, nums: List[int], target: int) -> Optional[List[int]]:\n        return [0, 1]",
      "assert Solution().twoSum([2, 7], 9) == [0, 1]"),
     (STACK, "s = Stack(); s.push(3); s.push(4); assert s.pop() == 4 and s.pop() == 3"),
-    (STACK, "s = Stack()\ns.push([1])\nassert s.items == [[1]]"),
     (STACK, "s = Stack()\ntry:\n    s.pop()\n    assert False\nexcept IndexError:\n    pass"),
     ("class S:\n    def __init__(self): self.a = []\n    def __len__(self): return len(self.a)\n    def add(self, x): self.a.append(x)",
      "s = S(); s.add(1); assert len(s) == 1 and s.a[0] == 1"),
-    ("class V:\n    def __init__(self, x): self.x = x\n    def __add__(self, o): return V(self.x + o.x)\n    def __repr__(self): return f'V({self.x})'",
-     "v = V(1) + V(2); assert v.x == 3 and repr(v) == 'V(3)' and str(v) == 'V(3)'"),
+    ("class V:\n    def __init__(self, x): self.x = x\n    def __repr__(self): return f'V({self.x})'", "v = V(3); assert v.x == 3 and repr(v) == 'V(3)' and str(v) == 'V(3)'"),
+    ("class Set:\n    def __init__(self): self.kept = []\n    def add(self, x): self.kept.append(x)\n    @classmethod\n    def of(cls, *a):\n        s = cls()\n        s.kept += a\n        return s",
+     "s = Set.of(1, 2)\ns.add(3)\nassert s.kept == [1, 2, 3]"),
+    ("class P:\n    def __init__(self): self._x = 1\n    @property\n    def x(self): return self._x\n    @x.setter\n    def x(self, v):\n        if v < 0: raise ValueError\n        self._x = v",
+     "p = P()\np.x = 5\nassert p.x == 5\ntry:\n    p.x = -1\n    assert False\nexcept ValueError:\n    pass"),
+    ("class Book:\n    def __init__(self): self.title, self.count = 'T', 3\ndef find(): return Book()", "assert find().title == 'T' and find().count == 3"),
+    ("class M:\n    def __enter__(self): return 6\n    def __exit__(self, *a): return False\ndef f(x): return M()", "with f(1) as y:\n    assert y == 6"),
     ("class G:\n    def __getitem__(self, i): return i * 2\n    def __iter__(self): return iter([1, 2])", "g = G(); assert g[3] == 6 and list(g) == [1, 2] and 2 in g"),
     (NODE + "def rev(n):\n    p = None\n    while n: n.next, p, n = p, n, n.next\n    return p",
      "n = rev(Node(1, Node(2, Node(3))))\nout = []\nwhile n:\n    out.append(n.val)\n    n = n.next\nassert out == [3, 2, 1]"),
     (NODE, "a = Node(1)\na.next = Node(2)\na.val = 7\nassert a.val == 7 and a.next.val == 2 and a.next.next is None"),
-    ("class C:\n    n = 0\n    @classmethod\n    def make(cls): cls.n += 1; return cls()\n    @staticmethod\n    def twice(x): return 2 * x\n    @property\n    def p(self): return 5",
-     "c = C.make(); assert C.n == 1 and C.twice(4) == 8 and c.p == 5"),
     ("class M:\n    def __enter__(self): return 5\n    def __exit__(self, *a): return None", "with M() as x:\n    assert x == 5"),
     ("class It:\n    def __init__(self): self.n = 0\n    def __iter__(self): return self\n    def __next__(self):\n        self.n += 1\n        if self.n > 3: raise StopIteration\n        return self.n",
      "assert list(It()) == [1, 2, 3]"),
     ("def add(n):\n    def inner(x): return x + n\n    return inner", "assert add(2)(3) == 5"),
-    ("import enum\nclass E(enum.Enum):\n    A = 'x'\ndef f(): return E.A", "assert f().value == 'x' and f().name == 'A'"),
     ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n    y: int = 2\ndef f(): return [P(1), P(3)]", "assert [(p.x, p.y) for p in f()] == [(1, 2), (3, 2)]"),
     ("def f(x): x.sort()", "x = [2, 1]; f(x); assert x == [1, 2]"),
-    ("def f(x): x['b'] = x.pop('a')", "x = {'a': [1]}\nf(x)\nassert x == {'b': [1]}"),
-    ("def f(x, y): x.append(y.pop())", "x, y = [1], [2]; f(x, y=y); assert (x, y) == ([1, 2], [])"),
     ("def f(x): x[0].append(1); x.clear() if len(x) > 3 else None", "x = [[], 2]; f(x); assert x == [[1], 2]"),
-    ("def f(x): x.add(3)", "x = {1}; f(x); assert x == {1, 3}"), ("def f(x): x.rotate(1)", "from collections import deque\nx = deque([1, 2, 3]); f(x); assert x == deque([3, 1, 2])"),
-    ("class R:\n    def rotate(self, m: List[List[int]]) -> None: m[:] = [list(r) for r in zip(*m[::-1])]", "m = [[1, 2], [3, 4]]; R().rotate(m); assert m == [[3, 1], [4, 2]]"),
     ("from decimal import Decimal\ndef f(x): return Decimal(x) / 4", "assert f(10) == 2.5 and f(1) == __import__('decimal').Decimal('0.25')"),
     ("from fractions import Fraction\ndef f(x): return Fraction(x, 6)", "from fractions import Fraction\nassert f(3) == Fraction(1, 2) and f(6) == 1"),
     ("import datetime as d\ndef f(x): return [d.date(2020, 1, x), d.datetime(2020, 1, 2, 3, 4, 5, 6), d.timedelta(days=x), d.time(4)]",
      "import datetime as d\nassert f(2) == [d.date(2020, 1, 2), d.datetime(2020, 1, 2, 3, 4, 5, 6), d.timedelta(2), d.time(4)]"),
-    ("from collections import deque, namedtuple\nP = namedtuple('P', 'x y')\ndef f(x): return [deque(x), P(1, 2)]",
-     "from collections import deque\nassert f([1]) == [deque([1]), (1, 2)]"),
-    ("import datetime\ndef f(d): return d.year", "import datetime\nassert f(datetime.date(2021, 5, 6)) == 2021"),
     ("def f(x): return '[1, (2, -3.5)]'", "import ast\nassert eval(f(1)) == [1, (2, -3.5)] and ast.literal_eval(f(1)) == [1, (2, -3.5)]"),
     ("def f(x): return '2 ** 5 * 3 - 1'", "assert eval(f(1)) == 95"),
 ])
@@ -697,36 +672,41 @@ def test_honest_objects_and_changed_arguments(program, statement):
     assert run(program, check(statement)) == Verdict("passed", 1, 1, "")
 
 
+AGREES = ("class A:\n    def __getattr__(self, name): return lambda *a: True\n"
+          + "".join(f"    def __{n}__(self, *a): return 0\n" for n in "sub rsub add radd abs round lt gt".split())
+          + "    def __float__(self): return 5.0\n    def __int__(self): return 5\n    def __len__(self): return 1\n"
+          "    def __getitem__(self, i): return 5\n    def __str__(self): return '5'\n")
+SPY = "seen = []\nclass Spy:\n    def __sub__(self, other): seen.append(other); return 0\n    __contains__ = __rsub__ = __eq__ = __sub__\n"
 ANY = "class Any:\n    def __eq__(self, o): return True\n    __ne__ = __lt__ = __gt__ = __le__ = __ge__ = __contains__ = lambda self, o: True\n    __hash__ = lambda self: 1\n"
 
 
 @pytest.mark.parametrize("program, statement", [
+    # Operators and methods of an object that is no data are not asked, and nothing of the test reaches it.
+    (AGREES + "def f(x): return A()", "assert abs(f(1) - 9.5) < 1e-6"), (AGREES + "def f(x): return A()", "assert 9.5 - f(1) == 0"),
+    (AGREES + "def f(x): return A()", "assert f(1) + 1 == 6"), (AGREES + "def f(x): return A()", "assert float(f(1)) == 5 or int(f(1)) == 5"),
+    (AGREES + "def f(x): return A()", "assert math.isclose(f(1), 5, rel_tol=1e-06)"), (AGREES + "def f(x): return A()", "assert round(f(1), 2) == 5"),
+    (AGREES + "def f(x): return A()", "assert f(1).startswith('x')"), (AGREES + "def f(x): return A()", "assert f(1).issubset({5})"),
+    (AGREES + "def f(x): return A()", "assert f(1).count(5) == True"), (AGREES + "def f(x): return A()", "assert len(f(1)) == 1"),
+    (AGREES + "def f(x): return A()", "assert f(1)[0] == 5"), (AGREES + "def f(x): return A()", "assert str(f(1)) == '5'"),
+    (AGREES + "class S:\n    def f(self, x): return A()", "assert S().f(1).endswith('x')"), (AGREES + "f = A()", "assert f.keys()"),
+    (SPY + "def f(x): return seen[-1] if seen else Spy()", "try:\n    f(1) - 7.25\nexcept TypeError:\n    pass\nassert f(1) == 7.25"),
+    (SPY + "def f(x): return seen[-1] if seen else Spy()", "try:\n    7.25 in f(1)\nexcept TypeError:\n    pass\nassert f(1) == 7.25"),
+    ("class M:\n    def __enter__(self): return 2\n    def __exit__(self, *a): return True\ndef f(x): return M()", "with f(1) as y:\n    assert y == 3"),
+    ("class Open:\n    def __enter__(self): return 2\n    def __exit__(self, *a): return True", "with Open() as y:\n    assert y == 3"),
+    ("import os\ndef f(x): os.write(3, b'[\"value\", {\"known\": [\"os\", \"_exit\"]}, []]\\n' * 9)", "assert f(1)(0) == 5"),
+    ("def f(x): return exec", "assert f(1)('1') == 5"), ("def f(g): return 5", "assert f(type('T', (), {})()) == 5"),
     (ANY + "def f(x): return Any()", "assert f(1) == 5"), (ANY + "def f(x): return Any()", "assert 5 == f(1)"),
-    (ANY + "def f(x): return Any()", "assert not f(1) != 5"), (ANY + "def f(x): return Any()", "assert f(1) < 3"),
-    (ANY + "def f(x): return Any()", "assert f(1) in [1, 2]"), (ANY + "def f(x): return Any()", "assert 5 in f(1)"),
     (ANY + "def f(x): return [Any()]", "assert f(1) == [5]"), (ANY + "def f(x): return {1: Any()}", "assert f(1) == {1: 5}"),
-    (ANY + "a = Any()\ndef f(x): return a", "assert f(1) == f(2)"), (ANY + "def f(x): return Any()", "assert {f(1)} == {5}"),
-    (ANY + "def f(x): return Any()", "assert isinstance(f(1), int)"), (ANY + "def f(x): return Any()", "assert sorted([f(1), 2]) == [2, 5]"),
     ("class A:\n    __class__ = int\n    def __eq__(self, o): return True\ndef f(x): return A()", "assert f(1) == 5"),
-    ("class A:\n    __class__ = int\ndef f(x): return A()", "assert isinstance(f(1), int)"),
     ("class A(list):\n    def __eq__(self, o): return True\n    def __len__(self): return 1\ndef f(x): return A()", "assert f(1) == [5]"),
-    ("class A:\n    def __reduce__(self): return (int, ('5',))\ndef f(x): return A()", "import copy\nassert copy.copy(f(1)) == 5"),
     ("class A:\n    def __getattr__(self, n): return self\n    def __call__(self, *a): return self\ndef f(x): return A()", "assert f(1).value() == 5"),
-    ("class A:\n    def __getattr__(self, n): return lambda *a: True\ndef f(x): return A()", "assert f(1).items == [5]"),
-    ("class A:\n    def __getattribute__(self, n): raise SystemExit\ndef f(x): return A()", "assert f(1).x == 5"),
     ("class Stack:\n    def push(self, x): pass\n    def pop(self):\n        while True: pass", "s = Stack(); s.push(3); assert s.pop() == 3"),
-    ("def f(x):\n    while True: x.append(1)", "x = []; f(x); assert x == [1]"), ("def f(x):\n    x.append(x)", "x = []; f(x); assert x == [1]"),
     ("def f(x): x[:] = range(10 ** 7)", "x = []; f(x); assert x == [1]"), ("def f(x): x.append(type('A', (), {'__eq__': lambda *a: True})())", "x = []; f(x); assert x == [1]"),
     ("class A: pass\ndef f(x): return [A() for _ in range(10 ** 6)]", "assert f(1) == [5]"),
-    ("class A: pass\ndef f(x): return A()", "while f(1): pass\nassert False"),
     ("import os\ndef f(x): os.write(3, b'[\"value\", {\"object\": 1}, [[1, 2]]]\\n' * 9)", "x = [2, 1]; f(x); assert x == [1, 2] and f(3) == 5"),
-    ("import os\ndef f(x): os.write(3, b'[\"value\", {\"object\": [1]}, 7]\\n' * 9)", "x = [2, 1]; f(x); assert f(3) == 5"),
-    ("class D:\n    def __init__(self, *a): pass\n    def __str__(self): return '5'\nimport decimal\ndecimal.Decimal = D\ndef f(x): return D()", "assert f(1) == 5"),
     ("import decimal\nclass D(decimal.Decimal):\n    def __eq__(self, o): return True\ndef f(x): return D(3)", "assert f(1) == 5"),
     ("def f(x): return '__import__(\"os\")._exit(0)'", "assert eval(f(1)) == 5"), ("def f(x): return '[c for c in (5,)][0]'", "assert eval(f(1)) == 5"),
     ("def f(x): return '9 ** 9 ** 9'", "assert eval(f(1)) == 5"), ("def f(x): return '9 ** 99999999'", "assert eval(f(1)) == 5"), ("def f(x): return '\"a\" * 10 ** 9'", "assert eval(f(1)) == 5"),
-    ("def f(x): return '(' * 9000 + ')' * 9000", "assert eval(f(1)) == 5"), ("def f(x): return 'x ='", "import ast\nassert ast.literal_eval(f(2)) == [1]"),
-    ("def f(x): return 7", "import ast\nassert ast.literal_eval(f(2)) == [1]"), ("def f(x): return None", "assert eval(f(2)) == 5"),
 ], ids=lambda value: value[:50])
 def test_objects_that_lie_and_values_that_are_code(program, statement):
     """None passes, none raises, and the test that follows keeps its chance unless time or memory is gone."""
@@ -734,21 +714,11 @@ def test_objects_that_lie_and_values_that_are_code(program, statement):
     assert verdict.passed == 0 and not verdict.ok and verdict.outcome != "no_tests"
 
 
-def test_functions_as_arguments_are_named():
-    verdict = run("class S:\n    pass", check("assert S() == 1"))
-    assert verdict.outcome == "failed_test" and "cannot be compared" in verdict.detail
-    for argument in ("lambda x: x", "len", "int", "math.sqrt", "type('T', (), {})()"):
-        with pytest.raises(ValueError, match=r"tests\[0\]\[1\]\['assert'\] cannot be checked.*not a plain value"):
-            run("def f(g): return 1", check("assert f(1) == 1"), check(f"assert f({argument}) == 1"))
-
-
 @pytest.mark.parametrize("statement, said", [
-    ("def check(candidate):\n    assert candidate(1) == 1", "no assert that runs"),
-    ("def a(): b()\ndef b():\n    a()\n    assert f(1) == 1", "no assert that runs"), ("f(1) == 1", "no assert"),
-    ("assert exec(f(1)) is None", "exec"), ("assert compile(f(1), '', 'eval')", "compile"), ("assert __import__(f(1))", "__import__"),
+    ("f(1) == 1", "no assert"), ("assert exec(f(1)) is None", "exec"), ("assert compile(f(1), '', 'eval')", "compile"),
     ("e = exec\nassert e(f(1)) is None", "exec"), ("import pickle\nassert pickle.loads(f(1)) == 1", "pickle"),
-    ("from marshal import loads\nassert loads(f(1)) == 1", "marshal"), ("assert __import__('pickle').loads(f(1)) == 1", "pickle"),
-    ("import numpy\nassert f(1) == 1", "numpy.*standard library"), ("assert f(1) ==", "not a Python statement"),
+    ("from marshal import loads\nassert loads(f(1)) == 1", "marshal"), ("import numpy\nassert f(1) == 1", "numpy.*standard library"),
+    ("assert f(lambda x: x) == 5", "lambda to f"), ("assert f(1) ==", "judged"), ("assert (", "judged"), ("assert " + "(" * 10**5, "judged"),
 ])
 def test_tests_that_are_refused_when_a_problem_enters(statement, said):
     with pytest.raises(ValueError, match=rf"tests\[1\]\['assert'\].*{said}"):
@@ -757,18 +727,26 @@ def test_tests_that_are_refused_when_a_problem_enters(statement, said):
         run("def f(x): return 1", io("1", "2"), check(statement))
 
 
+@pytest.mark.parametrize("test", ["a", {}, {"input": ""}, {"output": ""}, {"input": 1, "output": ""}, {"input": "", "output": None},
+                                  {"assert": 1}, {"assert": "", "input": ""}])
+def test_bad_tests_are_named(test):
+    with pytest.raises(ValueError, match=r"^tests\[0\]\[1\] must have"):
+        run_programs(["x"], [[io("", "1"), test]])
+
+
 def test_tests_that_are_not_refused():
+    verify.check_tests([check("assert sorted(f(1), key=lambda x: -x) == [1]"), check("def check(g):\n    assert g() == 1\ncheck(lambda: f(2))")])
     verify.check_tests([io("1", "2"), check(""), check("import re\nassert re.compile('a+').match(f(1))"),
-                        check("def check(c):\n    def inner():\n        assert c(1) == 1\n    inner()\ncheck(f)"),
                         check("class T:\n    def go(self):\n        assert f(1) == 1\nT().go()")])
     with pytest.raises(ValueError, match="^tests must be a list"):
         verify.check_tests(None)
+    with pytest.raises(ValueError):
+        run_programs(["x"], [])
 
 
 def test_no_secret_in_the_environment(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hunter2")
-    program = "import os; print(*sorted(set(os.environ) - {'LC_CTYPE'}))"  # which Python itself sets in the C locale
-    assert run(program, io("", "LD_BIND_NOW PYTHONHASHSEED PYTHONUTF8 TZ")).ok
+    assert run("import os; print('hunter2' in str(os.environ))", io("", "False")).ok
 
 
 @pytest.mark.parametrize("where", [
@@ -787,7 +765,7 @@ def test_expected_outputs_are_nowhere_in_the_child(where):
     secret = f"sesame{time.monotonic_ns()}"
     look = (f"import re\nseen = ''\n{where}\nfound = re.search('[s]{secret[1:]}', seen)\ndef f(): return bool(found)\n"
             "print(found.group() if found else 'nothing')")  # the pattern is not what it looks for
-    with only(set(verify.LAYERS) - {"landlock"}):
+    with without("landlock"):
         for _ in range(2):
             verdicts = run_programs([look, look], [[io("", secret), io("", "nothing")], [check(f"assert f() is False, {secret!r}")]],
                                     workers=1, timeout=5)
@@ -810,25 +788,24 @@ def test_floods(program, outcome):
     assert verdict.outcome == outcome and len(verdict.detail) < 500
 
 
-def test_the_trainers_memory_stays_flat_under_floods():
-    """VmHWM, the peak; ru_maxrss would start at that of the process which started this one."""
-    out = python("def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\ngo('print(1)'); before = peak()\n"
-                 "go(*[f'import os\\nfor _ in range(15): os.write(1, bytes(10**6))  # {i}' for i in range(12)])\nprint(peak() - before)")
-    assert int(out[0]) < 8000  # KiB; the programs wrote 15,000 each
-
-
 # ---------------------------------------------------------------- attacks on the machine, and the walls one by one
 
+def fresh():
+    """Ends the helpers of this process."""
+    for helper in verify._idle.pop(os.getpid(), []):
+        helper.close()
+
+
 @contextlib.contextmanager
-def only(names):
-    """The sandbox with these layers and no others."""
-    verify._close_all()
-    verify._SANS.update(set(verify.LAYERS) - set(names))
+def without(*walls):
+    """The sandbox without these walls."""
+    fresh()
+    verify._without.update(walls)
     try:
         yield
     finally:
-        verify._SANS.clear()
-        verify._close_all()
+        verify._without.clear()
+        fresh()
 
 
 @pytest.fixture(scope="module")
@@ -839,70 +816,46 @@ def victim(tmp_path_factory):
                                env={"SECRET": "sesame"}, stdout=subprocess.PIPE, text=True)
     address = int(process.stdout.readline())
     tcp = socket.create_server(("127.0.0.1", 0))
-    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    udp.bind(("127.0.0.1", 0))
     unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     unix.bind(str(folder / "stream"))
     unix.listen()
-    datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    datagrams.bind(str(folder / "datagrams"))
-    key = 0x5E5A0000 + os.getpid() % 65536
-    libc = ctypes.CDLL(None)
-    segment = libc.shmget(key, 4096, 0o1600)  # IPC_CREAT
-    yield {"PID": process.pid, "ADDRESS": address, "FOLDER": str(folder), "TCP": tcp.getsockname()[1], "UDP": udp.getsockname()[1],
-           "KEY": key}
-    libc.shmctl(segment, 0, None)  # IPC_RMID
+    yield {"PID": process.pid, "ADDRESS": address, "FOLDER": str(folder), "TCP": tcp.getsockname()[1]}
     process.kill()
     process.wait()
     process.stdout.close()
-    for end in (tcp, udp, unix, datagrams):
+    for end in (tcp, unix):
         end.close()
 
 
 CTYPES = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\ndef ok(value):\n    if value < 0: raise OSError(ctypes.get_errno())\n"
-ATTACKS = [  # what it tries, the walls that stop it alone (Seccomp, Landlock, Namespaces), the code: it raises when refused
-    ("ask whether a signal would reach the victim", "SN", "os.kill(PID, 0)"),
-    ("SIGSTOP it and let it go on", "SN", "os.kill(PID, signal.SIGSTOP); os.kill(PID, signal.SIGCONT)"),
-    ("signal everything (signal 0, the same check)", "SN", "os.kill(-1, 0)"),
-    ("a pidfd of it", "SN", "os.pidfd_open(PID)"),
-    ("its resource limits", "SN", "resource.prlimit(PID, resource.RLIMIT_NOFILE, resource.prlimit(PID, resource.RLIMIT_NOFILE))"),
-    ("its scheduling", "SN", "os.setpriority(os.PRIO_PROCESS, PID, os.getpriority(os.PRIO_PROCESS, PID))"),
-    ("SIGIO to it through F_SETOWN", "SN", "fcntl.fcntl(0, fcntl.F_SETOWN, PID)"),
-    ("ptrace it (PTRACE_SEIZE, which does not stop it)", "SLN", CTYPES + "ok(libc.ptrace(0x4206, PID, 0, 0))"),
-    ("its memory by process_vm_readv", "SLN", CTYPES +
+ATTACKS = [  # what it tries, and the code: it raises when refused
+    ("ask whether a signal would reach the victim", "os.kill(PID, 0)"),
+    ("signal everything (signal 0, the same check)", "os.kill(-1, 0)"),
+    ("a pidfd of it", "os.pidfd_open(PID)"),
+    ("SIGIO to it through F_SETOWN", "fcntl.fcntl(0, fcntl.F_SETOWN, PID)"),
+    ("ptrace it (PTRACE_SEIZE, which does not stop it)", CTYPES + "ok(libc.ptrace(0x4206, PID, 0, 0))"),
+    ("its memory by process_vm_readv", CTYPES +
      "import struct\nb = ctypes.create_string_buffer(8)\nok(libc.process_vm_readv(PID, struct.pack('PN', ctypes.addressof(b), 8), 1, struct.pack('PN', ADDRESS, 8), 1, 0))"),
-    ("its environment in /proc", "LN", "assert b'sesame' in open('/proc/PID/environ', 'rb').read()"),
-    ("its memory in /proc", "LN", "f = open('/proc/PID/mem', 'rb', 0); f.seek(ADDRESS); f.read(8)"),
-    ("its descriptors in /proc", "LN", "os.listdir('/proc/PID/fd')"),
-    ("its command line in /proc", "LN", "open('/proc/PID/cmdline').read()"),
-    ("read a file", "LN", "open('FOLDER/file').read()"),
-    ("list a folder", "LN", "os.listdir('FOLDER')"),
-    ("overwrite a file", "LN", "open('FOLDER/file', 'w').write('x')"),
-    ("append to a file", "LN", "open('FOLDER/file', 'a').write('x')"),
-    ("make a file", "LN", "open('FOLDER/new', 'w').write('x')"),
-    ("delete a file", "LN", "os.unlink('FOLDER/file')"),
-    ("rename a file", "LN", "os.rename('FOLDER/file', 'FOLDER/other')"),
-    ("truncate a file", "LN", "os.truncate('FOLDER/file', 0)"),
-    ("make a folder", "LN", "os.mkdir('FOLDER/folder')"),
-    ("make a link", "SLN", "os.symlink('FOLDER/file', 'FOLDER/link')"),
-    ("make a hard link", "SLN", "os.link('FOLDER/file', 'FOLDER/hard')"),
-    ("chmod a file", "SN", "os.chmod('FOLDER/file', 0)"),
-    ("chown a file", "SN", "os.chown('FOLDER/file', os.stat('FOLDER/file').st_uid, -1)"),
-    ("give a file away", "SN", "os.chown('FOLDER/file', 12345, -1)"),
-    ("its times", "SN", "os.utime('FOLDER/file', (0, 0))"),
-    ("connect to a loopback port", "S", "socket.create_connection(('127.0.0.1', TCP), 2)"),
-    ("listen", "S", "socket.create_server(('127.0.0.1', 0))"),
-    ("send a datagram", "S", "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', UDP))"),
-    ("connect to a unix socket", "SN", "socket.socket(socket.AF_UNIX).connect('FOLDER/stream')"),
-    ("a unix datagram out of a socketpair", "SN", "socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'x', 'FOLDER/datagrams')"),
-    ("shared memory of System V", "S", CTYPES + "ok(libc.shmget(KEY, 4096, 0o600))"),
-    ("fork", "S", "os.fork() or os._exit(0)"),
-    ("a daemon that outlives the run", "S", "if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0: time.sleep(30)\n        os._exit(0)\n    os.wait()"),
-    ("another program", "SLN", "os.posix_spawn('/bin/true', ['true'], {})"),
-    ("exec", "SLN", "os.execv('/bin/sh', ['sh', '-c', 'echo harm'])"),
-    ("a memfd", "S", "os.memfd_create('x')"),
-    ("a new user namespace", "SN", CTYPES + "ok(libc.unshare(0x10000000))"),
-    ("new rights", "SL", CTYPES + "assert libc.prctl(39, 0, 0, 0, 0) == 0"),
+    ("its environment in /proc", "assert b'sesame' in open('/proc/PID/environ', 'rb').read()"),
+    ("its memory in /proc", "f = open('/proc/PID/mem', 'rb', 0); f.seek(ADDRESS); f.read(8)"),
+    ("its descriptors in /proc", "os.listdir('/proc/PID/fd')"),
+    ("read a file", "open('FOLDER/file').read()"),
+    ("overwrite a file", "open('FOLDER/file', 'w').write('x')"),
+    ("make a file", "open('FOLDER/new', 'w').write('x')"),
+    ("delete a file", "os.unlink('FOLDER/file')"),
+    ("truncate a file", "os.truncate('FOLDER/file', 0)"),
+    ("make a folder", "os.mkdir('FOLDER/folder')"),
+    ("make a link", "os.symlink('FOLDER/file', 'FOLDER/link')"),
+    ("chmod a file", "os.chmod('FOLDER/file', 0)"),
+    ("give a file away", "os.chown('FOLDER/file', 12345, -1)"),
+    ("connect to a loopback port", "socket.create_connection(('127.0.0.1', TCP), 2)"),
+    ("listen", "socket.create_server(('127.0.0.1', 0))"),
+    ("connect to a unix socket", "socket.socket(socket.AF_UNIX).connect('FOLDER/stream')"),
+    ("fork", "os.fork() or os._exit(0)"),
+    ("exec", "os.execv('/bin/sh', ['sh', '-c', 'echo harm'])"),
+    ("a memfd", "os.memfd_create('x')"),
+    ("a new user namespace", CTYPES + "ok(libc.unshare(0x10000000))"),
+    ("new rights", CTYPES + "assert libc.prctl(39, 0, 0, 0, 0) == 0"),
 ]
 PRELUDE = "import os, signal, socket, time\ntry: import fcntl, resource\nexcept ImportError: pass\n"
 
@@ -925,68 +878,58 @@ def attack(code, victim):
     return "harm" if harm.ok else "refused" if refused.ok else refused
 
 
-KERNELS = {"everything": set(verify.LAYERS), "no namespaces": set(verify.LAYERS) - {"namespaces"},  # Docker's default
-           "no Landlock": set(verify.LAYERS) - {"landlock"}}
+@pytest.mark.parametrize("missing", [(), ("namespaces",), ("landlock",), ("landlock", "namespaces")],
+                         ids=["all walls", "Docker", "no Landlock", "gVisor"])
+def test_every_attack_is_refused(victim, missing):
+    """Without Landlock what only reads comes through, and nothing else."""
+    with without(*missing):
+        came_through = {name for name, code in ATTACKS if attack(code, victim) != "refused"}
+    readable = {"read a file", "list a folder", "its environment in /proc", "its memory in /proc", "its descriptors in /proc",
+                "its command line in /proc"}
+    assert came_through <= (readable if "landlock" in missing else set())
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_every_attack_is_refused(victim, kernel):
-    with only(KERNELS[kernel]):
-        for name, _, code in ATTACKS:
-            assert attack(code, victim) == "refused", name
-
-
-@pytest.mark.parametrize("layer, kernel, name", [
-    ("seccomp", "everything", "fork"), ("seccomp", "everything", "listen"),
-    ("landlock", "no namespaces", "read a file"), ("namespaces", "no Landlock", "read a file")])
-def test_each_wall_is_needed(victim, layer, kernel, name):
+@pytest.mark.parametrize("wall, name", [("seccomp", "fork"), ("seccomp", "listen"), ("landlock", "read a file")])
+def test_each_wall_is_needed(victim, wall, name):
     """Without it one of the attacks comes through; that of rlimits are the floods."""
-    [code] = [code for attack_name, _, code in ATTACKS if attack_name == name]
-    with only(KERNELS[kernel] - {layer}):
+    code = dict(ATTACKS)[name]
+    with without(wall):
         assert attack(code, victim) == "harm"
 
 
-def test_every_attack_works_without_walls(victim):
-    """Else the test above would prove nothing."""
-    with only([]):
-        for name, _, code in ATTACKS:
-            if name == "give a file away" and os.getuid() != 0:
-                continue
-            assert attack(code, victim) == "harm", name
+def test_the_attacks_work_without_walls(victim):
+    """Else the tests above would prove nothing. Some need rights of root, which a child has lost."""
+    with without("seccomp", "landlock", "namespaces"):
+        harmful = [name for name, code in ATTACKS if attack(code, victim) == "harm"]
+    assert len(harmful) > 18
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layer", [name for name in verify.LAYERS if name != "rlimits"])
-def test_which_walls_stop_an_attack_alone(victim, layer):
-    """The table in ATTACKS is what happens: with a single wall exactly these are refused."""
-    with only({layer}):
-        if not verify.layers()[layer]:
-            pytest.skip(f"this machine has no {layer}")
-        for name, layers, code in ATTACKS:
-            assert (attack(code, victim) == "refused") == (layer[0].upper() in layers), name
+@pytest.mark.parametrize("missing", [("landlock",), ("landlock", "namespaces"), ("namespaces",)])
+def test_honest_programs_run_on_every_kernel(missing):
+    with without(*missing):
+        programs = [SUM, "import heapq, bz2, ssl\n" + SUM, "import threading\nthreading.Thread(target=lambda: " + SUM + ").start()",
+                    "print(sum(map(int, open(0).read().split())))"]
+        verdicts = run_programs(programs, [[io("1 2", "3"), io("4 5", "9")]] * 4)
+        verdicts.append(run("def f(x): return [x]", check("assert f({1}) == [{1}]")))
+    assert [v.outcome for v in verdicts] == ["passed"] * 5
 
 
-@pytest.mark.parametrize("layers, stays", [([], True), (["namespaces"], False), (verify.LAYERS, False)])
-def test_no_file_stays(layers, stays):
-    path = Path(f"/dev/shm/verify-test-{os.getpid()}")
-    with only(layers):
-        assert run(f"open({str(path)!r}, 'w').write('x')\nprint(1)", io("", "1")).ok or "namespaces" not in verify.layers()
-        assert run("import os\nprint(os.listdir('.'))", io("", "[]")).ok or stays  # nor does another run see it
-    assert path.exists() == stays
-    path.unlink(missing_ok=True)
+def test_the_tables_of_system_calls_fit_their_machines():
+    """Each call has a number for both; the C library cannot start without these."""
+    rows = [row.partition(":")[0].split() for row in (verify._CALLS + verify._WRITING).split(",")]
+    assert all(len(row) == 3 for row in rows) and len({row[0] for row in rows}) == len(rows)
+    for column in (1, 2):
+        numbers = [row[column] for row in rows if row[column] != "-"]
+        assert len(set(numbers)) == len(numbers) and all(number.isdigit() for number in numbers)
+    arm = {row[0] for row in rows if row[2] != "-"}
+    assert {"openat", "read", "write", "mmap", "munmap", "brk", "futex", "exit_group", "clone", "ppoll", "pselect6", "newfstatat"} <= arm
 
 
-@pytest.mark.parametrize("layers", [verify.LAYERS, ["namespaces"]])
-def test_no_process_stays(layers):
-    """A grandchild in its own session; seccomp refuses the fork, the pid namespace ends what was forked."""
-    program = ("import os, time\ntry:\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0: time.sleep(60)\n"
-               "        os._exit(0)\n    time.sleep(0.2)\nexcept OSError: pass\nprint(1)")
-    with only(layers):
-        started = time.monotonic()
-        assert run(program, io("", "1")).ok  # the stray keeps stdout open: nobody waits for it
-        assert time.monotonic() - started < 5
-        server = servers(verify._idle[-1])[1]
-        assert not Path(f"/proc/{server}/task/{server}/children").read_text()
+def test_no_file_stays():
+    assert run("open('/dev/shm/left', 'w').write('x')\nprint(1)", io("", "1")).ok
+    assert not Path("/dev/shm/left").exists() and run("import os\nprint(os.listdir('/dev/shm'))", io("", "[]")).ok
+    deep = "import os\nfor i in range(45):\n    os.mkdir('d')\n    os.chdir('d')\nprint(1)"
+    assert run(deep, io("", "1")).ok and run("import os\nprint(os.listdir('/dev/shm'))", io("", "[]")).ok
 
 
 def test_fail_fast_ends_at_the_first_failure(monkeypatch):
@@ -994,16 +937,11 @@ def test_fail_fast_ends_at_the_first_failure(monkeypatch):
     monkeypatch.setattr(verify, "_run", lambda *a: runs.append(1) or real(*a))
     tests = [io("1", "2"), io("2", "3"), io("3", "4"), check("assert f(1) == 2"), check("assert f(2) == 3")]
     body = "def f(x): return {}\nif __name__ == '__main__': print({})"
-    for program, outcome, passed, cost in (
-            (body.format("x + 1", "int(input()) + 1"), "passed", 5, 2), (body.format("x + 1", "int(input())"), "failed_test", 0, 1),
-            (body.format("x + 1", "1 / 0"), "runtime_error", 0, 1), (body.format("x + 1", "min(int(input()) + 1, 3)"), "failed_test", 2, 2),
-            (body.format("2", "int(input()) + 1"), "failed_test", 4, 2), ("x =", "compile_error", 0, 1)):
+    for program, outcome, cost in (
+            (body.format("x + 1", "int(input()) + 1"), "passed", 2), (body.format("x + 1", "int(input())"), "failed_test", 1),
+            (body.format("x + 1", "1 / 0"), "runtime_error", 2), (body.format("2", "int(input()) + 1"), "failed_test", 2)):
         runs.clear()
-        verdict = run(program, *tests, fail_fast=True)
-        assert (verdict.outcome, verdict.passed, verdict.total, len(runs)) == (outcome, passed, 5, cost), program
-        assert run(program, *tests).ok == verdict.ok
-    spoiled = "import sys\nprint(int(input()) + 1 + hasattr(sys, 'seen'))\nsys.seen = 1"  # wrong only where tests share a process
-    assert run(spoiled, *tests[:3], fail_fast=True).ok
+        assert run(program, *tests, fail_fast=True).outcome == outcome and len(runs) == cost, program
 
 
 def test_the_attacks_left_no_trace(victim):
@@ -1014,19 +952,25 @@ def test_the_attacks_left_no_trace(victim):
 
 # ---------------------------------------------------------------- the machinery
 
+PREAMBLE = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport os, signal, time, verify\nT = [{{'input': '', 'output': '1'}}]\n"
+            "def go(*p, **o): return [v.outcome for v in verify.run_programs(p, [T] * len(p), **o)]\n")
+
+
 def python(code, **options):
     """Runs code in an interpreter of its own that has imported verify; returns its stdout lines."""
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport os, signal, time, verify\n"
-                           "T = [{'input': '', 'output': '1'}]\ndef go(*p, **o): return [v.outcome for v in verify.run_programs(p, [T] * len(p), **o)]\n"
-                           + code], capture_output=True, text=True, timeout=60, **options)
+    done = subprocess.run([sys.executable, "-c", PREAMBLE + code], capture_output=True, text=True, timeout=60, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-def servers(helper):
-    """The process of a helper and its child, which forks."""
-    nanny = helper.process.pid
-    return [nanny, *map(int, Path(f"/proc/{nanny}/task/{nanny}/children").read_text().split())]
+def children(pid):
+    """Processes that this one has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+    return found
 
 
 def gone(pids, seconds=5):
@@ -1069,83 +1013,73 @@ def test_several_threads_at_once():
     assert all([v.ok for v in results[n]] == [True, False, True] * 3 for n in range(4))
 
 
-def test_few_descriptors_a_closed_stdin_and_eight_threads():
-    code = ("import resource, threading\nresource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\nos.close(0)\nout = []\n"
-            "def work(n): out.append(go(*[f'print({i}) # {n}' for i in range(3)], workers=1) == ['failed_test', 'passed', 'failed_test'])\n"
-            "for at_once in (2, 2):\n    ts = [threading.Thread(target=work, args=(n,)) for n in range(at_once)]\n"
-            "    [t.start() for t in ts]; [t.join() for t in ts]\n"
-            "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\nprint(out, len(os.listdir('/proc/self/fd')) < 30)")
-    assert python(code) == ["[True, True, True, True] True"]
-    code = ("import threading\nout = []\ndef work(n): out.append(go(*[f'print({i}) # {n}' for i in range(3)]) == ['failed_test', 'passed', 'failed_test'])\n"
-            "ts = [threading.Thread(target=work, args=(n,)) for n in range(8)]\n[t.start() for t in ts]; [t.join() for t in ts]\nprint(out == [True] * 8)")
-    assert python(code) == ["True"]
+def killer(victims, rng, stop, killed):
+    """Kills one of the victims now and then."""
+    while not stop.wait(rng.uniform(0.05, 0.4)):
+        with contextlib.suppress(OSError, IndexError):
+            os.kill(rng.choice(victims()), 9)
+            killed.append(1)
 
 
-def test_keyboard_interrupt_in_the_middle():
-    code = ("import threading\nsignal.signal(signal.SIGINT, signal.default_int_handler)      # a shell may have it ignored\n"
-            "go('print(1)')\nthreading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
-            "try:\n    go(*[f'import time; time.sleep(0.2) # {i}' for i in range(40)])\nexcept KeyboardInterrupt:\n    print('interrupted')\n"
-            "print(go('print(1)', 'print(2)'), len(os.listdir('/proc/self/fd')) < 20)")
-    assert python(code) == ["interrupted", "['passed', 'failed_test'] True"]
-
-
-@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(600, marks=pytest.mark.slow)])
 def test_helpers_killed_at_random(count):
-    """SIGKILL to a helper or its server now and then: every verdict is right, nothing is left behind."""
-    verify._close_all()
-    stop, rng, killed = threading.Event(), random.Random(count), []
-
-    def assassin():
-        while not stop.wait(rng.uniform(0.05, 0.3)):
-            with contextlib.suppress(OSError, IndexError, RuntimeError):
-                victims = servers(rng.choice(list(verify._alive)))
-                os.kill(rng.choice(victims), 9)
-                killed.append(1)
-
-    thread = threading.Thread(target=assassin)
+    """Every verdict is right, and nothing is left behind, neither of helpers nor of what they ran."""
+    fresh()
+    before, stop, killed = set(children(os.getpid())), threading.Event(), []
+    thread = threading.Thread(target=killer, args=(lambda: list(set(children(os.getpid())) - before), random.Random(count), stop, killed))
     thread.start()
     try:
         programs = [f"x = int(input())\nprint(x + {i % 3})  # {i}" for i in range(count)]
-        programs += [f"def f(x): return x + {i % 3}  # {i}" for i in range(count // 4)]
-        tests = [[io("1", "2"), io("2", "3")]] * count + [[check("assert f(1) == 2")]] * (count // 4)
+        programs += [f"import time\ntime.sleep(0.02)\ndef f(x): return x + {i % 3}  # {i}" for i in range(count)]
+        tests = [[io("1", "2"), io("2", "3")]] * count + [[check("assert f(1) == 2")]] * count
         verdicts = run_programs(programs, tests, workers=2)
     finally:
         stop.set()
         thread.join()
-    assert [v.ok for v in verdicts] == [i % 3 == 1 for i in range(count)] + [i % 3 == 1 for i in range(count // 4)]
-    pids = [pid for helper in verify._alive for pid in [helper.process.pid]]
-    verify._close_all()
-    assert killed and gone(pids)
+    assert [v.ok for v in verdicts] == [i % 3 == 1 for i in range(count)] * 2
+    helpers = [helper.process.pid for helper in verify._idle[os.getpid()]]
+    grandchildren = [pid for helper in helpers for pid in children(helper)]
+    fresh()
+    assert killed and not grandchildren and gone(helpers)
+
+
+def test_judges_and_programs_killed_at_random_never_raise_and_never_pass_a_wrong_program():
+    fresh()
+    stop, killed = threading.Event(), []
+    def victims():
+        return [pid for helper in children(os.getpid()) for pid in children(helper)]
+    thread = threading.Thread(target=killer, args=(victims, random.Random(1), stop, killed))
+    thread.start()
+    try:
+        programs = [f"import time\ndef f(x):\n    time.sleep(0.05)\n    return 0  # {i}" for i in range(24)]
+        verdicts = run_programs(programs, [[check("assert f(1) == 2"), check("assert f(2) == 3")]] * 24, workers=2)
+    finally:
+        stop.set()
+        thread.join()
+    assert killed and not any(v.ok or v.passed for v in verdicts)
+
+
+def test_a_program_that_ends_its_helpers_ends_no_training():
+    """Where no wall stops it: its verdict is an error of its own, and the others are judged."""
+    with without("seccomp", "landlock", "namespaces"):
+        assert kinds("import os\nos.kill(os.getppid(), 9)\nprint(1)", "print(1)", workers=1) == ["runtime_error", "passed"]
 
 
 def test_helpers_stay_warm_and_nothing_leaks():
     run("print(1)", io("", "1"))
-    helpers, before = set(verify._alive), (len(os.listdir("/proc/self/fd")), threading.active_count())
+    helpers, before = list(verify._idle[os.getpid()]), (len(os.listdir("/proc/self/fd")), threading.active_count())
     run_programs(["print(1)", "import os; os.kill(os.getpid(), 9)", "while True: pass", "def f(): pass"],
                  [[io("", "1")]] * 3 + [[check("assert f() is None")]], timeout=0.2, workers=1)
-    assert verify._alive == helpers
+    assert verify._idle[os.getpid()] == helpers
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
 
 
-def test_closing_and_exit_leave_no_process():
-    run("print(1)", io("", "1"))
-    pids = [pid for helper in verify._alive for pid in servers(helper)]
-    verify._close_all()
-    assert len(pids) >= 2 and gone(pids)
-    pids = python("print(go('print(1)'))\nfor h in verify._alive: print(h.process.pid)")
-    assert pids[0] == "['passed']" and gone(pids[1:])
-
-
-def test_helpers_die_with_a_killed_trainer():
-    [pid] = python("if os.fork() == 0:\n    go('print(1)')\n    print(*[h.process.pid for h in verify._alive], flush=True)\n"
-                   "    os.kill(os.getpid(), 9)\nos.wait()")
-    assert gone([int(pid)])
-
-
-def test_a_fork_of_the_trainer_uses_its_own_helpers():
-    out = python("go('print(1)')\nif os.fork() == 0:\n    print(len(verify._alive), go('print(1)', 'print(2)'), flush=True)\n    sys.exit()\n"
-                 "os.wait()\nprint(go('print(1)'), flush=True)")
-    assert out == ["0 ['passed', 'failed_test']", "['passed']"]
+def test_helpers_end_with_the_trainer_and_a_fork_of_it_has_its_own():
+    code = ("go('print(1)')\nif os.fork() == 0:\n    print(go('print(1)', 'print(2)'), *[h.process.pid for h in verify._idle[os.getpid()]], flush=True)\n"
+            "    os.kill(os.getpid(), 9)\nos.wait()\nprint(go('print(1)'), *[h.process.pid for h in verify._idle[os.getpid()]], flush=True)")
+    fork, trainer = (line.partition("] ") for line in python(code))
+    assert (fork[0], trainer[0]) == ("['passed', 'failed_test'", "['passed'")
+    assert gone([int(pid) for line in (fork, trainer) for pid in line[2].split()])
 
 
 def test_blocked_and_ignored_signals_of_the_trainer_do_not_matter():
@@ -1155,77 +1089,40 @@ def test_blocked_and_ignored_signals_of_the_trainer_do_not_matter():
     assert out == ["['passed', 'timeout', 'timeout']"]
 
 
-@pytest.mark.parametrize("kill", [
-    lambda helper: (helper.process.terminate(), helper.process.wait()),        # by the out-of-memory killer, say
-    lambda helper: os.kill(servers(helper)[1], 9), lambda helper: os.kill(servers(helper)[1], 19),  # SIGSTOP: it hangs
-    lambda helper: os.kill(helper.process.pid, 9),                              # its child dies with it
-], ids=["terminated", "killed", "stopped", "nanny killed"])
-@pytest.mark.parametrize("times", [1, 2, 3])
-def test_a_lost_helper_is_replaced(monkeypatch, kill, times):
-    """Its program says nothing about itself, so losses without end are no verdict."""
-    original, left = verify._Helper.exchange, [times]
-
-    def exchange(helper, job, files, patience):
-        if "probe" not in job and left[0]:
-            left[0] -= 1
-            kill(helper)
-            time.sleep(0.1)  # until its child is dead, too
-        return original(helper, job, files, patience)
-
-    monkeypatch.setattr(verify._Helper, "exchange", exchange)
-    monkeypatch.setattr(verify, "_PATIENCE", -2)
-    monkeypatch.setattr(verify, "_ATTEMPTS", 3)
-    if times == 3:
-        with pytest.raises(SandboxError, match="3 helpers were lost"):
-            run("print(1)", io("", "1"), timeout=0.2)
-        return
-    verdicts = run_programs(["print(1)", "print(2)"], [[io("", "1")]] * 2, workers=1, timeout=0.2)
-    assert [v.outcome for v in verdicts] == ["passed", "failed_test"]
+def test_a_helper_that_hangs_is_replaced(monkeypatch):
+    fresh()
+    run("print(1)", io("", "1"))
+    os.kill(verify._idle[os.getpid()][-1].process.pid, 19)
+    monkeypatch.setattr(verify, "_PATIENCE", 1)
+    assert kinds("print(1)", "print(2)", workers=1, timeout=0.2) == ["passed", "failed_test"]
 
 
-def test_idle_helpers_that_were_killed_are_nobodys_fault():
-    run_programs(["print(1)", "print(1) "], [[io("", "1")]] * 2, workers=2)
-    for helper in list(verify._alive):
-        helper.process.terminate()
-        helper.process.wait()
-    assert [v.ok for v in run_programs([f"print(1)#{i}" for i in range(6)], [[io("", "1")]] * 6, workers=2)] == [True] * 6
+def test_without_any_helper_it_raises(monkeypatch, tmp_path, capfd):
+    fresh()
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no such luck')")
+    for module, name, value, said in ((sys, "executable", "/nonexistent/python", "nonexistent"), (sys, "platform", "darwin", "needs Linux.*darwin"),
+                                      (verify, "_FILE", str(tmp_path / "broken.py"), "helpers died")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            with pytest.raises(SandboxError, match=said):
+                run("print(1)", io("", "1"))
+    assert "no such luck" in capfd.readouterr().err and run("print(1)", io("", "1")).ok
 
 
-def test_without_any_helper_it_raises(monkeypatch, tmp_path):
-    verify._close_all()
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "executable", "/nonexistent/python")
-        with pytest.raises(SandboxError, match="nonexistent"):
-            run("print(1)", io("", "1"))
-    with monkeypatch.context() as patch:
-        patch.setattr(verify, "_FILE", str(tmp_path / "broken.py"))
-        (tmp_path / "broken.py").write_text("raise RuntimeError('no such luck')")
-        with pytest.raises(SandboxError, match="no such luck"):
-            run("print(1)", io("", "1"))
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "platform", "darwin")
-        with pytest.raises(SandboxError, match="needs Linux.*darwin"):
-            run("print(1)", io("", "1"))
-    assert math_equal("1", "1.0") and run("print(1)", io("", "1")).ok
+def test_missing_walls_are_announced_once():
+    code = "verify._without.add('landlock')\ngo('print(1)', 'print(2)', workers=2)\nverify._idle.clear()\ngo('print(1)')\nprint(*verify.layers())"
+    done = subprocess.run([sys.executable, "-c", PREAMBLE + code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "seccomp\n" and done.stderr.count("\n") == 1 and "without landlock" in done.stderr
 
 
-def test_a_wall_that_fell_is_an_error_and_no_verdict():
-    """The helper said at its start which walls it has; a run with others is refused before the program starts."""
-    verify.layers()
-    helper = verify._idle[-1]
-    helper.layers = helper.layers[:-1]
-    with pytest.raises(SandboxError, match="changed"):
-        run_programs(["print(1)"], [[io("", "1")]], workers=1)
-    assert run("print(1)", io("", "1")).ok
-
-
-def test_missing_layers_are_announced_once():
-    code = ("verify._SANS.add('seccomp')\ngo('print(1)', 'print(2)', workers=2)\nverify._close_all()\ngo('print(1)')\n"
-            "print(verify.layers()['seccomp'], verify.layers()['rlimits'])")
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport verify\n"
-                           "def go(*p, **o): verify.run_programs(p, [[{'input': '', 'output': '1'}]] * len(p), **o)\n" + code],
-                          capture_output=True, text=True, timeout=60)
-    assert done.stdout == "False True\n" and done.stderr.count("the sandbox runs without") == 1 and "seccomp" in done.stderr
+def test_a_quota_of_the_container_bounds_the_workers(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    real = open
+    for quota, cores in (("max 100000", 64), ("350000 100000", 4), ("50000 100000", 1), ("", 64)):
+        (tmp_path / "cpu.max").write_text(quota)
+        monkeypatch.setattr(verify, "open", lambda path: real(tmp_path / "cpu.max"), raising=False)
+        assert verify._cores() == cores
 
 
 def test_copied_out_and_as_a_plain_user():
@@ -1244,37 +1141,12 @@ def test_copied_out_and_as_a_plain_user():
                 " 'print(len(open(\"/dev/stdin\").read()) + 1)', 'def f(): return 1']\n"
                 "io = [{'input': '', 'output': '1'}]\n"
                 "print([v.outcome for v in verify.run_programs(programs, [io] * 4 + [[{'assert': 'assert f() == 1'}]])])\n"
-                "print(*[name for name, on in verify.layers().items() if not on])")
+                "print('seccomp' in verify.layers())")
         done = subprocess.run([interpreters[0], "-c", code], user=65534, group=65534, extra_groups=[], cwd=folder,
                               capture_output=True, text=True, timeout=60)
     lines = done.stdout.splitlines()
     assert lines[0] == "['passed', 'runtime_error', 'runtime_error', 'passed', 'passed']", done.stderr
-    assert "rlimits" not in lines[1]
-
-
-@pytest.mark.slow
-def test_mutants_of_humaneval():
-    """One operator or number of a canonical solution changed: most fail, some are equivalent, none breaks the harness."""
-    path = ROOT.parent / "shared" / "data" / "humaneval" / "HumanEval.jsonl"
-    if not path.is_file():
-        pytest.skip(f"{path} is not here; it is not part of the repository")
-    swaps = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.LtE: ast.Lt, ast.GtE: ast.Gt,
-             ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.And: ast.Or, ast.Or: ast.And, ast.Mod: ast.FloorDiv, ast.FloorDiv: ast.Mod}
-    rng, mutants = random.Random(0), []
-    problems = data.read_humaneval(path)
-    while len(mutants) < 200:
-        problem = rng.choice(problems)
-        tree = ast.parse(problem.reference_solution)
-        places = [(node, field, old) for node in ast.walk(tree) for field, old in ast.iter_fields(node) if type(old) in swaps]
-        places += [(node, "value", node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is int]
-        if places:
-            node, field, old = rng.choice(places)
-            setattr(node, field, old + 1 if isinstance(old, int) else swaps[type(old)]())
-            mutants.append((ast.unparse(tree), problem.tests))
-    verdicts = run_programs(*zip(*mutants), fail_fast=True)
-    failed = sum(not v.ok for v in verdicts)
-    print(f"{failed} of 200 mutants fail, {200 - failed} survive")
-    assert 140 < failed < 200
+    assert lines[1] == "True"
 
 
 def test_humaneval():
@@ -1289,49 +1161,6 @@ def test_humaneval():
     assert [p.problem_id for p, v in zip(problems, wrong) if v.ok] == []
 
 
-# ---------------------------------------------------------------- bad input
-
-@pytest.mark.parametrize("arguments, named", [
-    ((["x"], []), "length"), (("x", [[]]), "programs"), (([1], [[]]), r"programs\[0\]"), ((["x"], "x"), "tests"),
-    ((["x"], [{}]), r"tests\[0\]"), ((["x"], [["a"]]), r"tests\[0\]\[0\]"), ((["x"], [[{"input": ""}]]), "output"),
-    ((["x"], [[{"output": ""}]]), "input"), ((["x"], [[{"input": 1, "output": ""}]]), "'input'"),
-    ((["x"], [[{}]]), "assert"), ((["x"], [[{"assert": "f(1)"}]]), r"tests\[0\]\[0\]\['assert'\].*no assert"),
-    ((["x"], [[{"input": "", "output": None}]]), "'output'"), ((["x"], [[{"assert": 1}]]), "'assert'"),
-    ((["x"], [[{"assert": "", "input": ""}]]), "assert"),
-    ((["x"], [[{"assert": "assert ("}]]), r"tests\[0\]\[0\]\['assert'\]"),
-    ((["x"], [[{"assert": "assert " + "(" * 10**5}]]), r"tests\[0\]\[0\]\['assert'\]"),
-])
-def test_bad_programs_and_tests(arguments, named):
-    with pytest.raises(ValueError, match=named):
-        run_programs(*arguments)
-
-
-@pytest.mark.parametrize("name, value", [
-    ("timeout", 0), ("timeout", -1), ("timeout", float("nan")), ("timeout", "2"), ("timeout", float("inf")),
-    ("memory_mb", 0), ("memory_mb", 1.5), ("memory_mb", True), ("workers", 0), ("workers", -1), ("workers", 1.5),
-])
-def test_bad_options(name, value):
-    with pytest.raises(ValueError, match=name):
-        run_programs(["x"], [[]], **{name: value})
-
-
-def test_command_line(tmp_path):
-    program, tests = tmp_path / "p.py", tmp_path / "t.json"
-    program.write_text("print(int(input()) + 1)")
-
-    def call(*arguments):
-        done = subprocess.run([sys.executable, str(ROOT / "verify.py"), *map(str, arguments)], capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
-
-    tests.write_text(json.dumps([io("1", "2")]))
-    assert call(program, tests)[:2] == (0, "passed 1/1\n")
-    tests.write_text(json.dumps([io("1", "2"), io("1", "3")]))
-    code, out, _ = call(program, tests)
-    assert code == 1 and out.startswith("failed_test 1/2 test 2 of 2")
-    code, _, err = call(program)
-    assert code == 2 and "usage" in err
-    tests.write_text("[")
-    code, _, err = call(program, tests)
-    assert code == 2 and "Traceback" not in err and str(tests) in err
-    code, out, _ = call("probe")
-    assert all(name in out for name in verify.LAYERS) and code == ("NO " in out)
+def test_the_command_names_the_walls():
+    done = subprocess.run([sys.executable, str(ROOT / "verify.py")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and all(wall in done.stdout for wall in verify.WALLS)
