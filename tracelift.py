@@ -351,6 +351,7 @@ def accumulate_gradient(planner: LM, batch: MicroBatch, reward: torch.Tensor, s:
     """Adds a micro-batch's gradient to the planner's .grad. reward (B,). Returns sums over its tokens, see
     `token_health`."""
     columns = []
+    planner.model.train(bool(s.checkpointing))                            # recomputes activations in training mode only
     with torch.set_grad_enabled(batch.learns):
         hidden = planner.hidden(batch.ids, batch.positions)                                    # (m, H)
         leaf = hidden.detach().requires_grad_(batch.learns)               # collects the gradient of all pieces
@@ -365,6 +366,7 @@ def accumulate_gradient(planner: LM, batch: MicroBatch, reward: torch.Tensor, s:
             columns.append((loss.detach()[None], logp.detach(), entropy, A))
         if batch.learns:
             hidden.backward(leaf.grad)
+    planner.model.eval()
     loss, logp, entropy, A = (torch.cat(column) for column in zip(*columns))
     health = token_health(batch, logp, entropy, A, s) | {"loss": loss.sum()}
     if batch.old_logp is None:
@@ -591,6 +593,8 @@ class TrainingLog:
 
     def __exit__(self, kind, *_):
         if kind is KeyboardInterrupt and self.marks[-1][0] in ("rollout", "reward"):     # not amid an update
+            if self.frozen:
+                self.frozen.load_state(self.before)                       # the step's runs are measured again
             self.save_checkpoint()
 
     def steps(self):
@@ -602,12 +606,13 @@ class TrainingLog:
                                          desc=self.work.stem, disable=self.ranks.rank > 0)
         for step in self.bar:
             self.updates, self.marks = [], []
+            self.before = self.frozen and self.frozen.state()
             yield step
 
     def phase(self, name: str) -> None:
         """From here on the time counts for this phase."""
         self.marks.append((name, time.perf_counter()))
-        self.bar.set_postfix_str(name)
+        self.bar.set_postfix_str(name, refresh=sys.stderr.isatty())
 
     def update(self, health: list[dict], M: int, lr: float, norm: float) -> None:
         """Notes an update: the sums that `accumulate_gradient` returned become means over the M tokens."""

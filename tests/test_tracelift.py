@@ -435,8 +435,10 @@ def test_a_training_that_diverges_stops(run_dir, monkeypatch, lottery):
     assert len(saved["lines"]["metrics.jsonl"]) == 2
 
 
-def test_ctrl_c_saves_first(run_dir, straight, lottery):
-    with pytest.raises(KeyboardInterrupt), crash_at(4, KeyboardInterrupt):
+@pytest.mark.parametrize("module, name, call", [(tracelift, "measure_rewards", 4), (executor, "decode_text", 8)])
+def test_ctrl_c_saves_first(run_dir, straight, lottery, module, name, call):
+    """Before the executor's runs of a step, and after them: their cost is not counted twice."""
+    with pytest.raises(KeyboardInterrupt), crash_at(call, KeyboardInterrupt, module, name):
         train(settings(run_dir, save_every=20))
     saved = torch.load(run_dir / "planner-tracelift-seed0.partial" / "checkpoint.pt", weights_only=True)
     assert len(saved["lines"]["metrics.jsonl"]) == 3
