@@ -47,10 +47,12 @@ def definitions(file: str, *names: str) -> str:
 
 BESIDE = "import data\nfrom data import UserError\n\n"        # in the folder, as the row says
 LORA = "`Lora`, `freeze`, `saying` of executor.py"
+POLICY_LOSS = "`policy_loss` of tracelift.py"
 DECODER, JUDGE, REWARD = "sections 1 and 3 of executor.py", "section 1 of rm.py", "section 1 of tracelift.py"
 PIECES = {DECODER: lambda: section("executor.py", 1) + section("executor.py", 3),
           LORA: lambda: imports("executor.py") + BESIDE + definitions("executor.py", "saying", "freeze", "Lora"),
           JUDGE: lambda: imports("rm.py") + BESIDE + "import executor\n\n" + section("rm.py", 1),
+          POLICY_LOSS: lambda: "import torch\n\n\n" + definitions("tracelift.py", "policy_loss"),
           REWARD: lambda: imports("tracelift.py", standard=True) + section("tracelift.py", 1)}
 FILES = {"kernels/": ["kernels"], LORA: ["data.py", "verify.py"], JUDGE: ["data.py", "verify.py", "executor.py"]}
 
@@ -94,6 +96,18 @@ assert torch.allclose(reference.token_logp(logits, target, 0.7)[0], want, atol=1
 assert reference.group_advantage(torch.tensor([1.0, 0.0, 2.0, 2.0]), 2).tolist()[2:] == [0, 0]
 """,
     "kernels/": LOSS + "import kernels\ncheck(kernels)\nassert kernels.backend('cpu') == 'reference'",
+    POLICY_LOSS: """
+import torch
+from piece import policy_loss
+logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+A, weight = torch.tensor([1.0, -1.0]), torch.tensor([0.5, 0.5])
+policy_loss(logp, A, weight, None, None, 0.2, 0.2, 0.0).backward()
+assert logp.grad.tolist() == [-0.5, 0.5]
+old = logp.detach() - 1                                   # rho is e: above the clip where A > 0
+logp.grad = None
+policy_loss(logp, A, weight, old, None, 0.2, 0.2, 0.0).backward()
+assert logp.grad[0] == 0 and logp.grad[1] > 1
+""",
     "`verify.py`": """
 import verify
 assert verify.math_equal(verify.extract_answer("so\\n#### 1,234"), "1234") and not verify.math_equal("3", "4")
