@@ -83,6 +83,7 @@ case $preset in
     int="--problems 200 --group_size 4 --temperature 0.7 --proposals 4 --batch_size 64 --learning_rate 1e-6 $sizes"
     train="--steps 600 --group_size 4 --temperature 0.7 --warmup 0 $sizes"
     if [ "$preset" = paper-math ]; then
+      [ "${INT:-0}" = 0 ] || { echo "INT=1: paper-math trains an adapter, which starts from the base model" >&2; exit 2; }
       train="$train --problems_per_step 2 --lora_rank 16 --lora_alpha 32 --learning_rate 5e-6"
     else
       train="$train --exec_score hybrid --problems_per_step 8 --loss_aggregation grpo --learning_rate 1e-6"
