@@ -51,6 +51,7 @@ class RubricRewardModel(nn.Module):
         super().__init__()
         hidden = model.config.get_text_config().hidden_size
         self.model, self.tokenizer = model, tokenizer
+        self.context = min(executor.context_of(model), 10**6)
         self.dimension_names = list(dimension_names)
         D = len(self.dimension_names)
         self.dimension_weights = list(dimension_weights or [1.0 / D] * D)
@@ -76,8 +77,7 @@ class RubricRewardModel(nn.Module):
     def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Texts -> ids and mask (B, T), right padding. What exceeds the context is cut, as in the public code. Training
         refuses groups and problems that would be; a trace can still have more tokens read than sampled."""
-        context = min(executor.context_of(self.model), 10**6)
-        rows = [torch.tensor(data.encode_text(self.tokenizer, text)[:context]) for text in texts]
+        rows = [torch.tensor(data.encode_text(self.tokenizer, text)[:self.context]) for text in texts]
         ids = pad_sequence(rows, batch_first=True)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         return ids.to(self.model.device), mask.to(self.model.device)
@@ -222,7 +222,6 @@ class RMSettings(Options):
 
 def check_groups(rm: RubricRewardModel, groups: list[dict]) -> None:
     """UserError, before hours of training, for a group that cannot be ranked or read."""
-    context = executor.context_of(rm.model)
     for group in groups:
         where, domain = f"group {group['problem_id']}", set(data.DIMENSIONS[data.problem_of(group).task_type])
         if not group["positive_pool"] or not group["negative_bank"] or domain != set(rm.dimension_names):
@@ -231,9 +230,9 @@ def check_groups(rm: RubricRewardModel, groups: list[dict]) -> None:
                             "model: --mode exec_only or uplift_only (run.sh: MODES)")
         texts = batch_of([group], rm.dimension_names, 10**6, None)[0]
         longest = max(len(data.encode_text(rm.tokenizer, text)) for text in texts)
-        if longest > context:
-            raise UserError(f"{where}: a trace and its problem are {longest} tokens, the model's context is {context}; "
-                            "remove this group")
+        if longest > rm.context:
+            raise UserError(f"{where}: a trace and its problem are {longest} tokens, the model's context is "
+                            f"{rm.context}; remove this group")
 
 
 def train_reward_model(s: RMSettings, work: Path) -> None:

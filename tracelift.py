@@ -473,11 +473,11 @@ def planner_folder(s: TrainSettings) -> Path:
 
 @contextmanager
 def training_folder(s: TrainSettings, ranks: "Ranks"):
-    """The folder that a training fills, on all ranks; only rank 0 writes. None where the planner is there already; a
-    planner of fewer steps continues. UserError for settings that do not go together, before anything is written."""
+    """The folder that a training fills, on all ranks; only rank 0 writes. None if the planner is complete; a planner
+    of fewer steps continues. UserError for settings that do not go together, before anything is written."""
     out, folder = planner_folder(s), nullcontext()
-    if not re.fullmatch(r"[\w.+-]*", s.name):
-        raise UserError(f"--name {s.name!r}: use letters, digits, and . + - _")
+    if "/" in s.name:
+        raise UserError(f"--name {s.name}: must not contain /")
     if s.w_e == s.w_r == 0:
         raise UserError("--w_e 0 --w_r 0: the reward would always be 0; raise one of them")
     done = data.made_with(out).get("steps", s.steps)
@@ -532,35 +532,30 @@ def load_roles(s: Settings, folder: str = "", needs: tuple[str, ...] = ("runs",)
 
 def training_problems(s: TrainSettings, planner: LM, frozen: Executor | None,
                       rm: RubricRewardModel | None) -> list[Problem]:
-    """The problems to train on. UserError where a step could not have its problems, or a role could not read one."""
-    problems = data.read_problems(Path(s.run_dir) / s.groups)
-    task, ranks = problems[0].task_type, Ranks().count
+    """The problems to train on. UserError if they are too few for a step, or a role cannot read one."""
+    problems, ranks = data.read_problems(Path(s.run_dir) / s.groups), Ranks().count
     if not ranks <= s.problems_per_step <= len(problems):
         raise UserError(f"--problems_per_step {s.problems_per_step}: must be at least {ranks}, the processes, and at "
                         f"most {len(problems)}, the training problems")
-    if s.exec_score != "binary" and task == "math":
-        raise UserError(f"--exec_score {s.exec_score} scores programs; the problems of {s.run_dir} are math")
-    if rm and set(rm.dimension_names) != set(data.DIMENSIONS[task]):
-        raise UserError(f"{s.run_dir}/rm judges {', '.join(rm.dimension_names)}: it is not for {task}")
+    if rm and set(rm.dimension_names) != set(data.DIMENSIONS[problems[0].task_type]):
+        raise UserError(f"{s.run_dir}/rm judges {', '.join(rm.dimension_names)}: not for {problems[0].task_type}")
     check_lengths(problems, planner, frozen, s.max_trace_tokens, rm)
     return problems
 
 
 def check_lengths(problems: list[Problem], planner: LM, frozen: Executor | None, trace_tokens: int, rm=None) -> None:
     """UserError, before hours of work, for a problem that does not fit a role's context."""
-    readers = [("the planner", planner.tokenizer, planner.context, data.planner_prompt, trace_tokens)]
+    readers = [("planner", planner, data.planner_prompt, trace_tokens)]
     if frozen:
-        readers.append(("the executor", frozen.tokenizer, frozen.context, lambda p: data.executor_prompt(p, ""),
-                        trace_tokens + frozen.max_new_tokens))
+        readers.append(("executor", frozen, lambda p: data.executor_prompt(p, ""), trace_tokens + frozen.max_new_tokens))
     if rm:
-        readers.append(("the reward model", rm.tokenizer, executor.context_of(rm.model), lambda p: data.rm_text(p, ""),
-                        trace_tokens))
-    for who, tokenizer, context, text_of, more in readers:
+        readers.append(("reward model", rm, lambda p: data.rm_text(p, ""), trace_tokens))
+    for name, role, text_of, more in readers:
         for problem in problems:
-            length = len(data.encode_prompt(tokenizer, text_of(problem))) + more
-            if length > context:
-                raise UserError(f"{problem.problem_id}: needs up to {length} tokens, the context of {who} is {context}; "
-                                "lower --max_trace_tokens or --max_answer_tokens, or leave the problem out")
+            length = len(data.encode_prompt(role.tokenizer, text_of(problem))) + more
+            if length > role.context:
+                raise UserError(f"{problem.problem_id}: needs up to {length} tokens, the context of the {name} is "
+                                f"{role.context}; lower --max_trace_tokens or --max_answer_tokens, or leave it out")
 
 
 class TrainingLog:
@@ -568,23 +563,22 @@ class TrainingLog:
     last checkpoint; Ctrl-C and SIGTERM write another.
 
     A checkpoint holds what training has changed: the weights that learn, the optimizer's state, the executor's
-    baselines, the log. Not in it: the frozen models, the settings (settings.json) and random generators, since random
-    numbers are a function of seed, step, problem and sample."""
+    baselines, the costs, the logs. Not in it: the frozen models, the settings (settings.json) and random generators,
+    since random numbers are a function of seed, step, problem and sample."""
 
     def __init__(self, work: Path, planner: LM, optimizer, frozen: Executor | None, ranks: "Ranks", s: TrainSettings):
         self.work, self.planner, self.optimizer, self.frozen = work, planner, optimizer, frozen
         self.ranks, self.s = ranks, s
-        self.lines = {"metrics.jsonl": [], "samples.jsonl": []}
-        path = work / "checkpoint.pt"
-        if path.exists():
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = {"steps": 0, "spent": {}, "logs": {"metrics.jsonl": "", "samples.jsonl": ""}}
+        if (work / "checkpoint.pt").exists():
+            saved = torch.load(work / "checkpoint.pt", map_location="cpu", weights_only=True)
             planner.model.load_state_dict(saved["planner"], strict=False)         # LoRA: the adapter alone
             optimizer.load_state_dict(saved["optimizer"])
-            self.lines = saved["lines"]
             if frozen:
-                frozen.load_state(saved["executor"])
-        for name in self.lines:
-            self.append(name, [], "w")                                    # the files as they were at the checkpoint
+                frozen.baselines = saved["baselines"]
+        self.done, self.spent = saved["steps"], Counter(saved["spent"])
+        for name, text in saved["logs"].items():
+            self.append(name, text, "w")
 
     def __enter__(self):
         return self
@@ -595,10 +589,9 @@ class TrainingLog:
 
     def steps(self):
         """The steps that are left, behind a progress bar."""
-        done = len(self.lines["metrics.jsonl"])
-        if done > self.s.steps:
-            raise UserError(f"--steps {self.s.steps}: {self.work} has {done} steps already; choose another --name")
-        self.bar = executor.progress_bar(range(done, self.s.steps), initial=done, total=self.s.steps,
+        if self.done > self.s.steps:
+            raise UserError(f"--steps {self.s.steps}: {self.work} has {self.done} steps already; choose another --name")
+        self.bar = executor.progress_bar(range(self.done, self.s.steps), initial=self.done, total=self.s.steps,
                                          desc=self.work.stem, disable=self.ranks.rank > 0)
         for step in self.bar:
             self.updates, self.marks = [], []
@@ -607,7 +600,7 @@ class TrainingLog:
     def phase(self, name: str) -> None:
         """From here on the time counts for this phase."""
         self.marks.append((name, time.perf_counter()))
-        self.bar.set_postfix_str(name)
+        self.bar.set_postfix_str(name, refresh=sys.stderr.isatty())
 
     def update(self, health: list[dict], M: int, lr: float, norm: float) -> None:
         """Notes an update: the sums that `accumulate_gradient` returned become means over the M tokens."""
@@ -617,56 +610,59 @@ class TrainingLog:
 
     def write(self, step: int, traces: list[Trace]) -> None:
         """Adds a step's line of metrics, about every save_every steps a group to read and a checkpoint."""
-        s = self.s
+        s, last = self.s, step + 1 == self.s.steps
         self.phase("write")
-        traces = [t for own in self.ranks.exchange(traces) for t in own]
-        for t in traces:                                                  # baselines that other ranks have measured
-            if t.reward.without_trace is not None:
-                self.frozen.baselines[t.problem.problem_id, s.num_runs] = t.reward.without_trace
-        line = self.metrics(step, traces)
-        last = step + 1 == s.steps
+        traces = sum(self.ranks.exchange(traces), [])
+        line = {"step": step} | self.metrics(traces) | self.costs(traces)
+        if step == 0 and line["reward_spread"] and not 1e-5 < line["reward_spread"] < 1e15:
+            print("the rewards of a group differ by too little or too much for float32: nothing is learned; scale them")
         if s.eval_every and self.ranks.rank == 0 and ((step + 1) % s.eval_every == 0 or last):
             line["heldout_success"] = greedy_success(self.planner, self.frozen, s)
-        self.append("metrics.jsonl", [line])
-        if step % s.save_every == 0:
-            self.append("samples.jsonl", [{"step": step, "problem": t.problem.problem, **asdict(t.reward),
-                                           "outputs": [run.output for run in t.runs]} for t in traces[:s.group_size]])
-        if (step + 1) % s.save_every == 0 or last:
+        self.append("metrics.jsonl", json.dumps(line) + "\n")
+        for t in traces[:s.group_size] if step % s.save_every == 0 else ():
+            sample = {"step": step, "problem": t.problem.problem, **asdict(t.reward), "outputs": [run.output for run in t.runs]}
+            self.append("samples.jsonl", json.dumps(sample) + "\n")
+        self.done = step + 1
+        if self.done % s.save_every == 0 or last:
             self.save_checkpoint()
 
-    def metrics(self, step: int, traces: list[Trace]) -> dict:
-        """A line: averages of `facts` over the step's traces and of `update` over its updates, then costs, summed over
-        the training so far. The seconds are those of rank 0."""
+    def metrics(self, traces: list[Trace]) -> dict:
+        """Means of `facts` over the step's traces and of `update` over its updates. The seconds are those of rank 0."""
         totals = [t.reward.total for t in traces]
         groups = [totals[i:i + self.s.group_size] for i in range(0, len(totals), self.s.group_size)]
-        line = {"step": step, "reward": statistics.fmean(totals)} | average([facts(t) for t in traces])
-        line["groups_without_spread"] = statistics.fmean(max(g) == min(g) for g in groups)     # no gradient
-        line["reward_spread"] = statistics.fmean(map(statistics.pstdev, groups))               # inside a group
-        if step == 0 and (0 < line["reward_spread"] < 1e-5 or line["reward_spread"] > 1e15):
-            print("the rewards of a group differ by too little or too much for float32: nothing is learned; scale them")
-        line |= average(self.updates)
-        line |= {f"seconds_{name}": after - at for (name, at), (_, after) in zip(self.marks, self.marks[1:])}
+        return {
+            "reward": statistics.fmean(totals),
+            "groups_without_spread": statistics.fmean(max(g) == min(g) for g in groups),       # no gradient
+            "reward_spread": statistics.fmean(map(statistics.pstdev, groups)),                 # inside a group
+            **average([facts(t) for t in traces]), **average(self.updates),
+            **{f"seconds_{name}": after - at for (name, at), (_, after) in zip(self.marks, self.marks[1:])}}
+
+    def costs(self, traces: list[Trace]) -> dict:
+        """What the training has spent so far, on all ranks. They also share the baselines that each has measured."""
         spent = {"planner_tokens": sum(len(t.tokens) for t in traces), "seconds": self.marks[-1][1] - self.marks[0][1]}
         if self.frozen:
             spent |= self.ranks.sum([self.frozen.spent])
             self.frozen.spent = dict.fromkeys(self.frozen.spent, 0)
-        before = self.lines["metrics.jsonl"][-1:] or [Counter()]
-        return line | {name: before[0][name] + more for name, more in spent.items()}
+            for known in self.ranks.exchange(self.frozen.baselines):
+                self.frozen.baselines |= known
+        self.spent.update(spent)
+        return self.spent
 
-    def append(self, name: str, lines: list[dict], mode: str = "a") -> None:
-        """Adds lines to a log; mode "w" writes it anew."""
-        self.lines[name] += lines
+    def append(self, name: str, text: str, mode: str = "a") -> None:
+        """Adds text to a log; mode "w" replaces what is there."""
         if self.ranks.rank == 0:
             with open(self.work / name, mode) as log:
-                log.writelines(json.dumps(line) + "\n" for line in (lines if mode == "a" else self.lines[name]))
+                log.write(text)
 
     def save_checkpoint(self) -> None:
         """Writes checkpoint.pt, whole or not at all."""
         if self.ranks.rank == 0:
             learning = {name: p.detach() for name, p in self.planner.model.named_parameters() if p.requires_grad}
+            logs = {name: (self.work / name).read_text() for name in ("metrics.jsonl", "samples.jsonl")}
             with data.replacing(self.work / "checkpoint.pt") as temporary:
-                torch.save({"planner": learning, "optimizer": self.optimizer.state_dict(), "lines": self.lines,
-                            "executor": self.frozen.state() if self.frozen else {}}, temporary)
+                torch.save({"steps": self.done, "planner": learning, "optimizer": self.optimizer.state_dict(),
+                            "baselines": self.frozen and self.frozen.baselines, "spent": dict(self.spent),
+                            "logs": logs}, temporary)
 
     def save_planner(self, lora) -> None:
         """Model and tokenizer as a Hugging Face folder; with LoRA the merged model, and the adapter beside it."""
@@ -695,22 +691,25 @@ def facts(t: Trace) -> dict:
         "leak": leak,                                                     # states the final result, or the code
         "unclosed": not t.closed,                                         # no </reasoning>
         "truncated": t.cut,                                               # cut at max_trace_tokens
-        "executor_truncated": average([{"cut": run.truncated} for run in runs])["cut"] if runs else None,
+        "executor_truncated": statistics.fmean(run.truncated for run in runs) if runs else None,
         "trace_tokens": len(t.tokens)}
 
 
 def average(rows: list[dict]) -> dict:
-    """Means over the rows in which a number is known; None where none is."""
-    known = {name: [float(row[name]) for row in rows if row[name] is not None] for name in rows[0]}
-    return {name: statistics.fmean(values) if values else None for name, values in known.items()}
+    """Means over the rows in which a number is known; None where none is. Rows differ in what they measure at most in
+    the first, which lacks some names."""
+    means = {}
+    for name in rows[-1]:
+        known = [float(row[name]) for row in rows if row.get(name) is not None]
+        means[name] = statistics.fmean(known) if known else None
+    return means
 
 
-def execute(frozen: Executor, traces: list[Trace], rng_key: str, num_runs: int = 1) -> list[list[bool]]:
-    """Runs the executor with each trace. Returns which of the runs succeed."""
-    made = frozen.run([t.problem for t in traces], [t.text for t in traces], num_runs, rng_key)
-    for t, own in zip(traces, made):
+def execute(frozen: Executor, traces: list[Trace], rng_key: str, num_runs: int = 1) -> None:
+    """Sets the executor runs of each trace, without a reward."""
+    runs = frozen.run([t.problem for t in traces], [t.text for t in traces], num_runs, rng_key)
+    for t, own in zip(traces, runs):
         t.runs = own
-    return [[run.ok for run in own] for own in made]
 
 
 def greedy_success(planner: LM, frozen: Executor, s: TrainSettings) -> float:
@@ -718,7 +717,9 @@ def greedy_success(planner: LM, frozen: Executor, s: TrainSettings) -> float:
     problems = data.read_problems(Path(s.run_dir) / "groups" / "heldout.jsonl")[:s.eval_problems]
     greedy = copy.copy(frozen)
     greedy.temperature, greedy.spent = 0.0, dict(frozen.spent)
-    return statistics.fmean(ok for ok, in execute(greedy, rollout(planner, problems, 1, 0.0, "eval", s), "eval"))
+    traces = rollout(planner, problems, 1, 0.0, "eval", s)
+    execute(greedy, traces, "eval")
+    return statistics.fmean(t.runs[0].ok for t in traces)
 
 
 # ---- several processes
@@ -736,7 +737,7 @@ class Ranks:
 
     def __init__(self):
         self.rank, self.count = 0, 1
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
     def exchange(self, value) -> list:
@@ -747,7 +748,7 @@ class Ranks:
         return values
 
     def sum(self, counts: list[dict]) -> dict:
-        """Sums over dicts with the same names, of all ranks."""
+        """Sums over the dicts of all ranks, by name."""
         total = Counter()
         for count in sum(self.exchange(counts), []):
             total.update({name: float(value) for name, value in count.items()})
@@ -758,19 +759,18 @@ class Ranks:
         return problems[self.rank::self.count]
 
     def sum_gradients(self, parameters: list) -> None:
-        """Every gradient becomes the sum over all ranks. A parameter without a gradient on one rank counts as 0 there;
-        without one on any rank it stays None, so the optimizer leaves weight and momentum alone."""
-        has_one = zip(*self.exchange([p.grad is not None for p in parameters]))
-        for parameter, has in zip(parameters, has_one):
-            if self.count > 1 and any(has):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
+        """Every gradient becomes the sum over all ranks. If no rank has a gradient all stay None, so the optimizer
+        leaves weights and momentum alone."""
+        learns = self.exchange(any(p.grad is not None for p in parameters))
+        for p in parameters if self.count > 1 and any(learns) else ():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad)
 
 
 @contextmanager
 def torchrun():
-    """Connects the ranks where torchrun has started this process; only rank 0 prints."""
+    """Connects the ranks if torchrun has started this process; only rank 0 prints."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
@@ -796,7 +796,7 @@ class EvalSettings(Place):
     """Settings of `python tracelift.py evaluate`. Lengths, executor and its temperature are those of the training."""
     problems: int = option(300, "held-out problems per row", low=1)
     samples: int = option(1, "traces per problem at temperature 1; more than one adds pass@k", low=1)
-    executor: str = option("", "URL of the executor's server, where it is not the one of the training",
+    executor: str = option("", "URL of the executor's server, if it is not the one of the training",
                            affects_result=False)
 
 
@@ -806,12 +806,12 @@ class InspectSettings(Place):
     traces: int = option(3, "traces to show", low=2)
     planner: str = option("", "folder name of a planner in the run; empty: the base model")
     problem: str = option("", "a problem of your own; empty: a held-out one, chosen by the seed")
-    executor: str = option("", "URL of the executor's server, where it is not the one of the training")
+    executor: str = option("", "URL of the executor's server, if it is not the one of the training")
 
 
 def planners_of(run_dir) -> list[Path]:
-    """The folders of the trained planners."""
-    return [path for path in sorted(Path(run_dir).glob("planner-*")) if re.fullmatch(r"planner-.+-seed\d+", path.name)]
+    """The folders of the trained planners; not planner-NAME-seedSEED.partial, which is in training."""
+    return sorted(Path(run_dir).glob("planner-*-seed*[0-9]"))
 
 
 def trained_with(folder: Path, s: EvalSettings | InspectSettings) -> TrainSettings:
@@ -830,17 +830,19 @@ def evaluate(s: EvalSettings) -> list[dict]:
         data.compare_made(folder)
         path, how = folder / "results.json", trained_with(folder, s)
         settings = {f.name: getattr(how, f.name) for f in fields(how)
-                    if f.name not in ("seed", "name") and (f.metadata["affects_result"] or f.name == "steps")}
-        asked = {"problems": s.problems, "samples": s.samples, "seed": s.seed, "settings": settings,
-                 "read": [data.fingerprint(run_dir / name) for name in ("groups", "base")]}
+                    if f.metadata["affects_result"] and f.name not in ("seed", "name")}
+        asked = {"problems": s.problems, "samples": s.samples, "seed": s.seed, "settings": settings}
         known = data.read_json(path) if path.exists() else {}
         if known.get("asked") != asked:
             known = {"asked": asked, "rows": measure(folder, how, s)}
             data.write_atomic(path, json.dumps(known, indent=1))
-        rows += [row | {"settings": settings} for row in known["rows"]]
+        rows += [row | {"settings": settings | {"steps": how.steps}} for row in known["rows"]]
     data.write_atomic(run_dir / "results.md", table(rows))
     print(f"{table(rows)}{run_dir}/results.md: written\nnext: python tracelift.py inspect --run_dir {run_dir}")
     return rows
+
+
+POWERS = [2 ** i for i in range(1, 10)]           # the k of pass@k
 
 
 def measure(folder: Path, how: TrainSettings, s: EvalSettings) -> list[dict]:
@@ -852,19 +854,18 @@ def measure(folder: Path, how: TrainSettings, s: EvalSettings) -> list[dict]:
         check_lengths(problems, planner, frozen, how.max_trace_tokens)
         sets = {}
         if folder.name == "base":
-            sets["no trace", 0] = [Trace(p, None, [], [], []) for p in problems]
+            sets["no trace", ""] = [Trace(p, None, [], [], []) for p in problems]
             if all(p.reference_reasoning for p in problems):
-                sets["reference trace", 0] = [Trace(p, p.reference_reasoning, [], [], []) for p in problems]
+                sets["reference trace", ""] = [Trace(p, p.reference_reasoning, [], [], []) for p in problems]
         for T, samples in ((0, 1), (1, s.samples)):
             sets[name, T] = rollout(planner, problems, samples, T, f"{s.seed} {path.stem} T={T}", how)
         for (source, T), traces in sets.items():
-            ok = [run for run, in execute(frozen, traces, f"{path.stem} T={T}")]
-            row = {"problems": f"{path.stem} ({len(problems)})", "T": T, "traces": source}
-            row |= average([facts(t) for t in traces])
-            right = [sum(ok[i:i + s.samples]) for i in range(0, len(ok), s.samples)]
-            for k in range(2, s.samples + 1) if T else ():
-                row[f"pass@{k}"] = statistics.fmean(pass_at(k, s.samples, n) for n in right)
-            rows.append(row)
+            execute(frozen, traces, f"{path.stem} T={T or 0}")
+            row = {"problems": f"{path.stem} ({len(problems)})", "T": str(T), "traces": source}
+            n = len(traces) // len(problems)
+            right = [sum(t.runs[0].ok for t in traces[i:i + n]) for i in range(0, len(traces), n)]
+            row |= {f"pass@{k}": statistics.fmean(pass_at(k, n, r) for r in right) for k in POWERS if k <= n}
+            rows.append(row | average([facts(t) for t in traces]))
     return rows
 
 
@@ -875,28 +876,23 @@ def pass_at(k: int, n: int, right: int) -> float:
 
 
 METRICS = ("success", "faithful", "calculations_right", "right_for_wrong_reason", "leak", "unclosed",
-           "executor_truncated", *(f"pass@{2 ** i}" for i in range(1, 10)))
+           "executor_truncated", *(f"pass@{k}" for k in POWERS))
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: for each split and temperature a row per planner name and settings, the mean over seeds, for several
-    also ± their sample standard deviation."""
-    lines, first = [], {}
+    """Markdown: a row per split, temperature, planner name and settings: the mean over seeds, for several also ± their
+    sample standard deviation."""
+    usual, groups = {}, {}
     for row in rows:
-        usual = first.setdefault(row["traces"], row["settings"])          # other settings under a name: another row
-        row["name"] = " ".join([row["traces"], *(f"--{k} {v}" for k, v in row["settings"].items() if usual[k] != v)])
-    for split, T in sorted({(row["problems"], row["T"]) for row in rows}):
-        own = [row for row in rows if row["problems"] == split and (row["T"] == T or row["traces"].endswith(" trace"))]
-        columns = [name for name in METRICS if any(row.get(name) is not None for row in own)]
-        lines += [f"{split}, traces {'sampled at temperature 1' if T else 'greedy'}:", "",
-                  f"| traces from | seeds | {' | '.join(columns).replace('_', ' ')} |",
-                  "|---" * (len(columns) + 2) + "|"]
-        for name in dict.fromkeys(row["name"] for row in own):
-            same = [row for row in own if row["name"] == name]
-            cells = [spread([row[column] for row in same if row.get(column) is not None]) for column in columns]
-            lines.append(f"| {name} | {len(same)} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+        first = usual.setdefault(row["traces"], row["settings"])          # other settings under a name: another row
+        flags = [f"--{name} {value}" for name, value in row["settings"].items() if value != first[name]]
+        groups.setdefault((row["problems"], row["T"], " ".join([row["traces"], *flags])), []).append(row)
+    columns = [name for name in METRICS if any(row.get(name) is not None for row in rows)]
+    lines = [["problems", "T", "traces from", "seeds", *columns], ["---"] * (4 + len(columns))]
+    for key in sorted(groups, key=lambda key: key[:2]):
+        known = [[row[name] for row in groups[key] if row.get(name) is not None] for name in columns]
+        lines.append([*key, str(len(groups[key])), *map(spread, known)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def spread(values: list[float]) -> str:
@@ -915,10 +911,8 @@ def inspect(s: InspectSettings) -> str:
         raise UserError(f"--planner {s.planner}: there is no folder {folder}; name one that is there, or leave it out")
     if s.problem:
         problem = replace(problem, problem=s.problem, reference_solution="", reference_reasoning=None, tests=[])
-    how = trained_with(folder, s)
-    judged = (run_dir / "rm").is_dir() and not s.problem                  # HumanEval and MBPP come without rm/
+    how, judged = trained_with(folder, s), (run_dir / "rm").is_dir()      # HumanEval and MBPP come without rm/
     planner, frozen, rm, _ = load_roles(how, s.planner and str(folder), ("runs", "rm") if judged else ("runs",))
-    check_lengths([problem], planner, frozen, how.max_trace_tokens)
     traces = rollout(planner, [problem], s.traces, how.temperature, f"{s.seed} inspect", how)
     lines = [f"problem      {problem.problem}"]
     if s.problem:
@@ -933,29 +927,34 @@ def inspect(s: InspectSettings) -> str:
 
 def reward_lines(traces: list[Trace], frozen: Executor, rm: RubricRewardModel | None, how: TrainSettings) -> list[str]:
     """Every part of the rewards of one group, then reward and advantage as the planner's own mode computes them."""
-    def show(name: str, run: Run) -> str:
-        return f"{name:13}{run.output.strip()!r} {'right' if run.ok else 'wrong'}    [Executor.run, verify]"
+    lines, problem, mode = [], traces[0].problem, REWARDS[how.mode if rm else "uplift_only"]
 
-    problem, mode = traces[0].problem, REWARDS[how.mode if rm else "uplift_only"]
+    def show(name: str, value: str, source: str) -> None:
+        lines.append(f"{name:13}{value}    [{source}]")
+
+    def show_run(name: str, run: Run) -> None:
+        show(name, f"{run.output.strip()!r} {'right' if run.ok else 'wrong'}", "Executor.run, verify")
+
     all_parts = TrainSettings(mode="tracelift" if rm else "uplift_only", num_runs=how.num_runs)
     measure_rewards(traces, frozen, rm, all_parts, "inspect")
     totals = [mode.total(t.reward, how.w_e, how.w_r) for t in traces]
     advantage = kernels.group_advantage(torch.tensor(totals), len(traces), how.scale == "std")
-    lines = [show("no trace", run) for run in frozen.run([problem], None, how.num_runs)[0]]
+    for run in frozen.run([problem], None, how.num_runs)[0]:
+        show_run("no trace", run)
     for t, total, A in zip(traces, totals, advantage):
         r = t.reward
         lines += ["", f"trace        {t.text}"]
-        if data.check_trace(problem, t.text):
-            lines.append("  truth      right: {}, leak: {}    [data.check_trace]".format(*data.check_trace(problem, t.text)))
-        lines += [show("  e2e", t.runs[0]), *(show("  with it", run) for run in t.runs[1:])]
-        lines.append(f"  uplift     ({r.with_trace} with - {r.without_trace} without) / {r.num_runs} = {r.uplift:+.2f}"
-                     "    [measure_rewards]")
+        show("  truth", "(right, leak) = {}".format(data.check_trace(problem, t.text)), "data.check_trace")
+        for i, run in enumerate(t.runs):
+            show_run("  with it" if i else "  e2e", run)
+        show("  uplift", f"({r.with_trace} with - {r.without_trace} without) / {r.num_runs} = {r.uplift:+.2f}",
+             "measure_rewards")
         if rm:
-            labels = rm.score([data.rm_text(problem, t.text)])[1][0].tolist()
-            named = ", ".join(f"{name} {label:.1f}" for name, label in zip(rm.dimension_names, labels))
-            lines.append(f"  rm         {r.rm:.2f}: {named}    [RubricRewardModel.score]")
-        lines += [f"  reward     {total:.3f}    [{mode.total.__name__}]",
-                  f"  advantage  {A:+.2f}    [kernels.group_advantage]"]
+            labels = zip(rm.dimension_names, rm.score([data.rm_text(problem, t.text)])[1][0])
+            named = ", ".join(f"{name} {label:.1f}" for name, label in labels)
+            show("  rm", f"{r.rm:.2f}: {named}", "RubricRewardModel.score")
+        show("  reward", f"{total:.3f}", mode.total.__name__)
+        show("  advantage", f"{A:+.2f}", "kernels.group_advantage")
     return lines
 
 
@@ -1002,51 +1001,62 @@ def intervene(s: IntSettings) -> Path:
             problems = data.read_problems(Path(s.run_dir) / "groups" / "train.jsonl")[:s.problems]
             planner, frozen, *_ = load_roles(s)
             check_lengths(problems, planner, frozen, 3 * s.max_trace_tokens)      # an intervention reads two traces
-            log = work / "interventions.json"
-            records = data.read_json(log) if log.exists() else []         # a list for each 50 problems
-            for i in tqdm(range(50 * len(records), len(problems), 50), desc="InT"):
-                records.append(intervene_on(planner, frozen, s, problems[i:i + 50]))
-                data.write_atomic(log, json.dumps(records, indent=1))
-            sequences, heldout = int_sequences(planner.tokenizer, sum(records, []), problems, s.seed)
+            records = in_pieces(work / "interventions.json", problems, lambda own: intervene_on(planner, frozen, s, own))
+            sequences, heldout = int_sequences(planner.tokenizer, records, problems, s.seed)
             if sequences:
                 executor.finetune(planner, sequences, heldout=heldout, epochs=s.epochs, seed=s.seed, warmup=10,
                                   title="InT", learning_rate=s.learning_rate, batch_size=s.batch_size,
                                   progress=work / "progress.pt")
             planner.model.save_pretrained(work)
             planner.tokenizer.save_pretrained(work)
-    records = sum(data.read_json(out / "interventions.json"), [])
-    print(f"{out}: {sum(bool(r['chosen']) for r in records)} of {len(records)} failed traces with an intervention\n"
-          f"next: python tracelift.py train --run_dir {s.run_dir} --init {out} --name tracelift-after-InT")
+            (work / "progress.pt").unlink(missing_ok=True)
+            print(f"{sum(bool(r['chosen']) for r in records)} of {len(records)} failed traces have an intervention")
+    print(f"{out}: made\nnext: python tracelift.py train --run_dir {s.run_dir} --init {out} --name tracelift-after-InT")
     return out
+
+
+def in_pieces(path: Path, problems: list[Problem], work: Callable[[list[Problem]], list]) -> list:
+    """The records that `work` returns for 32 problems at a time, joined. The file keeps them, a list for each 32
+    problems, so a stopped stage continues."""
+    pieces = data.read_json(path) if path.exists() else []
+    for i in tqdm(range(32 * len(pieces), len(problems), 32), desc=path.stem):
+        pieces.append(work(problems[i:i + 32]))
+        data.write_atomic(path, json.dumps(pieces, indent=1))
+    return sum(pieces, [])
 
 
 def intervene_on(planner: LM, frozen: Executor, s: IntSettings, problems: list[Problem]) -> list[dict]:
     """One record for each trace that fails in all K executor runs: the interventions that the planner proposes; their
     success in K runs when the planner continues from there; and the chosen one, the most successful, then the most
     often proposed one, if it succeeds at all."""
+    K, tokenizer = s.num_runs, planner.tokenizer
     traces = rollout(planner, problems, s.group_size, s.temperature, f"{s.seed} int", s)
+    execute(frozen, traces, "int", K)
     failed = []
-    for t, ok in zip(traces, execute(frozen, traces, "int", s.num_runs)):
-        if not any(ok) and t.problem.reference_reasoning and data.split_steps(t.problem, t.text):
+    for t in traces:
+        if not any(run.ok for run in t.runs) and t.problem.reference_reasoning and data.split_steps(t.problem, t.text):
             failed.append(t)
-    prompts = [data.encode_prompt(planner.tokenizer, data.intervention_prompt(t.problem, t.text)) for t in failed]
+    prompts = [data.encode_prompt(tokenizer, data.intervention_prompt(t.problem, t.text)) for t in failed]
     rng_keys = [f"intervention {s.seed} {t.problem.problem_id} {i} {k}" for i, t in enumerate(failed)
                 for k in range(s.proposals)]
     said = planner.generate(prompts, s.proposals, s.max_trace_tokens, s.proposal_temperature, rng_keys, s.max_cache_gib)
-    texts = executor.decode_text(planner.tokenizer, said.tokens)
-    records, tried, begun = [], [], []
+    texts = executor.decode_text(tokenizer, said.tokens)
+    records, proposals = [], []
     for i, t in enumerate(failed):
+        record = {"problem_id": t.problem.problem_id, "trace": t.text, "proposals": [], "chosen": None}
         sampled = Counter(map(data.parse_intervention, texts[i * s.proposals:(i + 1) * s.proposals]))
-        named = [step for step in sampled if step and may_mend(t.problem, t.text, *step)]
-        proposals = [{"index": index, "step": step, "times": sampled[index, step]} for index, step in named]
-        records.append({"problem_id": t.problem.problem_id, "trace": t.text, "proposals": proposals})
-        tried += [t.problem] * len(named)
-        begun += [begin_trace(planner.tokenizer, data.splice(t.problem, t.text, *step)) for step in named]
-    traces = rollout(planner, tried, s.num_runs, s.temperature, f"{s.seed} mended", s, begun)
-    ok = iter(execute(frozen, traces, "mended"))
+        for step, times in sampled.items():
+            if step and may_mend(t.problem, t.text, *step):
+                mended = data.splice(t.problem, t.text, *step)
+                record["proposals"].append({"step": step, "times": times, "mended": mended})
+                proposals.append((t.problem, record["proposals"][-1]))
+        records.append(record)
+    begun = [begin_trace(tokenizer, proposal["mended"]) for _, proposal in proposals]
+    traces = rollout(planner, [problem for problem, _ in proposals], K, s.temperature, f"{s.seed} mended", s, begun)
+    execute(frozen, traces, "mended")
+    for i, (_, proposal) in enumerate(proposals):
+        proposal["success"] = statistics.fmean(t.runs[0].ok for t in traces[i * K:(i + 1) * K])
     for record in records:
-        for proposal in record["proposals"]:
-            proposal["success"] = sum(next(ok)[0] for _ in range(s.num_runs)) / s.num_runs
         passed = [proposal for proposal in record["proposals"] if proposal["success"] > 0]
         record["chosen"] = max(passed, key=lambda p: (p["success"], p["times"]), default=None)
     return records
@@ -1064,8 +1074,8 @@ def may_mend(problem: Problem, trace: str, index: int, step: str) -> bool:
 
 
 def begin_trace(tokenizer, beginning: str) -> list[int]:
-    """Token ids of the beginning of a completion; control tokens that it spells stay letters."""
-    return tokenizer(data.OPEN + beginning, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    """Token ids of the beginning of a completion."""
+    return data.encode_text(tokenizer, data.OPEN + beginning, bos=False)
 
 
 def int_sequences(tokenizer, records: list[dict], problems: list[Problem], seed: int) -> tuple[list, list]:
@@ -1074,9 +1084,9 @@ def int_sequences(tokenizer, records: list[dict], problems: list[Problem], seed:
     by_id, parts = {p.problem_id: p for p in problems}, ([], [])
     for record in records:
         if record["chosen"]:
-            problem, step = by_id[record["problem_id"]], record["chosen"]
+            problem = by_id[record["problem_id"]]
             prompt = data.encode_prompt(tokenizer, data.planner_prompt(problem))
-            learned = begin_trace(tokenizer, data.splice(problem, record["trace"], step["index"], step["step"]))
+            learned = begin_trace(tokenizer, record["chosen"]["mended"])
             labels = [executor.IGNORE] * (len(prompt) - 1) + learned
             held = random.Random(f"{seed} {problem.problem_id}").random() < 0.1
             parts[held].append((prompt + learned[:-1], labels))
@@ -1103,27 +1113,27 @@ def select(s: SelectSettings) -> Path:
     """Tries the base planner on training problems and writes those whose success lies between the bounds to
     RUN_DIR/selected/train.jsonl; all successes to tries.json. UserError when no problem is left."""
     out, groups = Path(s.run_dir) / "selected", Path(s.run_dir) / "groups" / "train.jsonl"
+
+    def attempt(problems: list[Problem]) -> list:
+        traces = rollout(planner, problems, s.group_size, s.temperature, f"{s.seed} select", s)
+        execute(frozen, traces, "select")
+        return [(t.problem.problem_id, t.runs[0].ok) for t in traces]
+
     with data.stage_folder(out, s, ("groups", "base")) as work:
         if work:
-            log, problems = work / "tries.json", data.read_problems(groups)[-s.problems:]
-            tries = data.read_json(log) if log.exists() else {}           # of a stopped stage
+            problems = data.read_problems(groups)[-s.problems:]
             planner, frozen, *_ = load_roles(s)
             check_lengths(problems, planner, frozen, s.max_trace_tokens)
-            left = [problem for problem in problems if problem.problem_id not in tries]
-            for i in tqdm(range(0, len(left), 8), desc="select"):
-                traces = rollout(planner, left[i:i + 8], s.group_size, s.temperature, f"{s.seed} select", s)
-                for t, (ok,) in zip(traces, execute(frozen, traces, "select")):
-                    tries[t.problem.problem_id] = tries.get(t.problem.problem_id, 0) + ok / s.group_size
-                data.write_atomic(log, json.dumps(tries))
+            tries = Counter()
+            for name, ok in in_pieces(work / "tries.json", problems, attempt):
+                tries[name] += ok / s.group_size
             kept = [g for g in data.read_groups(groups) if s.lowest <= tries.get(g["problem_id"], -1) <= s.highest]
             if not kept:
-                raise UserError(f"--lowest {s.lowest:g}, --highest {s.highest:g}: no problem lies between, see {log}; "
-                                f"delete {work} and give other bounds")
+                raise UserError(f"--lowest {s.lowest:g}, --highest {s.highest:g}: no problem lies between; delete {work} "
+                                "and give other bounds")
             data.write_groups(work / "train.jsonl", kept)
-    tries = data.read_json(out / "tries.json").values()
-    print(f"{out}: {len(data.read_groups(out / 'train.jsonl'))} of {len(tries)} problems kept, mean success "
-          f"{statistics.fmean(tries):.3f}\n"
-          f"next: python tracelift.py train --run_dir {s.run_dir} --groups selected/train.jsonl")
+            print(f"{len(kept)} of {len(tries)} problems kept, mean success {statistics.fmean(tries.values()):.3f}")
+    print(f"{out}: made\nnext: python tracelift.py train --run_dir {s.run_dir} --groups selected/train.jsonl")
     return out
 
 
