@@ -132,7 +132,10 @@ class RubricRewardModel(nn.Module):
             model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
             tokenizer = data.true_tokenizer(AutoTokenizer.from_pretrained(folder), folder)
             rm = cls(model, tokenizer, config["rm_dimension_names"], config["rm_dimension_weights"])
-            rm.load_state_dict(state, strict=True)
+            try:
+                rm.load_state_dict(state, strict=True)
+            except RuntimeError as error:                 # its first line alone does not name the tensor
+                raise ValueError(" ".join(str(error).split())) from None
         return rm.to(device).eval()
 
 

@@ -32,7 +32,6 @@ import json
 import math
 import os
 import random
-import re
 import statistics
 import sys
 import time
@@ -233,8 +232,8 @@ def rollout(planner: LM, problems: list[Problem], group_size: int, temperature: 
     rows = [begun[b // group_size] + tokens for b, tokens in enumerate(sampled.tokens)]
     traces = []
     for b, text in enumerate(executor.decode_text(planner.tokenizer, rows)):
-        n, tokens, logprobs = b // group_size, sampled.tokens[b], sampled.logprobs[b]
-        traces.append(Trace(problems[n], data.extract_reasoning(text), prompts[n], tokens, logprobs,
+        n, tokens = b // group_size, sampled.tokens[b]
+        traces.append(Trace(problems[n], data.extract_reasoning(text), prompts[n], tokens, sampled.logprobs[b],
                             closed=data.CLOSE in text.rpartition("</think>")[2],
                             cut=tokens[-1] not in planner.eos_ids))
     return traces
@@ -255,9 +254,7 @@ def measure_rewards(traces: list[Trace], frozen: Executor | None, rm: RubricRewa
     for a reward function that does not return a finite float."""
     mode, K = REWARDS[s.mode], s.num_runs
     problems, texts = [t.problem for t in traces], [t.text for t in traces]
-    scores = [None] * len(traces)
-    without = [None] * len(traces)
-    runs = [[] for _ in traces]
+    scores, without, runs = ([None] * len(traces) for _ in range(3))
     if "rm" in mode.needs:                                # reads problem and trace, never the executor's output
         scores = rm.score([data.rm_text(problem, text) for problem, text in zip(problems, texts)])[0].tolist()
     if "uplift" in mode.needs:
@@ -265,15 +262,16 @@ def measure_rewards(traces: list[Trace], frozen: Executor | None, rm: RubricRewa
     elif "runs" in mode.needs:
         runs = frozen.run(problems, texts, 1, rng_key)
     for t, own, score, baseline in zip(traces, runs, scores, without):
-        r = Reward(e2e=own[0].score if own else None, rm=score, without_trace=baseline, num_runs=K, text=t.text,
-                   trace_tokens=len(t.tokens))
+        t.runs = own or []
+        t.reward = r = Reward(rm=score, without_trace=baseline, num_runs=K, text=t.text, trace_tokens=len(t.tokens))
+        if own:
+            r.e2e = own[0].score
         if baseline is not None:                          # uplift counts successes even if e2e is a partial score
             r.with_trace = sum(run.ok for run in own[1:])
             r.uplift = (r.with_trace - baseline) / K
         r.total = mode.total(r, s.w_e, s.w_r)
         if type(r.total) is not float or not math.isfinite(r.total):
             raise UserError(f"--mode {s.mode}: its reward function returned {r.total!r}; it must be a finite float")
-        t.reward, t.runs = r, own
 
 
 # ------------------------------------------------------------------------------------------ 5. the update
@@ -316,18 +314,15 @@ def micro_batches(traces: list[Trace], advantage: torch.Tensor, s: TrainSettings
             T = traces[order[0]].length
             size = max(1, s.micro_tokens // T)
             chosen, order = order[:size], order[size:]
-            ids, positions, target, seq_idx, weight, sampled_logp = ([] for _ in range(6))
+            ids, rows = [], []
             for i, b in enumerate(chosen):
-                t, m = traces[b], len(traces[b].tokens)
-                ids.append(t.prompt + t.tokens + [0] * (T - t.length))
-                begin = i * T + len(t.prompt) - 1                         # the last prompt token predicts the first one
-                positions += range(begin, begin + m)
-                target += t.tokens
-                seq_idx += [b] * m
-                weight += [1 / {"dapo": M, "grpo": B * m, "dr_grpo": B * s.max_trace_tokens}[s.loss_aggregation]] * m
-                sampled_logp += t.logprobs
-            columns = (ids, positions, target, seq_idx, weight, sampled_logp)
-            tensors = [torch.tensor(column, device=advantage.device) for column in columns]
+                tokens = traces[b].tokens
+                ids.append(traces[b].prompt + tokens + [0] * (T - traces[b].length))
+                first = i * T + len(traces[b].prompt) - 1                 # the last prompt token predicts the first one
+                length = {"dapo": M, "grpo": B * len(tokens), "dr_grpo": B * s.max_trace_tokens}[s.loss_aggregation]
+                for k, (token, logp) in enumerate(zip(tokens, traces[b].logprobs)):
+                    rows.append((first + k, token, b, 1 / length, logp))
+            tensors = [torch.tensor(column, device=advantage.device) for column in (ids, *zip(*rows))]
             batches.append(MicroBatch(*tensors, learns=spread or s.beta > 0))
     return batches, M
 
@@ -505,12 +500,11 @@ def load_roles(s: Settings, folder: str = "", needs: tuple[str, ...] = ("runs",)
     device, base = executor.pick_device(s.device), executor.base_of(s.run_dir)
     with executor.saying(f"the kernels on {device}"):
         kernels.check(device)
-    adapter = Path(folder or base) / "adapter"
     if rank and folder:
         raise UserError("--init does not go with --lora_rank: an adapter sits on the base model, which is the executor")
+    adapter, frozen, rm, lora = Path(folder or base) / "adapter", None, None, None
     own, dtype = (base, None) if rank or adapter.is_dir() else (folder or base, torch.float32)
     planner = LM(*executor.load_for(s.run_dir, own, device, dtype))
-    frozen = rm = lora = None
     if "runs" in needs:
         options = {"max_new_tokens": s.max_answer_tokens, "temperature": s.executor_temperature, "seed": s.seed,
                    "exec_score": getattr(s, "exec_score", "binary")}
@@ -532,32 +526,31 @@ def load_roles(s: Settings, folder: str = "", needs: tuple[str, ...] = ("runs",)
 
 def training_problems(s: TrainSettings, planner: LM, frozen: Executor | None,
                       rm: RubricRewardModel | None) -> list[Problem]:
-    """The problems to train on. UserError if they are too few for a step, or a role cannot read one."""
+    """The problems to train on. UserError if they are too few for a step, or do not fit a role."""
     problems, ranks = data.read_problems(Path(s.run_dir) / s.groups), Ranks().count
     if not ranks <= s.problems_per_step <= len(problems):
         raise UserError(f"--problems_per_step {s.problems_per_step}: must be at least {ranks}, the processes, and at "
                         f"most {len(problems)}, the training problems")
     if rm and set(rm.dimension_names) != set(data.DIMENSIONS[problems[0].task_type]):
         raise UserError(f"{s.run_dir}/rm judges {', '.join(rm.dimension_names)}: not for {problems[0].task_type}")
-    check_lengths(problems, planner, frozen, s.max_trace_tokens, rm)
+    check_lengths(problems, s, s.max_trace_tokens, planner, frozen, rm)
     return problems
 
 
-def check_lengths(problems: list[Problem], planner: LM, frozen: Executor | None, trace_tokens: int, rm=None) -> None:
-    """UserError, before hours of work, for a problem that does not fit a role's context."""
-    readers = [("planner", planner, data.planner_prompt, trace_tokens)]
-    if frozen:
-        readers.append(("executor", frozen, lambda p: data.executor_prompt(p, ""), trace_tokens + frozen.max_new_tokens))
-    if rm:
-        readers.append(("reward model", rm, lambda p: data.rm_text(p, ""), trace_tokens))
-    for name, role, text_of, more in readers:
-        for problem in problems:
-            length = len(data.encode_prompt(role.tokenizer, text_of(problem))) + more
-            if length > role.context:
-                raise UserError(f"{problem.problem_id}: needs up to {length} tokens, the context of the {name} is "
-                                f"{role.context}; lower --max_trace_tokens or --max_answer_tokens, or leave it out")
+def check_lengths(problems: list[Problem], s: Settings, trace_tokens: int, planner: LM, *others) -> None:
+    """UserError, before hours of work, for a problem that does not fit the context of every role."""
+    context = min(role.context for role in (planner, *others) if role)
+    for problem in problems:
+        texts = data.planner_prompt(problem), data.executor_prompt(problem, ""), data.rm_text(problem, "")
+        prompt = max(len(data.encode_prompt(planner.tokenizer, text)) for text in texts)
+        length = prompt + trace_tokens + s.max_answer_tokens
+        if length > context:
+            raise UserError(f"{problem.problem_id}: prompt, trace and answer are up to {length} tokens, the smallest "
+                            f"context of a model here is {context}; lower --max_trace_tokens or --max_answer_tokens, "
+                            "or leave the problem out")
 
 
+@dataclass
 class TrainingLog:
     """What a training writes: metrics.jsonl, samples.jsonl, checkpoints, at the end the planner. A new one restores the
     last checkpoint; Ctrl-C and SIGTERM write another.
@@ -565,17 +558,21 @@ class TrainingLog:
     A checkpoint holds what training has changed: the weights that learn, the optimizer's state, the executor's
     baselines, the costs, the logs. Not in it: the frozen models, the settings (settings.json) and random generators,
     since random numbers are a function of seed, step, problem and sample."""
+    work: Path
+    planner: LM
+    optimizer: torch.optim.Optimizer
+    frozen: Executor | None
+    ranks: "Ranks"
+    s: TrainSettings
 
-    def __init__(self, work: Path, planner: LM, optimizer, frozen: Executor | None, ranks: "Ranks", s: TrainSettings):
-        self.work, self.planner, self.optimizer, self.frozen = work, planner, optimizer, frozen
-        self.ranks, self.s = ranks, s
+    def __post_init__(self):
         saved = {"steps": 0, "spent": {}, "logs": {"metrics.jsonl": "", "samples.jsonl": ""}}
-        if (work / "checkpoint.pt").exists():
-            saved = torch.load(work / "checkpoint.pt", map_location="cpu", weights_only=True)
-            planner.model.load_state_dict(saved["planner"], strict=False)         # LoRA: the adapter alone
-            optimizer.load_state_dict(saved["optimizer"])
-            if frozen:
-                frozen.baselines = saved["baselines"]
+        if (self.work / "checkpoint.pt").exists():
+            saved = torch.load(self.work / "checkpoint.pt", map_location="cpu", weights_only=True)
+            self.planner.model.load_state_dict(saved["planner"], strict=False)    # LoRA: the adapter alone
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.frozen:
+                self.frozen.baselines = saved["baselines"]
         self.done, self.spent = saved["steps"], Counter(saved["spent"])
         for name, text in saved["logs"].items():
             self.append(name, text, "w")
@@ -584,22 +581,23 @@ class TrainingLog:
         return self
 
     def __exit__(self, kind, *_):
-        if kind is KeyboardInterrupt and self.marks[-1][0] in ("rollout", "reward"):     # not amid an update
+        if kind is KeyboardInterrupt and len(self.times) < 3:             # in rollout or reward, not amid an update
             self.save_checkpoint()
 
     def steps(self):
         """The steps that are left, behind a progress bar."""
-        if self.done > self.s.steps:
-            raise UserError(f"--steps {self.s.steps}: {self.work} has {self.done} steps already; choose another --name")
-        self.bar = executor.progress_bar(range(self.done, self.s.steps), initial=self.done, total=self.s.steps,
-                                         desc=self.work.stem, disable=self.ranks.rank > 0)
+        done, total = self.done, self.s.steps
+        if done > total:
+            raise UserError(f"--steps {total}: {self.work} has {done} steps already; choose another --name")
+        self.bar = executor.progress_bar(range(done, total), initial=done, total=total, desc=self.work.stem,
+                                         disable=self.ranks.rank > 0)
         for step in self.bar:
-            self.updates, self.marks = [], []
+            self.updates, self.times = [], []
             yield step
 
     def phase(self, name: str) -> None:
-        """From here on the time counts for this phase."""
-        self.marks.append((name, time.perf_counter()))
+        """A phase begins: rollout, reward, update, write."""
+        self.times.append(time.perf_counter())
         self.bar.set_postfix_str(name, refresh=sys.stderr.isatty())
 
     def update(self, health: list[dict], M: int, lr: float, norm: float) -> None:
@@ -610,43 +608,40 @@ class TrainingLog:
 
     def write(self, step: int, traces: list[Trace]) -> None:
         """Adds a step's line of metrics, about every save_every steps a group to read and a checkpoint."""
-        s, last = self.s, step + 1 == self.s.steps
+        s, self.done = self.s, step + 1
         self.phase("write")
         traces = sum(self.ranks.exchange(traces), [])
-        line = {"step": step} | self.metrics(traces) | self.costs(traces)
+        line = {"step": step} | self.metrics(traces)
         if step == 0 and line["reward_spread"] and not 1e-5 < line["reward_spread"] < 1e15:
             print("the rewards of a group differ by too little or too much for float32: nothing is learned; scale them")
-        if s.eval_every and self.ranks.rank == 0 and ((step + 1) % s.eval_every == 0 or last):
+        last = self.done == s.steps
+        if s.eval_every and self.ranks.rank == 0 and (last or self.done % s.eval_every == 0):
             line["heldout_success"] = greedy_success(self.planner, self.frozen, s)
         self.append("metrics.jsonl", json.dumps(line) + "\n")
         for t in traces[:s.group_size] if step % s.save_every == 0 else ():
-            sample = {"step": step, "problem": t.problem.problem, **asdict(t.reward), "outputs": [run.output for run in t.runs]}
+            outputs = [run.output for run in t.runs]
+            sample = {"step": step, "problem": t.problem.problem, **asdict(t.reward), "outputs": outputs}
             self.append("samples.jsonl", json.dumps(sample) + "\n")
-        self.done = step + 1
-        if self.done % s.save_every == 0 or last:
+        if last or self.done % s.save_every == 0:
             self.save_checkpoint()
 
     def metrics(self, traces: list[Trace]) -> dict:
-        """Means of `facts` over the step's traces and of `update` over its updates. The seconds are those of rank 0."""
+        """Means of `facts` over the step's traces and of `update` over its updates; the seconds of rank 0; what the
+        training has spent so far, on all ranks. Ranks also share the baselines that each has measured."""
         totals = [t.reward.total for t in traces]
         groups = [totals[i:i + self.s.group_size] for i in range(0, len(totals), self.s.group_size)]
-        return {
-            "reward": statistics.fmean(totals),
-            "groups_without_spread": statistics.fmean(max(g) == min(g) for g in groups),       # no gradient
-            "reward_spread": statistics.fmean(map(statistics.pstdev, groups)),                 # inside a group
-            **average([facts(t) for t in traces]), **average(self.updates),
-            **{f"seconds_{name}": after - at for (name, at), (_, after) in zip(self.marks, self.marks[1:])}}
-
-    def costs(self, traces: list[Trace]) -> dict:
-        """What the training has spent so far, on all ranks. They also share the baselines that each has measured."""
-        spent = {"planner_tokens": sum(len(t.tokens) for t in traces), "seconds": self.marks[-1][1] - self.marks[0][1]}
+        line = {"reward": statistics.fmean(totals)} | average([facts(t) for t in traces]) | average(self.updates)
+        line["groups_without_spread"] = statistics.fmean(max(g) == min(g) for g in groups)     # no gradient
+        line["reward_spread"] = statistics.fmean(map(statistics.pstdev, groups))               # inside a group
+        seconds = [after - at for at, after in zip(self.times, self.times[1:])]
+        line |= zip(("seconds_rollout", "seconds_reward", "seconds_update"), seconds)
+        self.spent.update(planner_tokens=sum(len(t.tokens) for t in traces), seconds=sum(seconds))
         if self.frozen:
-            spent |= self.ranks.sum([self.frozen.spent])
+            self.spent.update(self.ranks.sum([self.frozen.spent]))
             self.frozen.spent = dict.fromkeys(self.frozen.spent, 0)
             for known in self.ranks.exchange(self.frozen.baselines):
                 self.frozen.baselines |= known
-        self.spent.update(spent)
-        return self.spent
+        return line | self.spent
 
     def append(self, name: str, text: str, mode: str = "a") -> None:
         """Adds text to a log; mode "w" replaces what is there."""
@@ -658,15 +653,15 @@ class TrainingLog:
         """Writes checkpoint.pt, whole or not at all."""
         if self.ranks.rank == 0:
             learning = {name: p.detach() for name, p in self.planner.model.named_parameters() if p.requires_grad}
-            logs = {name: (self.work / name).read_text() for name in ("metrics.jsonl", "samples.jsonl")}
+            state = {"steps": self.done, "planner": learning, "optimizer": self.optimizer.state_dict(),
+                     "spent": dict(self.spent), "baselines": self.frozen and self.frozen.baselines,
+                     "logs": {path.name: path.read_text() for path in self.work.glob("*.jsonl")}}
             with data.replacing(self.work / "checkpoint.pt") as temporary:
-                torch.save({"steps": self.done, "planner": learning, "optimizer": self.optimizer.state_dict(),
-                            "baselines": self.frozen and self.frozen.baselines, "spent": dict(self.spent),
-                            "logs": logs}, temporary)
+                torch.save(state, temporary)
 
     def save_planner(self, lora) -> None:
         """Model and tokenizer as a Hugging Face folder; with LoRA the merged model, and the adapter beside it."""
-        executor.check_alive(self.planner.model, f"step {self.s.steps - 1}")
+        executor.check_alive(self.planner.model, f"step {self.done - 1}")
         if self.ranks.rank == 0:
             if lora:
                 lora.save(self.work, executor.base_of(self.s.run_dir))
@@ -678,7 +673,7 @@ class TrainingLog:
 def facts(t: Trace) -> dict:
     """What is known of a trace, as numbers; None where the mode or the data does not tell."""
     right, leak = t.text is not None and data.check_trace(t.problem, t.text) or (None, None)
-    r, runs = t.reward or Reward(), t.runs or []
+    r, runs = t.reward or Reward(), t.runs
     success = runs[0].ok if runs else None
     return {
         "success": success,                                               # of the one run that is e2e
@@ -696,8 +691,7 @@ def facts(t: Trace) -> dict:
 
 
 def average(rows: list[dict]) -> dict:
-    """Means over the rows in which a number is known; None where none is. Rows differ in what they measure at most in
-    the first, which lacks some names."""
+    """Means over the rows in which a number is known; None where none is. The last row has all names."""
     means = {}
     for name in rows[-1]:
         known = [float(row[name]) for row in rows if row.get(name) is not None]
@@ -818,8 +812,8 @@ def trained_with(folder: Path, s: EvalSettings | InspectSettings) -> TrainSettin
     """How a planner was trained, at this place and with this seed. Base model and InT: as the run's first planner."""
     made = [data.made_with(path) for path in (folder, *planners_of(s.run_dir))]
     known = next((settings for settings in made if "mode" in settings), {})
-    here = {"run_dir": s.run_dir, "device": s.device, "seed": s.seed} | ({"executor": s.executor} if s.executor else {})
-    return TrainSettings(**known | here)
+    known |= {"run_dir": s.run_dir, "device": s.device, "seed": s.seed}
+    return TrainSettings(**known | {"executor": s.executor or known.get("executor", "")})
 
 
 def evaluate(s: EvalSettings) -> list[dict]:
@@ -830,19 +824,16 @@ def evaluate(s: EvalSettings) -> list[dict]:
         data.compare_made(folder)
         path, how = folder / "results.json", trained_with(folder, s)
         settings = {f.name: getattr(how, f.name) for f in fields(how)
-                    if f.metadata["affects_result"] and f.name not in ("seed", "name")}
+                    if f.name not in ("seed", "name") and (f.metadata["affects_result"] or f.name == "steps")}
         asked = {"problems": s.problems, "samples": s.samples, "seed": s.seed, "settings": settings}
         known = data.read_json(path) if path.exists() else {}
         if known.get("asked") != asked:
             known = {"asked": asked, "rows": measure(folder, how, s)}
             data.write_atomic(path, json.dumps(known, indent=1))
-        rows += [row | {"settings": settings | {"steps": how.steps}} for row in known["rows"]]
+        rows += [asked | row for row in known["rows"]]
     data.write_atomic(run_dir / "results.md", table(rows))
     print(f"{table(rows)}{run_dir}/results.md: written\nnext: python tracelift.py inspect --run_dir {run_dir}")
     return rows
-
-
-POWERS = [2 ** i for i in range(1, 10)]           # the k of pass@k
 
 
 def measure(folder: Path, how: TrainSettings, s: EvalSettings) -> list[dict]:
@@ -851,20 +842,19 @@ def measure(folder: Path, how: TrainSettings, s: EvalSettings) -> list[dict]:
     name, rows = {"base": "base planner", "int": "InT"}.get(folder.name, how.name or how.mode), []
     for path in sorted(folder.parent.glob("groups/[hl]*.jsonl")):                              # heldout, longer
         problems = data.read_problems(path)[:s.problems]
-        check_lengths(problems, planner, frozen, how.max_trace_tokens)
-        sets = {}
+        check_lengths(problems, how, how.max_trace_tokens, planner, frozen)
+        sets = {(name, T): rollout(planner, problems, samples, T, f"{s.seed} {path.stem} T={T}", how)
+                for T, samples in ((0, 1), (1, s.samples))}
         if folder.name == "base":
             sets["no trace", ""] = [Trace(p, None, [], [], []) for p in problems]
             if all(p.reference_reasoning for p in problems):
                 sets["reference trace", ""] = [Trace(p, p.reference_reasoning, [], [], []) for p in problems]
-        for T, samples in ((0, 1), (1, s.samples)):
-            sets[name, T] = rollout(planner, problems, samples, T, f"{s.seed} {path.stem} T={T}", how)
         for (source, T), traces in sets.items():
             execute(frozen, traces, f"{path.stem} T={T or 0}")
-            row = {"problems": f"{path.stem} ({len(problems)})", "T": str(T), "traces": source}
             n = len(traces) // len(problems)
             right = [sum(t.runs[0].ok for t in traces[i:i + n]) for i in range(0, len(traces), n)]
-            row |= {f"pass@{k}": statistics.fmean(pass_at(k, n, r) for r in right) for k in POWERS if k <= n}
+            row = {f"pass@{k}": statistics.fmean(pass_at(k, n, r) for r in right) for k in POWERS if k <= n}
+            row |= {"split": f"{path.stem} ({len(problems)})", "T": str(T), "traces": source}
             rows.append(row | average([facts(t) for t in traces]))
     return rows
 
@@ -875,6 +865,7 @@ def pass_at(k: int, n: int, right: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
+POWERS = [2 ** i for i in range(1, 10)]           # the k of pass@k
 METRICS = ("success", "faithful", "calculations_right", "right_for_wrong_reason", "leak", "unclosed",
            "executor_truncated", *(f"pass@{k}" for k in POWERS))
 
@@ -885,10 +876,10 @@ def table(rows: list[dict]) -> str:
     usual, groups = {}, {}
     for row in rows:
         first = usual.setdefault(row["traces"], row["settings"])          # other settings under a name: another row
-        flags = [f"--{name} {value}" for name, value in row["settings"].items() if value != first[name]]
-        groups.setdefault((row["problems"], row["T"], " ".join([row["traces"], *flags])), []).append(row)
+        flags = [f" --{name} {value}" for name, value in row["settings"].items() if value != first[name]]
+        groups.setdefault((row["split"], row["T"], row["traces"] + "".join(flags)), []).append(row)
     columns = [name for name in METRICS if any(row.get(name) is not None for row in rows)]
-    lines = [["problems", "T", "traces from", "seeds", *columns], ["---"] * (4 + len(columns))]
+    lines = [["split", "T", "traces from", "seeds", *columns], ["---"] * (4 + len(columns))]
     for key in sorted(groups, key=lambda key: key[:2]):
         known = [[row[name] for row in groups[key] if row.get(name) is not None] for name in columns]
         lines.append([*key, str(len(groups[key])), *map(spread, known)])
@@ -903,7 +894,7 @@ def spread(values: list[float]) -> str:
 
 def inspect(s: InspectSettings) -> str:
     """A problem and its traces, from the executor's runs to the advantage, and one trace token by token, as text for a
-    person to read; the end of a line says what computed it. For a problem of your own: traces and outputs."""
+    person to read, beside what computed it. For a problem of your own: traces and outputs."""
     run_dir = Path(s.run_dir)
     problems = data.read_problems(run_dir / "groups" / "heldout.jsonl")
     problem, folder = problems[s.seed % len(problems)], run_dir / (s.planner or "base")
@@ -911,62 +902,53 @@ def inspect(s: InspectSettings) -> str:
         raise UserError(f"--planner {s.planner}: there is no folder {folder}; name one that is there, or leave it out")
     if s.problem:
         problem = replace(problem, problem=s.problem, reference_solution="", reference_reasoning=None, tests=[])
-    how, judged = trained_with(folder, s), (run_dir / "rm").is_dir()      # HumanEval and MBPP come without rm/
-    planner, frozen, rm, _ = load_roles(how, s.planner and str(folder), ("runs", "rm") if judged else ("runs",))
+    how, needs = trained_with(folder, s), ["runs"] + ["rm"] * (run_dir / "rm").is_dir()        # HumanEval has no rm/
+    planner, frozen, rm, _ = load_roles(how, s.planner and str(folder), needs)
     traces = rollout(planner, [problem], s.traces, how.temperature, f"{s.seed} inspect", how)
-    lines = [f"problem      {problem.problem}"]
+    shown = [("problem", problem.problem)]
     if s.problem:
         execute(frozen, traces, "inspect")
         for t in traces:
-            lines += [f"trace        {t.text}", f"  executor   {t.runs[0].output.strip()}"]
+            shown += [("trace", t.text), ("  executor", t.runs[0].output.strip())]
     else:
-        lines += reward_lines(traces, frozen, rm, how) + token_lines(planner, traces[0], how)
-    print("\n".join(lines))
-    return "\n".join(lines)
+        shown += reward_lines(traces, frozen, rm, how) + token_lines(planner, traces[0], how)
+    text = "\n".join(f"{name:40}{value}" for name, value in shown)
+    print(text)
+    return text
 
 
-def reward_lines(traces: list[Trace], frozen: Executor, rm: RubricRewardModel | None, how: TrainSettings) -> list[str]:
+def reward_lines(traces: list[Trace], frozen: Executor, rm, how: TrainSettings) -> list[tuple]:
     """Every part of the rewards of one group, then reward and advantage as the planner's own mode computes them."""
-    lines, problem, mode = [], traces[0].problem, REWARDS[how.mode if rm else "uplift_only"]
-
-    def show(name: str, value: str, source: str) -> None:
-        lines.append(f"{name:13}{value}    [{source}]")
-
-    def show_run(name: str, run: Run) -> None:
-        show(name, f"{run.output.strip()!r} {'right' if run.ok else 'wrong'}", "Executor.run, verify")
-
-    all_parts = TrainSettings(mode="tracelift" if rm else "uplift_only", num_runs=how.num_runs)
-    measure_rewards(traces, frozen, rm, all_parts, "inspect")
+    mode, parts = REWARDS[how.mode if rm else "uplift_only"], "tracelift" if rm else "uplift_only"
+    measure_rewards(traces, frozen, rm, TrainSettings(mode=parts, num_runs=how.num_runs), "inspect")
     totals = [mode.total(t.reward, how.w_e, how.w_r) for t in traces]
     advantage = kernels.group_advantage(torch.tensor(totals), len(traces), how.scale == "std")
-    for run in frozen.run([problem], None, how.num_runs)[0]:
-        show_run("no trace", run)
+    alone, = frozen.run([traces[0].problem], None, how.num_runs)
+    shown = [("no trace    [Executor.run, verify]", run) for run in alone]
     for t, total, A in zip(traces, totals, advantage):
         r = t.reward
-        lines += ["", f"trace        {t.text}"]
-        show("  truth", "(right, leak) = {}".format(data.check_trace(problem, t.text)), "data.check_trace")
-        for i, run in enumerate(t.runs):
-            show_run("  with it" if i else "  e2e", run)
-        show("  uplift", f"({r.with_trace} with - {r.without_trace} without) / {r.num_runs} = {r.uplift:+.2f}",
-             "measure_rewards")
+        uplift = f"({r.with_trace} with - {r.without_trace} without) / {r.num_runs} = {r.uplift:+.2f}"
+        truth = data.check_trace(t.problem, t.text)
+        shown += [("", ""), ("trace", t.text), ("  right, leak    [data.check_trace]", truth)]
+        shown += [("  e2e, then K    [Executor.run, verify]", run) for run in t.runs]
+        shown.append(("  uplift    [measure_rewards]", uplift))
         if rm:
-            labels = zip(rm.dimension_names, rm.score([data.rm_text(problem, t.text)])[1][0])
-            named = ", ".join(f"{name} {label:.1f}" for name, label in labels)
-            show("  rm", f"{r.rm:.2f}: {named}", "RubricRewardModel.score")
-        show("  reward", f"{total:.3f}", mode.total.__name__)
-        show("  advantage", f"{A:+.2f}", "kernels.group_advantage")
-    return lines
+            labels = rm.score([data.rm_text(t.problem, t.text)])[1][0]
+            named = ", ".join(f"{name} {label:.1f}" for name, label in zip(rm.dimension_names, labels))
+            shown.append(("  rm    [RubricRewardModel.score]", f"{r.rm:.2f}: {named}"))
+        shown += [(f"  reward    [{mode.total.__name__}]", f"{total:.3f}")]
+        shown += [("  advantage    [kernels.group_advantage]", f"{A:+.2f}")]
+    return shown
 
 
-def token_lines(planner: LM, t: Trace, how: TrainSettings) -> list[str]:
+def token_lines(planner: LM, t: Trace, how: TrainSettings) -> list[tuple]:
     """The tokens of a trace that are in the loss: log-prob when sampled and when scored."""
     (batch,), _ = micro_batches([t], torch.ones(1, device=planner.device), replace(how, truncated="use"), Ranks())
     scored = completion_logp(planner, batch, how.temperature)
-    lines = ["", f"trace 0: {len(t.prompt)} tokens of the prompt are not in the loss, these are    [MicroBatch]",
-             "token             log-prob sampled   scored"]
+    shown = [("", ""), ("tokens of the first trace", "log-prob sampled, scored    [rollout, completion_logp]")]
     for token, old, new in zip(t.tokens, t.logprobs, scored):
-        lines.append(f"{planner.tokenizer.decode([token])!r:18}{old:16.3f}{new:9.3f}")
-    return lines
+        shown.append((repr(planner.tokenizer.decode([token])), f"{old:8.3f}{new:9.3f}"))
+    return shown
 
 
 # ------------------------------------------------------------------------------------------ 9. InT
@@ -994,14 +976,15 @@ class IntSettings(Settings):
 
 def intervene(s: IntSettings) -> Path:
     """The stage: collects interventions and fine-tunes the planner on them. Returns its folder: model, tokenizer,
-    interventions.json, a record for each failed trace."""
+    interventions.json."""
     out = Path(s.run_dir) / "int"
     with data.stage_folder(out, s, ("groups", "base")) as work:
         if work:
             problems = data.read_problems(Path(s.run_dir) / "groups" / "train.jsonl")[:s.problems]
             planner, frozen, *_ = load_roles(s)
-            check_lengths(problems, planner, frozen, 3 * s.max_trace_tokens)      # an intervention reads two traces
-            records = in_pieces(work / "interventions.json", problems, lambda own: intervene_on(planner, frozen, s, own))
+            check_lengths(problems, s, 3 * s.max_trace_tokens, planner, frozen)   # an intervention reads two traces
+            records = in_pieces(work / "interventions.json", problems,
+                                lambda some: intervene_on(planner, frozen, s, some))
             sequences, heldout = int_sequences(planner.tokenizer, records, problems, s.seed)
             if sequences:
                 executor.finetune(planner, sequences, heldout=heldout, epochs=s.epochs, seed=s.seed, warmup=10,
@@ -1010,7 +993,7 @@ def intervene(s: IntSettings) -> Path:
             planner.model.save_pretrained(work)
             planner.tokenizer.save_pretrained(work)
             (work / "progress.pt").unlink(missing_ok=True)
-            print(f"{sum(bool(r['chosen']) for r in records)} of {len(records)} failed traces have an intervention")
+            print(f"{len(records)} failed traces have an intervention that helps")
     print(f"{out}: made\nnext: python tracelift.py train --run_dir {s.run_dir} --init {out} --name tracelift-after-InT")
     return out
 
@@ -1026,40 +1009,35 @@ def in_pieces(path: Path, problems: list[Problem], work: Callable[[list[Problem]
 
 
 def intervene_on(planner: LM, frozen: Executor, s: IntSettings, problems: list[Problem]) -> list[dict]:
-    """One record for each trace that fails in all K executor runs: the interventions that the planner proposes; their
-    success in K runs when the planner continues from there; and the chosen one, the most successful, then the most
-    often proposed one, if it succeeds at all."""
-    K, tokenizer = s.num_runs, planner.tokenizer
+    """One record for each trace that fails in all K executor runs and that an intervention can save. The planner
+    proposes some and continues from each; the most successful one in K runs is kept, then the most often proposed."""
+    K, tokenizer, by_id = s.num_runs, planner.tokenizer, {p.problem_id: p for p in problems}
     traces = rollout(planner, problems, s.group_size, s.temperature, f"{s.seed} int", s)
     execute(frozen, traces, "int", K)
-    failed = []
-    for t in traces:
-        if not any(run.ok for run in t.runs) and t.problem.reference_reasoning and data.split_steps(t.problem, t.text):
-            failed.append(t)
+    failed = [t for t in traces if t.problem.reference_reasoning and not any(run.ok for run in t.runs)]
     prompts = [data.encode_prompt(tokenizer, data.intervention_prompt(t.problem, t.text)) for t in failed]
     rng_keys = [f"intervention {s.seed} {t.problem.problem_id} {i} {k}" for i, t in enumerate(failed)
                 for k in range(s.proposals)]
     said = planner.generate(prompts, s.proposals, s.max_trace_tokens, s.proposal_temperature, rng_keys, s.max_cache_gib)
     texts = executor.decode_text(tokenizer, said.tokens)
-    records, proposals = [], []
+    records = []
     for i, t in enumerate(failed):
-        record = {"problem_id": t.problem.problem_id, "trace": t.text, "proposals": [], "chosen": None}
         sampled = Counter(map(data.parse_intervention, texts[i * s.proposals:(i + 1) * s.proposals]))
         for step, times in sampled.items():
             if step and may_mend(t.problem, t.text, *step):
-                mended = data.splice(t.problem, t.text, *step)
-                record["proposals"].append({"step": step, "times": times, "mended": mended})
-                proposals.append((t.problem, record["proposals"][-1]))
-        records.append(record)
-    begun = [begin_trace(tokenizer, proposal["mended"]) for _, proposal in proposals]
-    traces = rollout(planner, [problem for problem, _ in proposals], K, s.temperature, f"{s.seed} mended", s, begun)
+                mended = data.OPEN + data.splice(t.problem, t.text, *step)
+                records.append({"problem_id": t.problem.problem_id, "trace": t.text, "times": times, "mended": mended})
+    begun = [data.encode_text(tokenizer, record["mended"], bos=False) for record in records]
+    tried = [by_id[record["problem_id"]] for record in records]
+    traces = rollout(planner, tried, K, s.temperature, f"{s.seed} mended", s, begun)
     execute(frozen, traces, "mended")
-    for i, (_, proposal) in enumerate(proposals):
-        proposal["success"] = statistics.fmean(t.runs[0].ok for t in traces[i * K:(i + 1) * K])
-    for record in records:
-        passed = [proposal for proposal in record["proposals"] if proposal["success"] > 0]
-        record["chosen"] = max(passed, key=lambda p: (p["success"], p["times"]), default=None)
-    return records
+    best = {}
+    for i, record in enumerate(records):
+        record["success"] = statistics.fmean(t.runs[0].ok for t in traces[i * K:(i + 1) * K])
+    for record in sorted(records, key=lambda r: (r["success"], r["times"])):
+        if record["success"]:
+            best[record["problem_id"], record["trace"]] = record
+    return list(best.values())
 
 
 def may_mend(problem: Problem, trace: str, index: int, step: str) -> bool:
@@ -1073,23 +1051,16 @@ def may_mend(problem: Problem, trace: str, index: int, step: str) -> bool:
     return "```" not in step if problem.task_type == "code" else not data.gives_number(problem, step)
 
 
-def begin_trace(tokenizer, beginning: str) -> list[int]:
-    """Token ids of the beginning of a completion."""
-    return data.encode_text(tokenizer, data.OPEN + beginning, bos=False)
-
-
 def int_sequences(tokenizer, records: list[dict], problems: list[Problem], seed: int) -> tuple[list, list]:
-    """(ids, labels) for training and held out, of the chosen interventions: no loss on the prompt, none on what comes
-    after the step, so none on a token that ends the trace. A tenth of the problems is held out."""
+    """(ids, labels) for training and held out, of the interventions: no loss on the prompt, none on what comes after
+    the step, so none on a token that ends the trace. A tenth of the problems is held out."""
     by_id, parts = {p.problem_id: p for p in problems}, ([], [])
     for record in records:
-        if record["chosen"]:
-            problem = by_id[record["problem_id"]]
-            prompt = data.encode_prompt(tokenizer, data.planner_prompt(problem))
-            learned = begin_trace(tokenizer, record["chosen"]["mended"])
-            labels = [executor.IGNORE] * (len(prompt) - 1) + learned
-            held = random.Random(f"{seed} {problem.problem_id}").random() < 0.1
-            parts[held].append((prompt + learned[:-1], labels))
+        prompt = data.encode_prompt(tokenizer, data.planner_prompt(by_id[record["problem_id"]]))
+        learned = data.encode_text(tokenizer, record["mended"], bos=False)
+        labels = [executor.IGNORE] * (len(prompt) - 1) + learned
+        held = random.Random(f"{seed} {record['problem_id']}").random() < 0.1
+        parts[held].append((prompt + learned[:-1], labels))
     return parts
 
 
@@ -1123,14 +1094,14 @@ def select(s: SelectSettings) -> Path:
         if work:
             problems = data.read_problems(groups)[-s.problems:]
             planner, frozen, *_ = load_roles(s)
-            check_lengths(problems, planner, frozen, s.max_trace_tokens)
+            check_lengths(problems, s, s.max_trace_tokens, planner, frozen)
             tries = Counter()
             for name, ok in in_pieces(work / "tries.json", problems, attempt):
                 tries[name] += ok / s.group_size
             kept = [g for g in data.read_groups(groups) if s.lowest <= tries.get(g["problem_id"], -1) <= s.highest]
             if not kept:
-                raise UserError(f"--lowest {s.lowest:g}, --highest {s.highest:g}: no problem lies between; delete {work} "
-                                "and give other bounds")
+                raise UserError(f"--lowest {s.lowest:g}, --highest {s.highest:g}: no problem lies between; delete "
+                                f"{work} and give other bounds")
             data.write_groups(work / "train.jsonl", kept)
             print(f"{len(kept)} of {len(tries)} problems kept, mean success {statistics.fmean(tries.values()):.3f}")
     print(f"{out}: made\nnext: python tracelift.py train --run_dir {s.run_dir} --groups selected/train.jsonl")

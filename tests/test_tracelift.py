@@ -393,7 +393,7 @@ def test_what_it_was_made_from_must_stay(run_dir, lottery, name):
 
 
 def test_a_mistake_leaves_nothing(run_dir, lottery):
-    for changes, words in (({"problems_per_step": 13}, "--problems_per_step 13"), ({"max_trace_tokens": 600}, "planner is 512"),
+    for changes, words in (({"problems_per_step": 13}, "--problems_per_step 13"), ({"max_trace_tokens": 600}, "context .* 512"),
                            ({"lora_rank": 2, "init": "x"}, "--init"), ({"groups": "selected/train.jsonl"}, "selected/train.jsonl")):
         with pytest.raises((UserError, OSError), match=words):
             train(settings(run_dir, **changes))
@@ -501,14 +501,17 @@ def test_inspect_shows_the_planners_own_reward(run_dir, lottery, mode, total):
     command(tracelift, "train", *common, *SMALL, "--steps", 1, "--mode", mode)
     out = command(tracelift, "inspect", *common, "--planner", f"planner-{mode}-seed0")
     assert f"[{total}]" in out and "answer_support" in out and "uplift" in out and out.count("  advantage") == 3
+    assert "ok=True" in out and "with - " in out and "[completion_logp]" not in out and "completion_logp" in out
     out = command(tracelift, "inspect", *common, "--problem", "Mia has 5 pens . how many pens for Mia ?", "--traces", 2)
-    assert out.count("trace") == 2 == out.count("executor") and "wrong" not in out
+    assert out.count("trace") == 2 == out.count("executor") and "ok=" not in out
 
 
 def test_select_keeps_problems_that_can_teach(run_dir, lottery):
     common = ["--run_dir", run_dir, "--device", "cpu"]
     command(tracelift, "select", *common, "--problems", 12, "--group_size", 4, *SMALL[4:])
-    tries = json.loads((run_dir / "selected" / "tries.json").read_text())
+    tries = {}
+    for name, ok in sum(json.loads((run_dir / "selected" / "tries.json").read_text()), []):
+        tries[name] = tries.get(name, 0) + ok / 4
     varied = sorted(name for name, rate in tries.items() if 0.1 <= rate <= 0.9)
     kept = data.read_problems(run_dir / "selected" / "train.jsonl")
     assert varied == sorted(p.problem_id for p in kept) and 2 <= len(varied) < 12 == len(tries)
@@ -542,9 +545,8 @@ def test_int_stage(run_dir, monkeypatch, lottery):
         m.setattr(tracelift, "intervene_on", None)                        # a stopped stage has only to learn
         out = tracelift.intervene(s)
     records = sum(json.loads((out / "interventions.json").read_text()), [])
-    chosen = [r for r in records if r["chosen"]]
-    assert 0 < len(chosen) < len(records) and all(r["chosen"]["step"] == "22 * 2 = 44" for r in chosen)
-    assert all(len(r["proposals"]) <= 1 for r in records), "neither the answer nor nonsense is a proposal"
+    assert records and all(r["success"] > 0 for r in records)
+    assert all(r["mended"].endswith(" ; 22 * 2 = 44") for r in records), "never the answer nor nonsense"
     assert not same(weights_of(out), weights_of(run_dir / "base"))
     planner = train(settings(run_dir, steps=1, mode="exec_only", init=str(out), learning_rate=1e-30, warmup=0,
                              name="after-InT"))
