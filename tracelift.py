@@ -123,6 +123,7 @@ REWARDS = {"tracelift": Mode(product, needs=("runs", "uplift", "rm"), weighted=T
            "uplift_only": Mode(success_and_uplift, needs=("runs", "uplift"), weighted=True)}
 UPLIFT = [name for name, mode in REWARDS.items() if "uplift" in mode.needs]
 WEIGHTED = [name for name, mode in REWARDS.items() if mode.weighted]
+EXECUTED = [name for name, mode in REWARDS.items() if "runs" in mode.needs]
 
 # ------------------------------------------------------------------------------------------ 2. settings
 
@@ -194,7 +195,7 @@ class TrainSettings(Settings):
     # run
     save_every: int = option(20, "steps between checkpoints", low=1, affects_result=False)
     eval_every: int = option(0, "steps between greedy evaluations on eval_problems held-out problems; 0: none", low=0,
-                             affects_result=False)
+                             only={"mode": EXECUTED}, affects_result=False)
     eval_problems: int = option(50, "held-out problems of these", low=1, needs="eval_every", affects_result=False)
 
 
@@ -573,7 +574,7 @@ class TrainingLog:
             self.optimizer.load_state_dict(saved["optimizer"])
             if self.frozen:
                 self.frozen.baselines = saved["baselines"]
-        self.done, self.spent = saved["steps"], Counter(saved["spent"])
+        self.done, self.spent, self.times = saved["steps"], Counter(saved["spent"]), []
         for name, text in saved["logs"].items():
             self.append(name, text, "w")
 
@@ -998,12 +999,15 @@ def intervene(s: IntSettings) -> Path:
     return out
 
 
+PIECE = 32                        # problems whose work a stopped stage may lose
+
+
 def in_pieces(path: Path, problems: list[Problem], work: Callable[[list[Problem]], list]) -> list:
-    """The records that `work` returns for 32 problems at a time, joined. The file keeps them, a list for each 32
-    problems, so a stopped stage continues."""
+    """The records that `work` returns for PIECE problems at a time, joined. The file keeps them, a list for each piece,
+    so a stopped stage continues."""
     pieces = data.read_json(path) if path.exists() else []
-    for i in tqdm(range(32 * len(pieces), len(problems), 32), desc=path.stem):
-        pieces.append(work(problems[i:i + 32]))
+    for i in tqdm(range(PIECE * len(pieces), len(problems), PIECE), desc=path.stem):
+        pieces.append(work(problems[i:i + PIECE]))
         data.write_atomic(path, json.dumps(pieces, indent=1))
     return sum(pieces, [])
 
@@ -1085,8 +1089,8 @@ def select(s: SelectSettings) -> Path:
     RUN_DIR/selected/train.jsonl; all successes to tries.json. UserError when no problem is left."""
     out, groups = Path(s.run_dir) / "selected", Path(s.run_dir) / "groups" / "train.jsonl"
 
-    def attempt(problems: list[Problem]) -> list:
-        traces = rollout(planner, problems, s.group_size, s.temperature, f"{s.seed} select", s)
+    def attempt(some: list[Problem]) -> list:
+        traces = rollout(planner, some, s.group_size, s.temperature, f"{s.seed} select", s)
         execute(frozen, traces, "select")
         return [(t.problem.problem_id, t.runs[0].ok) for t in traces]
 

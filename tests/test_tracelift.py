@@ -443,10 +443,31 @@ def test_ctrl_c_saves_first(run_dir, straight, lottery):
     assert_equal_runs(train(settings(run_dir, save_every=20)), straight(save_every=20))
 
 
+def test_what_a_training_writes(run_dir, lottery, capsys):
+    """Sums over the whole training, the clip of later updates, held-out success, a group to read; where it all lies."""
+    out = train(settings(run_dir, steps=3, inner_epochs=2, clip_low=1e-6, clip_high=1e-6, eval_every=2, eval_problems=2))
+    assert f"{out}.partial: training" in capsys.readouterr().out
+    first, second, third = lines(out)
+    assert third["clip_share"] > 0 and third["planner_tokens"] > second["planner_tokens"] > first["planner_tokens"]
+    assert ["heldout_success" in line for line in lines(out)] == [False, True, True]
+    samples = lines(out, "samples.jsonl")
+    assert [line["step"] for line in samples] == [0] * 4 + [2] * 4 and len({line["problem"] for line in samples[:4]}) == 1
+    assert all(len(line["outputs"]) == 3 and 0 <= line["rm"] <= 1 and line["text"] is not None for line in samples)
+
+
+def test_rewards_that_float32_cannot_tell_apart_are_told(run_dir, lottery, monkeypatch, capsys):
+    tiny = tracelift.Mode(lambda r, w_e, w_r: 1 + 1e-12 * r.trace_tokens + 1e-12 * len(r.text), needs=("runs",))
+    monkeypatch.setitem(tracelift.REWARDS, "exec_only", tiny)
+    train(settings(run_dir, steps=1, mode="exec_only"))
+    assert "scale them" in capsys.readouterr().out
+
+
 def test_rm_only_needs_no_executor(run_dir, monkeypatch):
     monkeypatch.setattr(tracelift, "Executor", None)
     out = train(settings(run_dir, steps=2, mode="rm_only"))
     assert lines(out)[0]["rm"] is not None and lines(out)[0]["success"] is None
+    with pytest.raises(UserError, match="--eval_every"):
+        settings(run_dir, mode="rm_only", eval_every=1)
 
 
 def test_a_step_of_cut_traces_has_no_entropy(run_dir, lottery):
@@ -483,6 +504,8 @@ def test_commands_from_training_to_table(run_dir, lottery):
     results.write_text(results.read_text().replace('"success": ', '"success": 0.123, "x": '))
     assert "0.12" in command(tracelift, "evaluate", *common, "--problems", 3, "--samples", 4), "measured once"
     assert "0.12" not in command(tracelift, "evaluate", *common, "--problems", 2)
+    command(tracelift, "train", *common, *SMALL, "--steps", 3)
+    assert not results.exists(), "of the planner with fewer steps"
     (run_dir / "base" / "base.json").write_text((run_dir / "base" / "base.json").read_text() + " ")
     with pytest.raises(SystemExit):
         command(tracelift, "evaluate", *common, "--problems", 3)
@@ -506,9 +529,14 @@ def test_inspect_shows_the_planners_own_reward(run_dir, lottery, mode, total):
     assert out.count("trace") == 2 == out.count("executor") and "ok=" not in out
 
 
-def test_select_keeps_problems_that_can_teach(run_dir, lottery):
+def test_select_keeps_problems_that_can_teach(run_dir, monkeypatch, lottery):
     common = ["--run_dir", run_dir, "--device", "cpu"]
-    command(tracelift, "select", *common, "--problems", 12, "--group_size", 4, *SMALL[4:])
+    flags = [*common, "--problems", 12, "--group_size", 4, *SMALL[4:]]
+    monkeypatch.setattr(tracelift, "PIECE", 5)
+    with pytest.raises(Crash), crash_at(2, name="execute"):
+        command(tracelift, "select", *flags)
+    with crash_at(3, name="execute"):                                     # 5 of 12 problems are done: two pieces
+        command(tracelift, "select", *flags)
     tries = {}
     for name, ok in sum(json.loads((run_dir / "selected" / "tries.json").read_text()), []):
         tries[name] = tries.get(name, 0) + ok / 4
