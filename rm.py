@@ -24,6 +24,7 @@ buffers, which transformers 5 leaves uninitialised on loading. Here constants ar
 import json
 import math
 import random
+import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +118,7 @@ class RubricRewardModel(nn.Module):
         from transformers import AutoConfig, AutoModel, AutoTokenizer
         path = Path(folder) / "config.json"
         if not path.is_file():
-            inside = ", ".join(str(child.parent) for child in Path(folder).glob("*/config.json"))
-            raise UserError(f"{path}: no reward model here; " + (f"move one of {inside} there" if inside else
-                            "run rm.py first, or put a public reward model there"))
+            raise UserError(f"{path}: no reward model here; run rm.py first, or put a public one into {folder}")
         with executor.saying(f"{folder}: no rubric reward model can be loaded"):
             config = json.loads(path.read_text())
             if config["rm_num_labels"] != NUM_LABELS or not config["rm_use_total_head"]:
@@ -190,14 +189,14 @@ def measure_ranking(rm, groups: list[dict]) -> dict:
         score, expected = rm.score(texts)
         beats = score[positive][:, None] > score[~positive][None, :]                                  # (P, negatives)
         pairs += beats.flatten().tolist()
-        whole.append(bool(beats.all()))
+        whole.append(beats.all().item())
         error += (score - gold).abs().tolist()
         hits.append(expected.round() == labels)
         for flawed, won in zip(group["negative_bank"], beats.T.tolist()):
             kinds.setdefault(f"pair_accuracy_{flawed['negative_kind']}", []).extend(won)
     metrics = {"pair_accuracy": pairs, "group_accuracy": whole, "total_mae": error} | kinds
     accuracy = torch.cat(hits).float().mean(dim=0).tolist()
-    return ({"groups": len(groups)} | {name: sum(values) / len(values) for name, values in metrics.items()}
+    return ({"groups": len(groups)} | {name: statistics.fmean(values) for name, values in metrics.items()}
             | {f"accuracy_{name}": hit for name, hit in zip(rm.dimension_names, accuracy)})
 
 
@@ -280,8 +279,8 @@ def train_reward_model(s: RMSettings, work: Path) -> None:
     if lora:
         lora.merge()
     rm.save_pretrained(work)
-    last = losses[-20:]
-    data.write_atomic(work / "trained.json", json.dumps({"steps": total, "train_loss": sum(last) / len(last)}))
+    loss = statistics.fmean(losses[-20:])
+    data.write_atomic(work / "trained.json", json.dumps({"steps": total, "train_loss": loss}))
     progress.unlink(missing_ok=True)
 
 
@@ -292,7 +291,7 @@ def main(argv) -> None:
     if out.exists() and not (out / "settings.json").exists():
         print(f"{out}: a reward model that was put there, not trained here; it is used as it is")
         return
-    with data.stage_folder(out, s, ("groups", "base")) as work:
+    with data.stage_folder(out, s, ["groups", "base"] + [s.model] * bool(s.model)) as work:
         if work:
             if not (work / "trained.json").exists():
                 train_reward_model(s, work)

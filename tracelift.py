@@ -222,8 +222,8 @@ class Trace:
 
 def rollout(planner: LM, problems: list[Problem], group_size: int, temperature: float, rng_key: str, s: Settings,
             begun: list[list[int]] | None = None) -> list[Trace]:
-    """B = N * G traces, G = `group_size` for each of N problems, in problem-major order. The random numbers of a trace
-    depend on rng_key, the problem and the trace's number alone, not on the batch around it. begun (N): ids that the
+    """B = N * G traces, G = `group_size` for each of N problems, in problem-major order. A trace's random numbers
+    depend on rng_key, the problem and the trace's number only, not on the batch around it. begun (N): ids that the
     planner continues (InT)."""
     begun = begun or [[]] * len(problems)
     prompts = [data.encode_prompt(planner.tokenizer, data.planner_prompt(problem)) for problem in problems]
@@ -280,7 +280,7 @@ def measure_rewards(traces: list[Trace], frozen: Executor | None, rm: RubricRewa
 
 @dataclass
 class MicroBatch:
-    """b sequences, and their m sampled tokens as the loss wants them.
+    """b sequences, and their m sampled tokens in the form that the loss takes.
 
         ids         p0 p1 p2 t0 t1 E  .        p prompt, t sampled, E end of sequence, . padding
         loss_mask    -  -  x  x  x -  -        the logits at x predict ...
@@ -329,9 +329,9 @@ def micro_batches(traces: list[Trace], advantage: torch.Tensor, s: TrainSettings
 
 
 def policy_loss(logp, A, weight, old, ref, clip_low: float, clip_high: float, beta: float) -> torch.Tensor:
-    """GRPO's loss of m tokens (arXiv 2402.03300, eq. 3), all arguments (m,). A weighted sum: the weights hold the mean.
+    """GRPO's loss of m tokens (arXiv 2402.03300, eq. 3); tensors are (m,). A sum, since the weights divide already.
 
-    old None: on-policy. rho is 1, and its derivative is that of logp. ref None: no KL."""
+    old None: on-policy, so rho is 1 and its derivative is that of logp. ref None: no KL."""
     rho = torch.exp(logp - (logp.detach() if old is None else old))
     loss = -torch.minimum(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
     if ref is not None:
@@ -369,9 +369,9 @@ def accumulate_gradient(planner: LM, batch: MicroBatch, reward: torch.Tensor, s:
 
 
 def token_health(batch: MicroBatch, logp, entropy, A, s: TrainSettings) -> dict:
-    """Sums over m tokens of what tells learning from collapse. entropy: of the next-token distribution. sampler_gap:
-    |scored - sampled log-prob|, where a mismatch of sampler and scorer shows (later updates of a rollout add to it).
-    clip_share: tokens whose gradient the clip stops. kl: the estimate of KL(planner || reference)."""
+    """Health metrics, summed over m tokens. entropy: of the next-token distribution. sampler_gap: |scored - sampled
+    log-prob|; it shows a mismatch of sampler and scorer, and grows with later updates of a rollout. clip_share: tokens
+    whose gradient the clip stops. kl: estimate of KL(planner || reference)."""
     health = {"entropy": entropy, "sampler_gap": (logp - batch.sampled_logp).abs()}
     rho = torch.ones_like(logp)
     if batch.old_logp is not None:
@@ -440,7 +440,7 @@ def train(s: TrainSettings) -> Path:
                     norm = executor.descend(optimizer, lr, s.grad_clip, f"step {step}")        # clip, step, zero_grad
                     log.update(health, M, lr, norm)
 
-                # 5. Write metrics, samples and now and then a checkpoint.
+                # 5. Write metrics, and every save_every steps samples and a checkpoint.
                 log.write(step, traces)
             log.save_planner(lora)
     print(f"{planner_folder(s)}: trained\nnext: python tracelift.py evaluate --run_dir {s.run_dir}")
@@ -448,8 +448,8 @@ def train(s: TrainSettings) -> Path:
 
 
 def problems_of_step(problems: list[Problem], step: int, problems_per_step: int, seed: int) -> list[Problem]:
-    """The N problems of a step: a seeded shuffle for each epoch; what is left of it and fills no step is skipped. A
-    function of the step alone, so a resumed run and runs of other modes see the same problems."""
+    """The N problems of a step: a seeded shuffle per epoch; a remainder that fills no step is skipped. It depends on
+    the step alone, so a resumed run and runs of other modes see the same problems."""
     epoch, i = divmod(step, len(problems) // problems_per_step)
     shuffled = random.Random(f"{seed} {epoch}").sample(problems, len(problems))
     return shuffled[i * problems_per_step:(i + 1) * problems_per_step]
@@ -608,7 +608,7 @@ class TrainingLog:
         self.updates.append({"entropy": None, "sampler_gap": None} | means | {"grad_norm": norm, "learning_rate": lr})
 
     def write(self, step: int, traces: list[Trace]) -> None:
-        """Adds a step's line of metrics, about every save_every steps a group to read and a checkpoint."""
+        """Adds a step's line of metrics, and every save_every steps a group to read and a checkpoint."""
         s, self.done = self.s, step + 1
         self.phase("write")
         traces = sum(self.ranks.exchange(traces), [])
