@@ -143,7 +143,7 @@ class RubricRewardModel(nn.Module):
 
 def batch_of(groups: list[dict], names: list[str], most: int, rng: random.Random | None):
     """The traces of some groups, with at most `most` flawed ones of each, drawn anew -> texts (B), labels (B, D) int64
-    in the order of names, gold (B,) total of the rubric, positive (B,) bool, group (B,) int64. rng None: all of them."""
+    in the order of names, gold (B,) total of the rubric, positive (B,) bool, group (B,) int64. rng None: all."""
     texts, rows = [], []
     for g, group in enumerate(groups):
         good, flawed = group["positive_pool"], group["negative_bank"]
@@ -181,8 +181,8 @@ def rm_loss(rm, label_logits, total_logit, labels, gold, positive, group, nn_wei
 
 @torch.no_grad()
 def measure_ranking(rm, groups: list[dict]) -> dict:
-    """Held-out quality: pair_accuracy (positive above negative; ties count as wrong), pair_accuracy_KIND of each kind of
-    flaw, group_accuracy (positive above every negative), total_mae, accuracy_DIMENSION of the rounded labels."""
+    """Held-out quality: pair_accuracy (positive above negative; ties count as wrong), pair_accuracy_KIND for each kind
+    of flaw, group_accuracy (positive above every negative), total_mae, accuracy_DIMENSION of the rounded labels."""
     pairs, whole, error, hits, kinds = [], [], [], [], {}
     for group in groups:
         texts, labels, gold, positive, _ = batch_of([group], rm.dimension_names, 10**6, None)
