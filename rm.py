@@ -118,7 +118,9 @@ class RubricRewardModel(nn.Module):
         from transformers import AutoConfig, AutoModel, AutoTokenizer
         path = Path(folder) / "config.json"
         if not path.is_file():
-            raise UserError(f"{path}: no reward model here; run rm.py first, or put a public one into {folder}")
+            inside = [str(config.parent) for config in Path(folder).glob("*/config.json")]
+            mend = f"move one of {', '.join(inside)} there" if inside else "run rm.py first, or put a public one there"
+            raise UserError(f"{path}: no reward model here; {mend}")
         with executor.saying(f"{folder}: no rubric reward model can be loaded"):
             config = json.loads(path.read_text())
             if config["rm_num_labels"] != NUM_LABELS or not config["rm_use_total_head"]:

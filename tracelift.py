@@ -32,6 +32,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import sys
 import time
@@ -474,8 +475,8 @@ def training_folder(s: TrainSettings, ranks: "Ranks"):
     """The folder that a training fills, on all ranks; only rank 0 writes. None if the planner is complete; a planner
     of fewer steps continues. UserError for settings that do not go together, before anything is written."""
     out, folder = planner_folder(s), nullcontext()
-    if "/" in s.name:
-        raise UserError(f"--name {s.name}: must not contain /")
+    if not re.fullmatch(r"[\w.+-]*", s.name):                             # it stands in a table and in a path
+        raise UserError(f"--name {s.name!r}: use letters, digits, and . + - _")
     if s.w_e == s.w_r == 0:
         raise UserError("--w_e 0 --w_r 0: the reward would always be 0; raise one of them")
     done = data.made_with(out).get("steps", s.steps)
@@ -540,17 +541,18 @@ def training_problems(s: TrainSettings, planner: LM, frozen: Executor | None,
     return problems
 
 
-def check_lengths(problems: list[Problem], s: Settings, trace_tokens: int, planner: LM, *others) -> None:
-    """UserError, before hours of work, for a problem that does not fit the context of every role."""
-    context = min(role.context for role in (planner, *others) if role)
-    for problem in problems:
-        texts = data.planner_prompt(problem), data.executor_prompt(problem, ""), data.rm_text(problem, "")
-        prompt = max(len(data.encode_prompt(planner.tokenizer, text)) for text in texts)
-        length = prompt + trace_tokens + s.max_answer_tokens
-        if length > context:
-            raise UserError(f"{problem.problem_id}: prompt, trace and answer are up to {length} tokens, the smallest "
-                            f"context of a model here is {context}; lower --max_trace_tokens or --max_answer_tokens, "
-                            "or leave the problem out")
+def check_lengths(problems: list[Problem], s: Settings, trace_tokens: int, planner: LM, frozen: Executor | None,
+                  rm: RubricRewardModel | None = None) -> None:
+    """UserError, before hours of work, for a problem that does not fit a role's context, counted in its own tokens."""
+    readers = [(planner, data.planner_prompt, 0), (frozen, lambda p: data.executor_prompt(p, ""), s.max_answer_tokens),
+               (rm, lambda p: data.rm_text(p, ""), 0)]
+    for role, text_of, more in readers:
+        for problem in problems if role else ():
+            length = len(data.encode_prompt(role.tokenizer, text_of(problem))) + trace_tokens + more
+            if length > role.context:
+                raise UserError(f"{problem.problem_id}: problem, trace and answer are up to {length} tokens, the "
+                                f"context of {type(role).__name__} is {role.context}; lower --max_trace_tokens or "
+                                "--max_answer_tokens, or leave the problem out")
 
 
 @dataclass

@@ -586,7 +586,8 @@ def test_int_stage(run_dir, monkeypatch, lottery):
 @pytest.mark.parametrize("argv, words", [
     ([], "choose train"), (["explain"], "explain"), (["train", "--mode", "best"], "--mode"), (["train"], "base"),
     (["evaluate"], "base"), (["inspect"], "heldout.jsonl"), (["int"], "train.jsonl"), (["train", "--name", "a/b"], "--name"),
-    (["train", "--w_e", "0", "--w_r", "0"], "--w_e 0"), (["train", "--mode", "exec_only", "--w_r", "1"], "--w_r"),
+    (["train", "--name", "a|b"], "--name"), (["train", "--w_e", "0", "--w_r", "0"], "--w_e 0"),
+    (["train", "--mode", "exec_only", "--w_r", "1"], "--w_r"),
     (["train", "--clip_low", "0.1"], "--clip_low"), (["train", "--executor", "http://x/v1"], "--executor_model"),
     (["train", "--group_size", "1"], "--group_size"), (["train", "--learning_rate", "nan"], "--learning_rate"),
     (["train", "--lora_alpha", "8"], "--lora_rank")])
