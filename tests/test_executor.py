@@ -262,16 +262,11 @@ def test_a_capture_that_fails_is_said_once(llama, monkeypatch, capsys, damage):
     assert said.startswith("decoding goes on without captured steps: ") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"num_samples": 0}, "num_samples"), ({"num_samples": [1, 2]}, "num_samples"), ({"max_new_tokens": 0}, "max_new"),
-    ({"num_samples": [1, 0, 1, 1, 1]}, "num_samples"), ({"temperature": -0.1}, "temperature"),
-    ({"temperature": 1.0}, "uniforms"), ({"temperature": 1.0, "uniforms": uniform_numbers(["a"] * 4, 12)}, "uniforms"),
-    ({"temperature": 1.0, "uniforms": uniform_numbers(["a"] * 5, 11)}, "uniforms")])
-def test_bad_arguments(llama, options, words):
-    with pytest.raises(ValueError, match=words):
-        greedy(llama, PROMPTS, **options)
-    with pytest.raises(ValueError, match="prompts"):
-        greedy(llama, [[1], []])
+@pytest.mark.parametrize("options", [{"num_samples": 0}, {"num_samples": [1, 2]}, {"temperature": -0.1},
+                                     {"prompts": [[1], []]}])
+def test_bad_arguments(llama, options):
+    with pytest.raises(ValueError, match="prompts that are not empty"):
+        greedy(llama, **{"prompts": PROMPTS, **options})
 
 
 def test_the_context_is_not_overrun(llama):
@@ -716,7 +711,7 @@ def raising_template(folder):
     (lambda f: (f / "config.json").write_text("{"), "config|tokenizer"), (shutil.rmtree, "tokenizer"),
     (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "causal LM"),
     (with_a_wrong_shape, "model.norm.weight|causal LM"), (without_a_tensor, "the weights lack model.layers.0.mlp"),
-    (larger_tokenizer, "the tokenizer has .* tokens, more than the model"),
+    (larger_tokenizer, "the tokenizer has more tokens"),
     (raising_template, "chat template .*no users here")])
 def test_load_says_what_is_wrong(tiny, tmp_path, damage, words):
     """One line that names the folder; never a traceback from the depths, never a random model."""
@@ -762,7 +757,7 @@ def test_decoding_is_tried(model, dtype, capsys):
         damaged.__class__ = cls
         assert executor.check_decoding(damaged) and "groups of equal length" in capsys.readouterr().out
     damaged.__class__ = Forgetful
-    with pytest.raises(UserError, match="llama models cannot be decoded here: a cache changes"):
+    with pytest.raises(UserError, match="llama models cannot be decoded here: .*a cache changes"):
         executor.check_decoding(damaged)
     damaged.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
@@ -812,7 +807,7 @@ def test_cache_tokens_are_measured(model):
 
 
 def test_a_gpu_that_torch_does_not_see_is_no_silent_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(executor, "DRIVERS", [tmp_path / "version"])
+    monkeypatch.setattr(executor, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert executor.pick_device().type == "cpu"
     (tmp_path / "version").write_text("NVRM version: 535.161.08")
