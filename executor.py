@@ -73,10 +73,10 @@ class StaticCacheLayer(DynamicLayer):
             store[:, :, start:self.filled] = new
         return [store[:, :, :self.filled] for store in self.stores]
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self):
         return self.filled
 
-    def reorder_cache(self, rows: torch.Tensor) -> None:
+    def reorder_cache(self, rows):
         """Row rows[i] becomes row i. The number of rows may change."""
         self.stores = [store[rows] for store in self.stores]
 
@@ -110,8 +110,8 @@ def prefill(model, prompts: list[list[int]], slots: int):
     mask = torch.zeros(len(prompts), slots, dtype=torch.long, device=device)
     mask[:, :P] = position >= 0                                                   # padding (id 0) is never seen
     cache = empty_cache(model, slots)
-    # A few columns of all rows at a time bound the memory. Convolutions and recurrent states would forget the columns
-    # before, so such models read all columns at once.
+    # Reading a few columns at a time bounds the memory. Convolutions and recurrent states would forget the earlier
+    # columns, so models that have them read all columns at once.
     attention_only = all(type(layer) in (StaticCacheLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
     columns = max(1, PREFILL_TOKENS // len(prompts)) if attention_only else P
     for start in range(0, P, columns):
@@ -243,7 +243,7 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
         logits, mask, position = logits[rows], mask[rows], position[rows]
         uniform = uniforms[out_index].to(device)                                  # (R, max_new_tokens)
 
-        # 3. Decode. The host reads `look` tokens at a time. Until then finished rows go on, and nobody reads them.
+        # 3. Decode. The host reads `look` tokens at a time. Tokens after the end of a row are dropped.
         look, few = (8, 0.5) if device.type == "cuda" else (1, 0.75)
         done, step, unread = [False] * len(out_index), None, []
         for t in range(max_new_tokens):
@@ -256,7 +256,7 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
                 if all(done) or last:
                     break
 
-                # 4. Leave. Moving the other rows costs a few steps, and on CUDA a capture.
+                # 4. Leave. Moving the other rows costs the time of a few steps, and on CUDA a capture.
                 stay = [row for row, over in enumerate(done) if not over]
                 if len(stay) <= few * len(done):
                     rows = torch.tensor(stay, device=device)
@@ -295,7 +295,7 @@ def decode_text(tokenizer, rows: list[list[int]]) -> list[str]:
 
 
 def freeze(model):
-    """The model in evaluation mode, without gradients."""
+    """Puts the model into evaluation mode and turns its gradients off."""
     return model.eval().requires_grad_(False)
 
 
@@ -321,7 +321,9 @@ def autocast(model):
 
 
 class LM:
-    """A causal LM with its tokenizer."""
+    """A causal LM with its tokenizer, and what section 5 finds out about it: `context` is the longest sequence,
+    `equal_lengths` says that a batch must hold prompts of one length, `plain_head` says that the logits are the head
+    applied to the last hidden states, and `tokens_per_gib` tokens of keys and values fit into one GiB."""
 
     def __init__(self, model, tokenizer):
         """UserError for a model that cannot be decoded with cached keys and values."""
@@ -332,7 +334,7 @@ class LM:
 
     def generate(self, prompts: list[list[int]], num_samples: int | list[int], max_new_tokens: int, temperature: float,
                  rng_keys: list[str], max_cache_gib: float = CACHE_GIB) -> Completions:
-        """`generate`, with one rng key per row. UserError for a prompt that leaves no room for its completion."""
+        """Runs `generate` with one rng key per row. UserError for a prompt that leaves no room for its completion."""
         try:
             with autocast(self.model):                            # as in `hidden`: the sampler is the scorer
                 return generate(self.model, prompts, num_samples=num_samples, max_new_tokens=max_new_tokens,
@@ -344,7 +346,7 @@ class LM:
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Last hidden states (m, H) at positions (m,) of ids.flatten(), from ids (B, T) padded on the right. Causal
-        attention needs no mask for that. A model that scales or caps its logits returns the logits (m, V)."""
+        attention needs no mask for that. Without a plain head, returns the logits (m, V) instead."""
         with autocast(self.model):
             if self.plain_head:
                 output = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -412,7 +414,7 @@ class Executor:
         outputs = self._write(prompts, [num_runs[n] for n in chosen], [key for n in chosen for key in keys[n]])
         self.spent["executor_prompt_tokens"] += sum(map(len, prompts))
         tried = [problems[n] for n in chosen for _ in runs[n]]
-        judged = iter(judge(tried, outputs, self.exec_score))                     # by verify.py, section 5
+        judged = iter(judge(tried, outputs, self.exec_score))                     # by verify.py: section 5
         self.spent["program_runs"] += sum(problem.task_type == "code" for problem in tried)
         for n in chosen:
             runs[n] = list(itertools.islice(judged, num_runs[n]))
@@ -423,7 +425,7 @@ class Executor:
 
     def _rng_keys(self, problems, traces, num_runs, rng_key):
         """The rng key of each run. A problem's traces are its samples 0, 1, ... A run without a trace serves all steps,
-        so its key names no step."""
+        so its key does not name the step."""
         keys, seen = [], {}
         for problem, trace, K in zip(problems, traces, num_runs, strict=True):
             key = f"alone {self.seed} {problem.problem_id}"
@@ -434,12 +436,12 @@ class Executor:
             keys.append([f"{key} {k}" for k in range(K)])
         return keys
 
-    def _write(self, prompts, num_runs, rng_keys) -> list[tuple[str, bool]]:
+    def _write(self, prompts, num_runs, rng_keys):
         """(output, truncated) of num_runs[n] runs of prompt n, in prompt-major order."""
         try:
             tokens = self.lm.generate(prompts, num_runs, self.max_new_tokens, self.temperature, rng_keys,
                                       self.max_cache_gib).tokens
-        except FloatingPointError as error:                        # UserError: no other model is to blame
+        except FloatingPointError as error:                        # the UserError names the model
             raise UserError(f"the frozen executor {self.model.name_or_path}: {error}") from None
         self.spent["executor_tokens"] += sum(map(len, tokens))
         texts = decode_text(self.tokenizer, tokens)
@@ -453,7 +455,7 @@ class Executor:
                           rng_key: str = "") -> tuple[list[list[Run]], list[int]]:
         """1 + `num_runs` runs with each trace, and each problem's success count of `num_runs` runs without one, in one
         call of `generate`. The executor is frozen, so one count without a trace serves a problem's whole group and all
-        later steps. Only problems that have none yet are run."""
+        later steps. A problem that has one is not run again."""
         new = self._without_baseline(problems, num_runs)
         counts = [1 + num_runs] * len(problems) + [num_runs] * len(new)
         runs = self.run(problems + new, traces + [None] * len(new), counts, rng_key)
@@ -468,11 +470,11 @@ class Executor:
         new = {p.problem_id: p for p in problems if (p.problem_id, num_runs) not in self.baselines}
         return list(new.values())
 
-    def state(self) -> dict:
+    def state(self):
         """What a checkpoint needs: the baselines measured so far, and the costs."""
         return {"baseline": dict(self.baselines), "spent": dict(self.spent)}
 
-    def load_state(self, state: dict) -> None:
+    def load_state(self, state):
         """Restores `state`."""
         self.baselines, self.spent = dict(state["baseline"]), dict(state["spent"])
 
@@ -570,7 +572,7 @@ DIVERGED = ("the training diverged; delete this stage's folder (.partial), becau
             "there, and begin again with a lower --learning_rate")
 
 
-def pad(rows: list[list[int]], value: int, device) -> torch.Tensor:
+def pad(rows, value: int, device) -> torch.Tensor:
     """(B, longest) from lists of ids, padded on the right."""
     width = max(map(len, rows))
     return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
@@ -659,7 +661,7 @@ def schedule(step: int, total: int, warmup: int) -> float:
     return min((step + 1) / max(1, warmup), (total - step) / max(1, total - warmup))
 
 
-def enable_checkpointing(model) -> None:
+def enable_checkpointing(model):
     """Recomputes activations in the backward pass. That needs training mode, so dropout is set to 0: the policy that is
     scored must be the one that was sampled. UserError where training mode still computes something else."""
     for part in (model.config, *model.modules()):
@@ -683,13 +685,13 @@ def progress_bar(steps, **options) -> tqdm:
     return tqdm(steps, **options)
 
 
-def save_progress(path: Path, model, optimizer, values: tuple) -> None:
+def save_progress(path, model, optimizer, values):
     """Saves weights, optimizer and some plain values of a training, whole or not at all."""
     with data.replacing(path) as temporary, saying(f"{path}: cannot be saved"):
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "values": values}, temporary)
 
 
-def load_progress(path: Path | None, model, optimizer, values: tuple) -> tuple:
+def load_progress(path, model, optimizer, values):
     """Restores what `save_progress` saved and returns its values. Where nothing is saved, returns `values`."""
     if path is None or not path.exists():
         return values
@@ -756,7 +758,7 @@ def training_order(sequences, batch_size, seed):
 
 
 @torch.no_grad()
-def check_alive(model, where: str) -> None:
+def check_alive(model, where):
     """FloatingPointError where the last update left a model that says nothing. (Norm layers turn weights that are too
     large into logits of 0.) Otherwise the next stage would report damaged weights."""
     largest = model(input_ids=_some_ids(model, 8)[None], use_cache=False).logits.abs().max().item()
@@ -989,7 +991,7 @@ class Lora:
             self.active = True
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self):
         """Adds the adapter to the weights, rounded once to their dtype, and removes it."""
         for layer, hook in zip(self.layers.values(), self.hooks):
             layer.weight += self.scale * layer.lora_B @ layer.lora_A
@@ -1001,7 +1003,7 @@ class Lora:
         return {f"base_model.model.{name}.lora_{x}.weight": getattr(layer, f"lora_{x}").detach()
                 for name, layer in self.layers.items() for x in "AB"}
 
-    def save(self, folder, base: str) -> None:
+    def save(self, folder, base: str):
         """Writes the exact adapter into the subfolder adapter/, for `load` and for peft. Then merges it and writes the
         model as a plain Hugging Face folder in its dtype (bfloat16 rounds small changes away)."""
         adapter = Path(folder) / "adapter"
@@ -1280,7 +1282,7 @@ def tiny_training(s, task_type):
                 "optimizer": MuonAdamW(lm.model, s.learning_rate)}
 
 
-def make_base(s: BaseSettings, folder: Path) -> None:
+def make_base(s, folder):
     """Fills the stage folder with the trained base model, if one is trained, and with what its executor can do."""
     groups, progress = Path(s.run_dir) / "groups", folder / "progress.pt"
     heldout = data.read_problems(groups / "heldout.jsonl", need_tests=False)[:s.eval_problems]
@@ -1317,7 +1319,7 @@ def make_base(s: BaseSettings, folder: Path) -> None:
     progress.unlink(missing_ok=True)
 
 
-def main(argv) -> None:
+def main(argv):
     """The command: trains or checks the base model of a run."""
     s = data.parse_settings(BaseSettings, argv, "executor.py")
     base = Path(s.run_dir) / "base"
