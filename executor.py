@@ -81,14 +81,14 @@ class StaticCacheLayer(DynamicLayer):
         self.stores = [store[rows] for store in self.stores]
 
 
-def empty_cache(model, slots: int) -> DynamicCache:
+def empty_cache(model, slots):
     """Static layers for full attention. Windows, convolutions and recurrent states keep transformers' own layers."""
     cache = DynamicCache(config=model.config)
     cache.layers = [StaticCacheLayer(slots) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-def forward(model, ids, position, mask, cache) -> torch.Tensor:
+def forward(model, ids, position, mask, cache):
     """Appends ids (R, T) to the cache and returns the logits (R, V) after the last one. Each token sees the slots up
     to its own where mask (R, slots so far) is 1. A mask (R, 1, 1, L) is added to the attention scores instead."""
     # An index, not the number 1: for a number models take a slice, and on a CPU torch would then multiply with one
@@ -99,7 +99,7 @@ def forward(model, ids, position, mask, cache) -> torch.Tensor:
     return output.logits[:, -1]
 
 
-def prefill(model, prompts: list[list[int]], slots: int):
+def prefill(model, prompts, slots):
     """Reads prompts, longest first, into a new cache. Returns the logits (N, V) of the next token, the cache, the mask
     (N, slots) and the position (N,) of the next token."""
     device = model.get_input_embeddings().weight.device
@@ -120,7 +120,7 @@ def prefill(model, prompts: list[list[int]], slots: int):
     return logits, cache, mask, length                                            # positions count from 0
 
 
-def sample(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(logits, temperature, uniform):
     """Next token (R,) and its log-prob (R,) under this temperature, from logits (R, V) and uniform (R,) in [0, 1).
     The token is the first whose cumulative probability exceeds the row's uniform number. Temperature 0 takes the most
     likely token and reports its log-prob at temperature 1."""
@@ -344,7 +344,7 @@ class LM:
         except ContextError as error:
             raise UserError(str(error)) from None
 
-    def hidden(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def hidden(self, ids, positions):
         """Last hidden states (m, H) at positions (m,) of ids.flatten(), from ids (B, T) padded on the right. Causal
         attention needs no mask for that. Without a plain head, returns the logits (m, V) instead."""
         with autocast(self.model):
@@ -354,7 +354,7 @@ class LM:
                 output = self.model(input_ids=ids, use_cache=False).logits
         return output.flatten(0, 1)[positions]
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden):
         """Logits (rows, V) of some rows of `hidden`."""
         if not self.plain_head:
             return hidden
@@ -572,13 +572,13 @@ DIVERGED = ("the training diverged; delete this stage's folder (.partial), becau
             "there, and begin again with a lower --learning_rate")
 
 
-def pad(rows, value: int, device) -> torch.Tensor:
+def pad(rows, value, device):
     """(B, longest) from lists of ids, padded on the right."""
     width = max(map(len, rows))
     return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
 
 
-def pad_id(tokenizer) -> int:
+def pad_id(tokenizer):
     """The id to pad with. EOS serves where there is no pad token, because no loss and no mask looks at padding."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -850,7 +850,7 @@ def judge(problems, outputs, exec_score: str) -> list[Run]:
 
 
 def examine(model):
-    """(context, equal_lengths, plain_head, tokens_per_gib) of an LM. UserError for one that cannot be decoded."""
+    """(context, equal_lengths, plain_head, tokens_per_gib) of an `LM`. UserError for one that cannot be decoded."""
     return context_of(model), check_decoding(model), check_head(model), cache_tokens(model, 1.0)
 
 
