@@ -24,6 +24,7 @@ buffers, which transformers 5 leaves uninitialised on loading. Here constants ar
 import json
 import math
 import random
+import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ class RubricRewardModel(nn.Module):
         super().__init__()
         hidden = model.config.get_text_config().hidden_size
         self.model, self.tokenizer = model, tokenizer
+        self.context = min(executor.context_of(model), 10**6)
         self.dimension_names = list(dimension_names)
         D = len(self.dimension_names)
         self.dimension_weights = list(dimension_weights or [1.0 / D] * D)
@@ -76,8 +78,7 @@ class RubricRewardModel(nn.Module):
     def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Texts -> ids and mask (B, T), right padding. What exceeds the context is cut, as in the public code. Training
         refuses groups and problems that would be; a trace can still have more tokens read than sampled."""
-        context = min(executor.context_of(self.model), 10**6)
-        rows = [torch.tensor(data.encode_text(self.tokenizer, text)[:context]) for text in texts]
+        rows = [torch.tensor(data.encode_text(self.tokenizer, text)[:self.context]) for text in texts]
         ids = pad_sequence(rows, batch_first=True)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         return ids.to(self.model.device), mask.to(self.model.device)
@@ -117,9 +118,7 @@ class RubricRewardModel(nn.Module):
         from transformers import AutoConfig, AutoModel, AutoTokenizer
         path = Path(folder) / "config.json"
         if not path.is_file():
-            inside = ", ".join(str(child.parent) for child in Path(folder).glob("*/config.json"))
-            raise UserError(f"{path}: no reward model here; " + (f"move one of {inside} there" if inside else
-                            "run rm.py first, or put a public reward model there"))
+            raise UserError(f"{path}: no reward model here; run rm.py first, or put a public one into {folder}")
         with executor.saying(f"{folder}: no rubric reward model can be loaded"):
             config = json.loads(path.read_text())
             if config["rm_num_labels"] != NUM_LABELS or not config["rm_use_total_head"]:
@@ -132,7 +131,10 @@ class RubricRewardModel(nn.Module):
             model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
             tokenizer = data.true_tokenizer(AutoTokenizer.from_pretrained(folder), folder)
             rm = cls(model, tokenizer, config["rm_dimension_names"], config["rm_dimension_weights"])
-            rm.load_state_dict(state, strict=True)
+            try:
+                rm.load_state_dict(state, strict=True)
+            except RuntimeError as error:                 # its first line alone does not name the tensor
+                raise ValueError(" ".join(str(error).split())) from None
         return rm.to(device).eval()
 
 
@@ -141,7 +143,7 @@ class RubricRewardModel(nn.Module):
 
 def batch_of(groups: list[dict], names: list[str], most: int, rng: random.Random | None):
     """The traces of some groups, with at most `most` flawed ones of each, drawn anew -> texts (B), labels (B, D) int64
-    in the order of names, gold (B,) total of the rubric, positive (B,) bool, group (B,) int64. rng None: all of them."""
+    in the order of names, gold (B,) total of the rubric, positive (B,) bool, group (B,) int64. rng None: all."""
     texts, rows = [], []
     for g, group in enumerate(groups):
         good, flawed = group["positive_pool"], group["negative_bank"]
@@ -179,22 +181,22 @@ def rm_loss(rm, label_logits, total_logit, labels, gold, positive, group, nn_wei
 
 @torch.no_grad()
 def measure_ranking(rm, groups: list[dict]) -> dict:
-    """Held-out quality: pair_accuracy (positive above negative; ties count as wrong), pair_accuracy_KIND of each kind of
-    flaw, group_accuracy (positive above every negative), total_mae, accuracy_DIMENSION of the rounded labels."""
+    """Held-out quality: pair_accuracy (positive above negative; ties count as wrong), pair_accuracy_KIND for each kind
+    of flaw, group_accuracy (positive above every negative), total_mae, accuracy_DIMENSION of the rounded labels."""
     pairs, whole, error, hits, kinds = [], [], [], [], {}
     for group in groups:
         texts, labels, gold, positive, _ = batch_of([group], rm.dimension_names, 10**6, None)
         score, expected = rm.score(texts)
         beats = score[positive][:, None] > score[~positive][None, :]                                  # (P, negatives)
         pairs += beats.flatten().tolist()
-        whole.append(bool(beats.all()))
+        whole.append(beats.all().item())
         error += (score - gold).abs().tolist()
         hits.append(expected.round() == labels)
         for flawed, won in zip(group["negative_bank"], beats.T.tolist()):
             kinds.setdefault(f"pair_accuracy_{flawed['negative_kind']}", []).extend(won)
     metrics = {"pair_accuracy": pairs, "group_accuracy": whole, "total_mae": error} | kinds
     accuracy = torch.cat(hits).float().mean(dim=0).tolist()
-    return ({"groups": len(groups)} | {name: sum(values) / len(values) for name, values in metrics.items()}
+    return ({"groups": len(groups)} | {name: statistics.fmean(values) for name, values in metrics.items()}
             | {f"accuracy_{name}": hit for name, hit in zip(rm.dimension_names, accuracy)})
 
 
@@ -222,7 +224,6 @@ class RMSettings(Options):
 
 def check_groups(rm: RubricRewardModel, groups: list[dict]) -> None:
     """UserError, before hours of training, for a group that cannot be ranked or read."""
-    context = executor.context_of(rm.model)
     for group in groups:
         where, domain = f"group {group['problem_id']}", set(data.DIMENSIONS[data.problem_of(group).task_type])
         if not group["positive_pool"] or not group["negative_bank"] or domain != set(rm.dimension_names):
@@ -231,9 +232,9 @@ def check_groups(rm: RubricRewardModel, groups: list[dict]) -> None:
                             "model: --mode exec_only or uplift_only (run.sh: MODES)")
         texts = batch_of([group], rm.dimension_names, 10**6, None)[0]
         longest = max(len(data.encode_text(rm.tokenizer, text)) for text in texts)
-        if longest > context:
-            raise UserError(f"{where}: a trace and its problem are {longest} tokens, the model's context is {context}; "
-                            "remove this group")
+        if longest > rm.context:
+            raise UserError(f"{where}: a trace and its problem are {longest} tokens, the model's context is "
+                            f"{rm.context}; remove this group")
 
 
 def train_reward_model(s: RMSettings, work: Path) -> None:
@@ -278,8 +279,8 @@ def train_reward_model(s: RMSettings, work: Path) -> None:
     if lora:
         lora.merge()
     rm.save_pretrained(work)
-    last = losses[-20:]
-    data.write_atomic(work / "trained.json", json.dumps({"steps": total, "train_loss": sum(last) / len(last)}))
+    loss = statistics.fmean(losses[-20:])
+    data.write_atomic(work / "trained.json", json.dumps({"steps": total, "train_loss": loss}))
     progress.unlink(missing_ok=True)
 
 
@@ -290,7 +291,7 @@ def main(argv) -> None:
     if out.exists() and not (out / "settings.json").exists():
         print(f"{out}: a reward model that was put there, not trained here; it is used as it is")
         return
-    with data.stage_folder(out, s, ("groups", "base")) as work:
+    with data.stage_folder(out, s, ["groups", "base"] + [s.model] * bool(s.model)) as work:
         if work:
             if not (work / "trained.json").exists():
                 train_reward_model(s, work)

@@ -32,7 +32,6 @@ import json
 import math
 import os
 import random
-import re
 import statistics
 import sys
 import time
@@ -124,6 +123,7 @@ REWARDS = {"tracelift": Mode(product, needs=("runs", "uplift", "rm"), weighted=T
            "uplift_only": Mode(success_and_uplift, needs=("runs", "uplift"), weighted=True)}
 UPLIFT = [name for name, mode in REWARDS.items() if "uplift" in mode.needs]
 WEIGHTED = [name for name, mode in REWARDS.items() if mode.weighted]
+EXECUTED = [name for name, mode in REWARDS.items() if "runs" in mode.needs]
 
 # ------------------------------------------------------------------------------------------ 2. settings
 
@@ -195,7 +195,7 @@ class TrainSettings(Settings):
     # run
     save_every: int = option(20, "steps between checkpoints", low=1, affects_result=False)
     eval_every: int = option(0, "steps between greedy evaluations on eval_problems held-out problems; 0: none", low=0,
-                             affects_result=False)
+                             only={"mode": EXECUTED}, affects_result=False)
     eval_problems: int = option(50, "held-out problems of these", low=1, needs="eval_every", affects_result=False)
 
 
@@ -222,8 +222,8 @@ class Trace:
 
 def rollout(planner: LM, problems: list[Problem], group_size: int, temperature: float, rng_key: str, s: Settings,
             begun: list[list[int]] | None = None) -> list[Trace]:
-    """B = N * G traces, G = `group_size` for each of N problems, in problem-major order. The random numbers of a trace
-    depend on rng_key, the problem and the trace's number alone, not on the batch around it. begun (N): ids that the
+    """B = N * G traces, G = `group_size` for each of N problems, in problem-major order. A trace's random numbers
+    depend on rng_key, the problem and the trace's number only, not on the batch around it. begun (N): ids that the
     planner continues (InT)."""
     begun = begun or [[]] * len(problems)
     prompts = [data.encode_prompt(planner.tokenizer, data.planner_prompt(problem)) for problem in problems]
@@ -233,8 +233,8 @@ def rollout(planner: LM, problems: list[Problem], group_size: int, temperature: 
     rows = [begun[b // group_size] + tokens for b, tokens in enumerate(sampled.tokens)]
     traces = []
     for b, text in enumerate(executor.decode_text(planner.tokenizer, rows)):
-        n, tokens, logprobs = b // group_size, sampled.tokens[b], sampled.logprobs[b]
-        traces.append(Trace(problems[n], data.extract_reasoning(text), prompts[n], tokens, logprobs,
+        n, tokens = b // group_size, sampled.tokens[b]
+        traces.append(Trace(problems[n], data.extract_reasoning(text), prompts[n], tokens, sampled.logprobs[b],
                             closed=data.CLOSE in text.rpartition("</think>")[2],
                             cut=tokens[-1] not in planner.eos_ids))
     return traces
@@ -255,9 +255,7 @@ def measure_rewards(traces: list[Trace], frozen: Executor | None, rm: RubricRewa
     for a reward function that does not return a finite float."""
     mode, K = REWARDS[s.mode], s.num_runs
     problems, texts = [t.problem for t in traces], [t.text for t in traces]
-    scores = [None] * len(traces)
-    without = [None] * len(traces)
-    runs = [[] for _ in traces]
+    scores, without, runs = ([None] * len(traces) for _ in range(3))
     if "rm" in mode.needs:                                # reads problem and trace, never the executor's output
         scores = rm.score([data.rm_text(problem, text) for problem, text in zip(problems, texts)])[0].tolist()
     if "uplift" in mode.needs:
@@ -265,15 +263,16 @@ def measure_rewards(traces: list[Trace], frozen: Executor | None, rm: RubricRewa
     elif "runs" in mode.needs:
         runs = frozen.run(problems, texts, 1, rng_key)
     for t, own, score, baseline in zip(traces, runs, scores, without):
-        r = Reward(e2e=own[0].score if own else None, rm=score, without_trace=baseline, num_runs=K, text=t.text,
-                   trace_tokens=len(t.tokens))
+        t.runs = own or []
+        t.reward = r = Reward(rm=score, without_trace=baseline, num_runs=K, text=t.text, trace_tokens=len(t.tokens))
+        if own:
+            r.e2e = own[0].score
         if baseline is not None:                          # uplift counts successes even if e2e is a partial score
             r.with_trace = sum(run.ok for run in own[1:])
             r.uplift = (r.with_trace - baseline) / K
         r.total = mode.total(r, s.w_e, s.w_r)
         if type(r.total) is not float or not math.isfinite(r.total):
             raise UserError(f"--mode {s.mode}: its reward function returned {r.total!r}; it must be a finite float")
-        t.reward, t.runs = r, own
 
 
 # ------------------------------------------------------------------------------------------ 5. the update
@@ -281,7 +280,7 @@ def measure_rewards(traces: list[Trace], frozen: Executor | None, rm: RubricRewa
 
 @dataclass
 class MicroBatch:
-    """b sequences, and their m sampled tokens as the loss wants them.
+    """b sequences, and their m sampled tokens in the form that the loss takes.
 
         ids         p0 p1 p2 t0 t1 E  .        p prompt, t sampled, E end of sequence, . padding
         loss_mask    -  -  x  x  x -  -        the logits at x predict ...
@@ -316,26 +315,23 @@ def micro_batches(traces: list[Trace], advantage: torch.Tensor, s: TrainSettings
             T = traces[order[0]].length
             size = max(1, s.micro_tokens // T)
             chosen, order = order[:size], order[size:]
-            ids, positions, target, seq_idx, weight, sampled_logp = ([] for _ in range(6))
+            ids, rows = [], []
             for i, b in enumerate(chosen):
-                t, m = traces[b], len(traces[b].tokens)
-                ids.append(t.prompt + t.tokens + [0] * (T - t.length))
-                begin = i * T + len(t.prompt) - 1                         # the last prompt token predicts the first one
-                positions += range(begin, begin + m)
-                target += t.tokens
-                seq_idx += [b] * m
-                weight += [1 / {"dapo": M, "grpo": B * m, "dr_grpo": B * s.max_trace_tokens}[s.loss_aggregation]] * m
-                sampled_logp += t.logprobs
-            columns = (ids, positions, target, seq_idx, weight, sampled_logp)
-            tensors = [torch.tensor(column, device=advantage.device) for column in columns]
+                tokens = traces[b].tokens
+                ids.append(traces[b].prompt + tokens + [0] * (T - traces[b].length))
+                first = i * T + len(traces[b].prompt) - 1                 # the last prompt token predicts the first one
+                length = {"dapo": M, "grpo": B * len(tokens), "dr_grpo": B * s.max_trace_tokens}[s.loss_aggregation]
+                for k, (token, logp) in enumerate(zip(tokens, traces[b].logprobs)):
+                    rows.append((first + k, token, b, 1 / length, logp))
+            tensors = [torch.tensor(column, device=advantage.device) for column in (ids, *zip(*rows))]
             batches.append(MicroBatch(*tensors, learns=spread or s.beta > 0))
     return batches, M
 
 
 def policy_loss(logp, A, weight, old, ref, clip_low: float, clip_high: float, beta: float) -> torch.Tensor:
-    """GRPO's loss of m tokens (arXiv 2402.03300, eq. 3), all arguments (m,). A weighted sum: the weights hold the mean.
+    """GRPO's loss of m tokens (arXiv 2402.03300, eq. 3); tensors are (m,). A sum, since the weights divide already.
 
-    old None: on-policy. rho is 1, and its derivative is that of logp. ref None: no KL."""
+    old None: on-policy, so rho is 1 and its derivative is that of logp. ref None: no KL."""
     rho = torch.exp(logp - (logp.detach() if old is None else old))
     loss = -torch.minimum(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
     if ref is not None:
@@ -375,9 +371,9 @@ def accumulate_gradient(planner: LM, batch: MicroBatch, reward: torch.Tensor, s:
 
 
 def token_health(batch: MicroBatch, logp, entropy, A, s: TrainSettings) -> dict:
-    """Sums over m tokens of what tells learning from collapse. entropy: of the next-token distribution. sampler_gap:
-    |scored - sampled log-prob|, where a mismatch of sampler and scorer shows (later updates of a rollout add to it).
-    clip_share: tokens whose gradient the clip stops. kl: the estimate of KL(planner || reference)."""
+    """Health metrics, summed over m tokens. entropy: of the next-token distribution. sampler_gap: |scored - sampled
+    log-prob|; it shows a mismatch of sampler and scorer, and grows with later updates of a rollout. clip_share: tokens
+    whose gradient the clip stops. kl: estimate of KL(planner || reference)."""
     health = {"entropy": entropy, "sampler_gap": (logp - batch.sampled_logp).abs()}
     rho = torch.ones_like(logp)
     if batch.old_logp is not None:
@@ -446,7 +442,7 @@ def train(s: TrainSettings) -> Path:
                     norm = executor.descend(optimizer, lr, s.grad_clip, f"step {step}")        # clip, step, zero_grad
                     log.update(health, M, lr, norm)
 
-                # 5. Write metrics, samples and now and then a checkpoint.
+                # 5. Write metrics, and every save_every steps samples and a checkpoint.
                 log.write(step, traces)
             log.save_planner(lora)
     print(f"{planner_folder(s)}: trained\nnext: python tracelift.py evaluate --run_dir {s.run_dir}")
@@ -454,8 +450,8 @@ def train(s: TrainSettings) -> Path:
 
 
 def problems_of_step(problems: list[Problem], step: int, problems_per_step: int, seed: int) -> list[Problem]:
-    """The N problems of a step: a seeded shuffle for each epoch; what is left of it and fills no step is skipped. A
-    function of the step alone, so a resumed run and runs of other modes see the same problems."""
+    """The N problems of a step: a seeded shuffle per epoch; a remainder that fills no step is skipped. It depends on
+    the step alone, so a resumed run and runs of other modes see the same problems."""
     epoch, i = divmod(step, len(problems) // problems_per_step)
     shuffled = random.Random(f"{seed} {epoch}").sample(problems, len(problems))
     return shuffled[i * problems_per_step:(i + 1) * problems_per_step]
@@ -475,11 +471,11 @@ def planner_folder(s: TrainSettings) -> Path:
 
 @contextmanager
 def training_folder(s: TrainSettings, ranks: "Ranks"):
-    """The folder that a training fills, on all ranks; only rank 0 writes. None where the planner is there already; a
-    planner of fewer steps continues. UserError for settings that do not go together, before anything is written."""
+    """The folder that a training fills, on all ranks; only rank 0 writes. None if the planner is complete; a planner
+    of fewer steps continues. UserError for settings that do not go together, before anything is written."""
     out, folder = planner_folder(s), nullcontext()
-    if not re.fullmatch(r"[\w.+-]*", s.name):
-        raise UserError(f"--name {s.name!r}: use letters, digits, and . + - _")
+    if "/" in s.name:
+        raise UserError(f"--name {s.name}: must not contain /")
     if s.w_e == s.w_r == 0:
         raise UserError("--w_e 0 --w_r 0: the reward would always be 0; raise one of them")
     done = data.made_with(out).get("steps", s.steps)
@@ -507,12 +503,11 @@ def load_roles(s: Settings, folder: str = "", needs: tuple[str, ...] = ("runs",)
     device, base = executor.pick_device(s.device), executor.base_of(s.run_dir)
     with executor.saying(f"the kernels on {device}"):
         kernels.check(device)
-    adapter = Path(folder or base) / "adapter"
     if rank and folder:
         raise UserError("--init does not go with --lora_rank: an adapter sits on the base model, which is the executor")
+    adapter, frozen, rm, lora = Path(folder or base) / "adapter", None, None, None
     own, dtype = (base, None) if rank or adapter.is_dir() else (folder or base, torch.float32)
     planner = LM(*executor.load_for(s.run_dir, own, device, dtype))
-    frozen = rm = lora = None
     if "runs" in needs:
         options = {"max_new_tokens": s.max_answer_tokens, "temperature": s.executor_temperature, "seed": s.seed,
                    "exec_score": getattr(s, "exec_score", "binary")}
@@ -534,84 +529,81 @@ def load_roles(s: Settings, folder: str = "", needs: tuple[str, ...] = ("runs",)
 
 def training_problems(s: TrainSettings, planner: LM, frozen: Executor | None,
                       rm: RubricRewardModel | None) -> list[Problem]:
-    """The problems to train on. UserError where a step could not have its problems, or a role could not read one."""
-    problems = data.read_problems(Path(s.run_dir) / s.groups)
-    task, ranks = problems[0].task_type, Ranks().count
+    """The problems to train on. UserError if they are too few for a step, or do not fit a role."""
+    problems, ranks = data.read_problems(Path(s.run_dir) / s.groups), Ranks().count
     if not ranks <= s.problems_per_step <= len(problems):
         raise UserError(f"--problems_per_step {s.problems_per_step}: must be at least {ranks}, the processes, and at "
                         f"most {len(problems)}, the training problems")
-    if s.exec_score != "binary" and task == "math":
-        raise UserError(f"--exec_score {s.exec_score} scores programs; the problems of {s.run_dir} are math")
-    if rm and set(rm.dimension_names) != set(data.DIMENSIONS[task]):
-        raise UserError(f"{s.run_dir}/rm judges {', '.join(rm.dimension_names)}: it is not for {task}")
-    check_lengths(problems, planner, frozen, s.max_trace_tokens, rm)
+    if rm and set(rm.dimension_names) != set(data.DIMENSIONS[problems[0].task_type]):
+        raise UserError(f"{s.run_dir}/rm judges {', '.join(rm.dimension_names)}: not for {problems[0].task_type}")
+    check_lengths(problems, s, s.max_trace_tokens, planner, frozen, rm)
     return problems
 
 
-def check_lengths(problems: list[Problem], planner: LM, frozen: Executor | None, trace_tokens: int, rm=None) -> None:
-    """UserError, before hours of work, for a problem that does not fit a role's context."""
-    readers = [("the planner", planner.tokenizer, planner.context, data.planner_prompt, trace_tokens)]
-    if frozen:
-        readers.append(("the executor", frozen.tokenizer, frozen.context, lambda p: data.executor_prompt(p, ""),
-                        trace_tokens + frozen.max_new_tokens))
-    if rm:
-        readers.append(("the reward model", rm.tokenizer, executor.context_of(rm.model), lambda p: data.rm_text(p, ""),
-                        trace_tokens))
-    for who, tokenizer, context, text_of, more in readers:
-        for problem in problems:
-            length = len(data.encode_prompt(tokenizer, text_of(problem))) + more
-            if length > context:
-                raise UserError(f"{problem.problem_id}: needs up to {length} tokens, the context of {who} is {context}; "
-                                "lower --max_trace_tokens or --max_answer_tokens, or leave the problem out")
+def check_lengths(problems: list[Problem], s: Settings, trace_tokens: int, planner: LM, *others) -> None:
+    """UserError, before hours of work, for a problem that does not fit the context of every role."""
+    context = min(role.context for role in (planner, *others) if role)
+    for problem in problems:
+        texts = data.planner_prompt(problem), data.executor_prompt(problem, ""), data.rm_text(problem, "")
+        prompt = max(len(data.encode_prompt(planner.tokenizer, text)) for text in texts)
+        length = prompt + trace_tokens + s.max_answer_tokens
+        if length > context:
+            raise UserError(f"{problem.problem_id}: prompt, trace and answer are up to {length} tokens, the smallest "
+                            f"context of a model here is {context}; lower --max_trace_tokens or --max_answer_tokens, "
+                            "or leave the problem out")
 
 
+@dataclass
 class TrainingLog:
     """What a training writes: metrics.jsonl, samples.jsonl, checkpoints, at the end the planner. A new one restores the
     last checkpoint; Ctrl-C and SIGTERM write another.
 
     A checkpoint holds what training has changed: the weights that learn, the optimizer's state, the executor's
-    baselines, the log. Not in it: the frozen models, the settings (settings.json) and random generators, since random
-    numbers are a function of seed, step, problem and sample."""
+    baselines, the costs, the logs. Not in it: the frozen models, the settings (settings.json) and random generators,
+    since random numbers are a function of seed, step, problem and sample."""
+    work: Path
+    planner: LM
+    optimizer: torch.optim.Optimizer
+    frozen: Executor | None
+    ranks: "Ranks"
+    s: TrainSettings
 
-    def __init__(self, work: Path, planner: LM, optimizer, frozen: Executor | None, ranks: "Ranks", s: TrainSettings):
-        self.work, self.planner, self.optimizer, self.frozen = work, planner, optimizer, frozen
-        self.ranks, self.s = ranks, s
-        self.lines = {"metrics.jsonl": [], "samples.jsonl": []}
-        path = work / "checkpoint.pt"
-        if path.exists():
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            planner.model.load_state_dict(saved["planner"], strict=False)         # LoRA: the adapter alone
-            optimizer.load_state_dict(saved["optimizer"])
-            self.lines = saved["lines"]
-            if frozen:
-                frozen.load_state(saved["executor"])
-        for name in self.lines:
-            self.append(name, [], "w")                                    # the files as they were at the checkpoint
+    def __post_init__(self):
+        saved = {"steps": 0, "spent": {}, "logs": {"metrics.jsonl": "", "samples.jsonl": ""}}
+        if (self.work / "checkpoint.pt").exists():
+            saved = torch.load(self.work / "checkpoint.pt", map_location="cpu", weights_only=True)
+            self.planner.model.load_state_dict(saved["planner"], strict=False)    # LoRA: the adapter alone
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.frozen:
+                self.frozen.baselines = saved["baselines"]
+        self.done, self.spent, self.times = saved["steps"], Counter(saved["spent"]), []
+        for name, text in saved["logs"].items():
+            self.append(name, text, "w")
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        if kind is KeyboardInterrupt and self.marks[-1][0] in ("rollout", "reward"):     # not amid an update
+        if kind is KeyboardInterrupt and len(self.times) < 3:             # in rollout or reward, not amid an update
             if self.frozen:
-                self.frozen.load_state(self.before)                       # the step's runs are measured again
+                self.frozen.baselines = self.baselines                    # the step measures its own again
             self.save_checkpoint()
 
     def steps(self):
         """The steps that are left, behind a progress bar."""
-        done = len(self.lines["metrics.jsonl"])
-        if done > self.s.steps:
-            raise UserError(f"--steps {self.s.steps}: {self.work} has {done} steps already; choose another --name")
-        self.bar = executor.progress_bar(range(done, self.s.steps), initial=done, total=self.s.steps,
-                                         desc=self.work.stem, disable=self.ranks.rank > 0)
+        done, total = self.done, self.s.steps
+        if done > total:
+            raise UserError(f"--steps {total}: {self.work} has {done} steps already; choose another --name")
+        self.bar = executor.progress_bar(range(done, total), initial=done, total=total, desc=self.work.stem,
+                                         disable=self.ranks.rank > 0)
         for step in self.bar:
-            self.updates, self.marks = [], []
-            self.before = self.frozen and self.frozen.state()
+            self.updates, self.times = [], []
+            self.baselines = dict(self.frozen.baselines) if self.frozen else {}
             yield step
 
     def phase(self, name: str) -> None:
-        """From here on the time counts for this phase."""
-        self.marks.append((name, time.perf_counter()))
+        """A phase begins: rollout, reward, update, write."""
+        self.times.append(time.perf_counter())
         self.bar.set_postfix_str(name, refresh=sys.stderr.isatty())
 
     def update(self, health: list[dict], M: int, lr: float, norm: float) -> None:
@@ -621,61 +613,61 @@ class TrainingLog:
         self.updates.append({"entropy": None, "sampler_gap": None} | means | {"grad_norm": norm, "learning_rate": lr})
 
     def write(self, step: int, traces: list[Trace]) -> None:
-        """Adds a step's line of metrics, about every save_every steps a group to read and a checkpoint."""
-        s = self.s
+        """Adds a step's line of metrics, and every save_every steps a group to read and a checkpoint."""
+        s, self.done = self.s, step + 1
         self.phase("write")
-        traces = [t for own in self.ranks.exchange(traces) for t in own]
-        for t in traces:                                                  # baselines that other ranks have measured
-            if t.reward.without_trace is not None:
-                self.frozen.baselines[t.problem.problem_id, s.num_runs] = t.reward.without_trace
-        line = self.metrics(step, traces)
-        last = step + 1 == s.steps
-        if s.eval_every and self.ranks.rank == 0 and ((step + 1) % s.eval_every == 0 or last):
+        traces = sum(self.ranks.exchange(traces), [])
+        line = {"step": step} | self.metrics(traces)
+        if step == 0 and line["reward_spread"] and not 1e-5 < line["reward_spread"] < 1e15:
+            print("the rewards of a group differ by too little or too much for float32: nothing is learned; scale them")
+        last = self.done == s.steps
+        if s.eval_every and self.ranks.rank == 0 and (last or self.done % s.eval_every == 0):
             line["heldout_success"] = greedy_success(self.planner, self.frozen, s)
-        self.append("metrics.jsonl", [line])
-        if step % s.save_every == 0:
-            self.append("samples.jsonl", [{"step": step, "problem": t.problem.problem, **asdict(t.reward),
-                                           "outputs": [run.output for run in t.runs]} for t in traces[:s.group_size]])
-        if (step + 1) % s.save_every == 0 or last:
+        self.append("metrics.jsonl", json.dumps(line) + "\n")
+        for t in traces[:s.group_size] if step % s.save_every == 0 else ():
+            outputs = [run.output for run in t.runs]
+            sample = {"step": step, "problem": t.problem.problem, **asdict(t.reward), "outputs": outputs}
+            self.append("samples.jsonl", json.dumps(sample) + "\n")
+        if last or self.done % s.save_every == 0:
             self.save_checkpoint()
 
-    def metrics(self, step: int, traces: list[Trace]) -> dict:
-        """A line: averages of `facts` over the step's traces and of `update` over its updates, then costs, summed over
-        the training so far. The seconds are those of rank 0."""
+    def metrics(self, traces: list[Trace]) -> dict:
+        """Means of `facts` over the step's traces and of `update` over its updates; the seconds of rank 0; what the
+        training has spent so far, on all ranks. Ranks also share the baselines that each has measured."""
         totals = [t.reward.total for t in traces]
         groups = [totals[i:i + self.s.group_size] for i in range(0, len(totals), self.s.group_size)]
-        line = {"step": step, "reward": statistics.fmean(totals)} | average([facts(t) for t in traces])
+        line = {"reward": statistics.fmean(totals)} | average([facts(t) for t in traces]) | average(self.updates)
         line["groups_without_spread"] = statistics.fmean(max(g) == min(g) for g in groups)     # no gradient
         line["reward_spread"] = statistics.fmean(map(statistics.pstdev, groups))               # inside a group
-        if step == 0 and (0 < line["reward_spread"] < 1e-5 or line["reward_spread"] > 1e15):
-            print("the rewards of a group differ by too little or too much for float32: nothing is learned; scale them")
-        line |= average(self.updates)
-        line |= {f"seconds_{name}": after - at for (name, at), (_, after) in zip(self.marks, self.marks[1:])}
-        spent = {"planner_tokens": sum(len(t.tokens) for t in traces), "seconds": self.marks[-1][1] - self.marks[0][1]}
+        seconds = [after - at for at, after in zip(self.times, self.times[1:])]
+        line |= zip(("seconds_rollout", "seconds_reward", "seconds_update"), seconds)
+        self.spent.update(planner_tokens=sum(len(t.tokens) for t in traces), seconds=sum(seconds))
         if self.frozen:
-            spent |= self.ranks.sum([self.frozen.spent])
+            self.spent.update(self.ranks.sum([self.frozen.spent]))
             self.frozen.spent = dict.fromkeys(self.frozen.spent, 0)
-        before = self.lines["metrics.jsonl"][-1:] or [Counter()]
-        return line | {name: before[0][name] + more for name, more in spent.items()}
+            for known in self.ranks.exchange(self.frozen.baselines):
+                self.frozen.baselines |= known
+        return line | self.spent
 
-    def append(self, name: str, lines: list[dict], mode: str = "a") -> None:
-        """Adds lines to a log; mode "w" writes it anew."""
-        self.lines[name] += lines
+    def append(self, name: str, text: str, mode: str = "a") -> None:
+        """Adds text to a log; mode "w" replaces what is there."""
         if self.ranks.rank == 0:
             with open(self.work / name, mode) as log:
-                log.writelines(json.dumps(line) + "\n" for line in (lines if mode == "a" else self.lines[name]))
+                log.write(text)
 
     def save_checkpoint(self) -> None:
         """Writes checkpoint.pt, whole or not at all."""
         if self.ranks.rank == 0:
             learning = {name: p.detach() for name, p in self.planner.model.named_parameters() if p.requires_grad}
+            state = {"steps": self.done, "planner": learning, "optimizer": self.optimizer.state_dict(),
+                     "spent": dict(self.spent), "baselines": self.frozen and self.frozen.baselines,
+                     "logs": {path.name: path.read_text() for path in self.work.glob("*.jsonl")}}
             with data.replacing(self.work / "checkpoint.pt") as temporary:
-                torch.save({"planner": learning, "optimizer": self.optimizer.state_dict(), "lines": self.lines,
-                            "executor": self.frozen.state() if self.frozen else {}}, temporary)
+                torch.save(state, temporary)
 
     def save_planner(self, lora) -> None:
         """Model and tokenizer as a Hugging Face folder; with LoRA the merged model, and the adapter beside it."""
-        executor.check_alive(self.planner.model, f"step {self.s.steps - 1}")
+        executor.check_alive(self.planner.model, f"step {self.done - 1}")
         if self.ranks.rank == 0:
             if lora:
                 lora.save(self.work, executor.base_of(self.s.run_dir))
@@ -687,7 +679,7 @@ class TrainingLog:
 def facts(t: Trace) -> dict:
     """What is known of a trace, as numbers; None where the mode or the data does not tell."""
     right, leak = t.text is not None and data.check_trace(t.problem, t.text) or (None, None)
-    r, runs = t.reward or Reward(), t.runs or []
+    r, runs = t.reward or Reward(), t.runs
     success = runs[0].ok if runs else None
     return {
         "success": success,                                               # of the one run that is e2e
@@ -700,22 +692,24 @@ def facts(t: Trace) -> dict:
         "leak": leak,                                                     # states the final result, or the code
         "unclosed": not t.closed,                                         # no </reasoning>
         "truncated": t.cut,                                               # cut at max_trace_tokens
-        "executor_truncated": average([{"cut": run.truncated} for run in runs])["cut"] if runs else None,
+        "executor_truncated": statistics.fmean(run.truncated for run in runs) if runs else None,
         "trace_tokens": len(t.tokens)}
 
 
 def average(rows: list[dict]) -> dict:
-    """Means over the rows in which a number is known; None where none is."""
-    known = {name: [float(row[name]) for row in rows if row[name] is not None] for name in rows[0]}
-    return {name: statistics.fmean(values) if values else None for name, values in known.items()}
+    """Means over the rows in which a number is known; None where none is. The last row has all names."""
+    means = {}
+    for name in rows[-1]:
+        known = [float(row[name]) for row in rows if row.get(name) is not None]
+        means[name] = statistics.fmean(known) if known else None
+    return means
 
 
-def execute(frozen: Executor, traces: list[Trace], rng_key: str, num_runs: int = 1) -> list[list[bool]]:
-    """Runs the executor with each trace. Returns which of the runs succeed."""
-    made = frozen.run([t.problem for t in traces], [t.text for t in traces], num_runs, rng_key)
-    for t, own in zip(traces, made):
+def execute(frozen: Executor, traces: list[Trace], rng_key: str, num_runs: int = 1) -> None:
+    """Sets the executor runs of each trace, without a reward."""
+    runs = frozen.run([t.problem for t in traces], [t.text for t in traces], num_runs, rng_key)
+    for t, own in zip(traces, runs):
         t.runs = own
-    return [[run.ok for run in own] for own in made]
 
 
 def greedy_success(planner: LM, frozen: Executor, s: TrainSettings) -> float:
@@ -723,7 +717,9 @@ def greedy_success(planner: LM, frozen: Executor, s: TrainSettings) -> float:
     problems = data.read_problems(Path(s.run_dir) / "groups" / "heldout.jsonl")[:s.eval_problems]
     greedy = copy.copy(frozen)
     greedy.temperature, greedy.spent = 0.0, dict(frozen.spent)
-    return statistics.fmean(ok for ok, in execute(greedy, rollout(planner, problems, 1, 0.0, "eval", s), "eval"))
+    traces = rollout(planner, problems, 1, 0.0, "eval", s)
+    execute(greedy, traces, "eval")
+    return statistics.fmean(t.runs[0].ok for t in traces)
 
 
 # ---- several processes
@@ -741,7 +737,7 @@ class Ranks:
 
     def __init__(self):
         self.rank, self.count = 0, 1
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
     def exchange(self, value) -> list:
@@ -752,7 +748,7 @@ class Ranks:
         return values
 
     def sum(self, counts: list[dict]) -> dict:
-        """Sums over dicts with the same names, of all ranks."""
+        """Sums over the dicts of all ranks, by name."""
         total = Counter()
         for count in sum(self.exchange(counts), []):
             total.update({name: float(value) for name, value in count.items()})
@@ -763,19 +759,18 @@ class Ranks:
         return problems[self.rank::self.count]
 
     def sum_gradients(self, parameters: list) -> None:
-        """Every gradient becomes the sum over all ranks. A parameter without a gradient on one rank counts as 0 there;
-        without one on any rank it stays None, so the optimizer leaves weight and momentum alone."""
-        has_one = zip(*self.exchange([p.grad is not None for p in parameters]))
-        for parameter, has in zip(parameters, has_one):
-            if self.count > 1 and any(has):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
+        """Every gradient becomes the sum over all ranks. If no rank has a gradient all stay None, so the optimizer
+        leaves weights and momentum alone."""
+        learns = self.exchange(any(p.grad is not None for p in parameters))
+        for p in parameters if self.count > 1 and any(learns) else ():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad)
 
 
 @contextmanager
 def torchrun():
-    """Connects the ranks where torchrun has started this process; only rank 0 prints."""
+    """Connects the ranks if torchrun has started this process; only rank 0 prints."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
@@ -801,7 +796,7 @@ class EvalSettings(Place):
     """Settings of `python tracelift.py evaluate`. Lengths, executor and its temperature are those of the training."""
     problems: int = option(300, "held-out problems per row", low=1)
     samples: int = option(1, "traces per problem at temperature 1; more than one adds pass@k", low=1)
-    executor: str = option("", "URL of the executor's server, where it is not the one of the training",
+    executor: str = option("", "URL of the executor's server, if it is not the one of the training",
                            affects_result=False)
 
 
@@ -811,20 +806,20 @@ class InspectSettings(Place):
     traces: int = option(3, "traces to show", low=2)
     planner: str = option("", "folder name of a planner in the run; empty: the base model")
     problem: str = option("", "a problem of your own; empty: a held-out one, chosen by the seed")
-    executor: str = option("", "URL of the executor's server, where it is not the one of the training")
+    executor: str = option("", "URL of the executor's server, if it is not the one of the training")
 
 
 def planners_of(run_dir) -> list[Path]:
-    """The folders of the trained planners."""
-    return [path for path in sorted(Path(run_dir).glob("planner-*")) if re.fullmatch(r"planner-.+-seed\d+", path.name)]
+    """The folders of the trained planners; not planner-NAME-seedSEED.partial, which is in training."""
+    return sorted(Path(run_dir).glob("planner-*-seed*[0-9]"))
 
 
 def trained_with(folder: Path, s: EvalSettings | InspectSettings) -> TrainSettings:
     """How a planner was trained, at this place and with this seed. Base model and InT: as the run's first planner."""
     made = [data.made_with(path) for path in (folder, *planners_of(s.run_dir))]
     known = next((settings for settings in made if "mode" in settings), {})
-    here = {"run_dir": s.run_dir, "device": s.device, "seed": s.seed} | ({"executor": s.executor} if s.executor else {})
-    return TrainSettings(**known | here)
+    known |= {"run_dir": s.run_dir, "device": s.device, "seed": s.seed}
+    return TrainSettings(**known | {"executor": s.executor or known.get("executor", "")})
 
 
 def evaluate(s: EvalSettings) -> list[dict]:
@@ -836,13 +831,12 @@ def evaluate(s: EvalSettings) -> list[dict]:
         path, how = folder / "results.json", trained_with(folder, s)
         settings = {f.name: getattr(how, f.name) for f in fields(how)
                     if f.name not in ("seed", "name") and (f.metadata["affects_result"] or f.name == "steps")}
-        asked = {"problems": s.problems, "samples": s.samples, "seed": s.seed, "settings": settings,
-                 "read": [data.fingerprint(run_dir / name) for name in ("groups", "base")]}
+        asked = {"problems": s.problems, "samples": s.samples, "seed": s.seed, "settings": settings}
         known = data.read_json(path) if path.exists() else {}
         if known.get("asked") != asked:
             known = {"asked": asked, "rows": measure(folder, how, s)}
             data.write_atomic(path, json.dumps(known, indent=1))
-        rows += [row | {"settings": settings} for row in known["rows"]]
+        rows += [asked | row for row in known["rows"]]
     data.write_atomic(run_dir / "results.md", table(rows))
     print(f"{table(rows)}{run_dir}/results.md: written\nnext: python tracelift.py inspect --run_dir {run_dir}")
     return rows
@@ -854,22 +848,20 @@ def measure(folder: Path, how: TrainSettings, s: EvalSettings) -> list[dict]:
     name, rows = {"base": "base planner", "int": "InT"}.get(folder.name, how.name or how.mode), []
     for path in sorted(folder.parent.glob("groups/[hl]*.jsonl")):                              # heldout, longer
         problems = data.read_problems(path)[:s.problems]
-        check_lengths(problems, planner, frozen, how.max_trace_tokens)
-        sets = {}
+        check_lengths(problems, how, how.max_trace_tokens, planner, frozen)
+        sets = {(name, T): rollout(planner, problems, samples, T, f"{s.seed} {path.stem} T={T}", how)
+                for T, samples in ((0, 1), (1, s.samples))}
         if folder.name == "base":
-            sets["no trace", 0] = [Trace(p, None, [], [], []) for p in problems]
+            sets["no trace", ""] = [Trace(p, None, [], [], []) for p in problems]
             if all(p.reference_reasoning for p in problems):
-                sets["reference trace", 0] = [Trace(p, p.reference_reasoning, [], [], []) for p in problems]
-        for T, samples in ((0, 1), (1, s.samples)):
-            sets[name, T] = rollout(planner, problems, samples, T, f"{s.seed} {path.stem} T={T}", how)
+                sets["reference trace", ""] = [Trace(p, p.reference_reasoning, [], [], []) for p in problems]
         for (source, T), traces in sets.items():
-            ok = [run for run, in execute(frozen, traces, f"{path.stem} T={T}")]
-            row = {"problems": f"{path.stem} ({len(problems)})", "T": T, "traces": source}
-            row |= average([facts(t) for t in traces])
-            right = [sum(ok[i:i + s.samples]) for i in range(0, len(ok), s.samples)]
-            for k in range(2, s.samples + 1) if T else ():
-                row[f"pass@{k}"] = statistics.fmean(pass_at(k, s.samples, n) for n in right)
-            rows.append(row)
+            execute(frozen, traces, f"{path.stem} T={T or 0}")
+            n = len(traces) // len(problems)
+            right = [sum(t.runs[0].ok for t in traces[i:i + n]) for i in range(0, len(traces), n)]
+            row = {f"pass@{k}": statistics.fmean(pass_at(k, n, r) for r in right) for k in POWERS if k <= n}
+            row |= {"split": f"{path.stem} ({len(problems)})", "T": str(T), "traces": source}
+            rows.append(row | average([facts(t) for t in traces]))
     return rows
 
 
@@ -879,29 +871,25 @@ def pass_at(k: int, n: int, right: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
+POWERS = [2 ** i for i in range(1, 10)]           # the k of pass@k
 METRICS = ("success", "faithful", "calculations_right", "right_for_wrong_reason", "leak", "unclosed",
-           "executor_truncated", *(f"pass@{2 ** i}" for i in range(1, 10)))
+           "executor_truncated", *(f"pass@{k}" for k in POWERS))
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: for each split and temperature a row per planner name and settings, the mean over seeds, for several
-    also ± their sample standard deviation."""
-    lines, first = [], {}
+    """Markdown: a row per split, temperature, planner name and settings: the mean over seeds, for several also ± their
+    sample standard deviation."""
+    usual, groups = {}, {}
     for row in rows:
-        usual = first.setdefault(row["traces"], row["settings"])          # other settings under a name: another row
-        row["name"] = " ".join([row["traces"], *(f"--{k} {v}" for k, v in row["settings"].items() if usual[k] != v)])
-    for split, T in sorted({(row["problems"], row["T"]) for row in rows}):
-        own = [row for row in rows if row["problems"] == split and (row["T"] == T or row["traces"].endswith(" trace"))]
-        columns = [name for name in METRICS if any(row.get(name) is not None for row in own)]
-        lines += [f"{split}, traces {'sampled at temperature 1' if T else 'greedy'}:", "",
-                  f"| traces from | seeds | {' | '.join(columns).replace('_', ' ')} |",
-                  "|---" * (len(columns) + 2) + "|"]
-        for name in dict.fromkeys(row["name"] for row in own):
-            same = [row for row in own if row["name"] == name]
-            cells = [spread([row[column] for row in same if row.get(column) is not None]) for column in columns]
-            lines.append(f"| {name} | {len(same)} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+        first = usual.setdefault(row["traces"], row["settings"])          # other settings under a name: another row
+        flags = [f" --{name} {value}" for name, value in row["settings"].items() if value != first[name]]
+        groups.setdefault((row["split"], row["T"], row["traces"] + "".join(flags)), []).append(row)
+    columns = [name for name in METRICS if any(row.get(name) is not None for row in rows)]
+    lines = [["split", "T", "traces from", "seeds", *columns], ["---"] * (4 + len(columns))]
+    for key in sorted(groups, key=lambda key: key[:2]):
+        known = [[row[name] for row in groups[key] if row.get(name) is not None] for name in columns]
+        lines.append([*key, str(len(groups[key])), *map(spread, known)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def spread(values: list[float]) -> str:
@@ -912,7 +900,7 @@ def spread(values: list[float]) -> str:
 
 def inspect(s: InspectSettings) -> str:
     """A problem and its traces, from the executor's runs to the advantage, and one trace token by token, as text for a
-    person to read; the end of a line says what computed it. For a problem of your own: traces and outputs."""
+    person to read, beside what computed it. For a problem of your own: traces and outputs."""
     run_dir = Path(s.run_dir)
     problems = data.read_problems(run_dir / "groups" / "heldout.jsonl")
     problem, folder = problems[s.seed % len(problems)], run_dir / (s.planner or "base")
@@ -920,59 +908,53 @@ def inspect(s: InspectSettings) -> str:
         raise UserError(f"--planner {s.planner}: there is no folder {folder}; name one that is there, or leave it out")
     if s.problem:
         problem = replace(problem, problem=s.problem, reference_solution="", reference_reasoning=None, tests=[])
-    how = trained_with(folder, s)
-    judged = (run_dir / "rm").is_dir() and not s.problem                  # HumanEval and MBPP come without rm/
-    planner, frozen, rm, _ = load_roles(how, s.planner and str(folder), ("runs", "rm") if judged else ("runs",))
-    check_lengths([problem], planner, frozen, how.max_trace_tokens)
+    how, needs = trained_with(folder, s), ["runs"] + ["rm"] * (run_dir / "rm").is_dir()        # HumanEval has no rm/
+    planner, frozen, rm, _ = load_roles(how, s.planner and str(folder), needs)
     traces = rollout(planner, [problem], s.traces, how.temperature, f"{s.seed} inspect", how)
-    lines = [f"problem      {problem.problem}"]
+    shown = [("problem", problem.problem)]
     if s.problem:
         execute(frozen, traces, "inspect")
         for t in traces:
-            lines += [f"trace        {t.text}", f"  executor   {t.runs[0].output.strip()}"]
+            shown += [("trace", t.text), ("  executor", t.runs[0].output.strip())]
     else:
-        lines += reward_lines(traces, frozen, rm, how) + token_lines(planner, traces[0], how)
-    print("\n".join(lines))
-    return "\n".join(lines)
+        shown += reward_lines(traces, frozen, rm, how) + token_lines(planner, traces[0], how)
+    text = "\n".join(f"{name:40}{value}" for name, value in shown)
+    print(text)
+    return text
 
 
-def reward_lines(traces: list[Trace], frozen: Executor, rm: RubricRewardModel | None, how: TrainSettings) -> list[str]:
+def reward_lines(traces: list[Trace], frozen: Executor, rm, how: TrainSettings) -> list[tuple]:
     """Every part of the rewards of one group, then reward and advantage as the planner's own mode computes them."""
-    def show(name: str, run: Run) -> str:
-        return f"{name:13}{run.output.strip()!r} {'right' if run.ok else 'wrong'}    [Executor.run, verify]"
-
-    problem, mode = traces[0].problem, REWARDS[how.mode if rm else "uplift_only"]
-    all_parts = TrainSettings(mode="tracelift" if rm else "uplift_only", num_runs=how.num_runs)
-    measure_rewards(traces, frozen, rm, all_parts, "inspect")
+    mode, parts = REWARDS[how.mode if rm else "uplift_only"], "tracelift" if rm else "uplift_only"
+    measure_rewards(traces, frozen, rm, TrainSettings(mode=parts, num_runs=how.num_runs), "inspect")
     totals = [mode.total(t.reward, how.w_e, how.w_r) for t in traces]
     advantage = kernels.group_advantage(torch.tensor(totals), len(traces), how.scale == "std")
-    lines = [show("no trace", run) for run in frozen.run([problem], None, how.num_runs)[0]]
+    alone, = frozen.run([traces[0].problem], None, how.num_runs)
+    shown = [("no trace    [Executor.run, verify]", run) for run in alone]
     for t, total, A in zip(traces, totals, advantage):
         r = t.reward
-        lines += ["", f"trace        {t.text}"]
-        if data.check_trace(problem, t.text):
-            lines.append("  truth      right: {}, leak: {}    [data.check_trace]".format(*data.check_trace(problem, t.text)))
-        lines += [show("  e2e", t.runs[0]), *(show("  with it", run) for run in t.runs[1:])]
-        lines.append(f"  uplift     ({r.with_trace} with - {r.without_trace} without) / {r.num_runs} = {r.uplift:+.2f}"
-                     "    [measure_rewards]")
+        uplift = f"({r.with_trace} with - {r.without_trace} without) / {r.num_runs} = {r.uplift:+.2f}"
+        truth = data.check_trace(t.problem, t.text)
+        shown += [("", ""), ("trace", t.text), ("  right, leak    [data.check_trace]", truth)]
+        shown += [("  e2e, then K    [Executor.run, verify]", run) for run in t.runs]
+        shown.append(("  uplift    [measure_rewards]", uplift))
         if rm:
-            labels = rm.score([data.rm_text(problem, t.text)])[1][0].tolist()
+            labels = rm.score([data.rm_text(t.problem, t.text)])[1][0]
             named = ", ".join(f"{name} {label:.1f}" for name, label in zip(rm.dimension_names, labels))
-            lines.append(f"  rm         {r.rm:.2f}: {named}    [RubricRewardModel.score]")
-        lines += [f"  reward     {total:.3f}    [{mode.total.__name__}]",
-                  f"  advantage  {A:+.2f}    [kernels.group_advantage]"]
-    return lines
+            shown.append(("  rm    [RubricRewardModel.score]", f"{r.rm:.2f}: {named}"))
+        shown += [(f"  reward    [{mode.total.__name__}]", f"{total:.3f}")]
+        shown += [("  advantage    [kernels.group_advantage]", f"{A:+.2f}")]
+    return shown
 
 
-def token_lines(planner: LM, t: Trace, how: TrainSettings) -> list[str]:
+def token_lines(planner: LM, t: Trace, how: TrainSettings) -> list[tuple]:
     """The tokens of a trace that are in the loss: log-prob when sampled and when scored."""
     (batch,), _ = micro_batches([t], torch.ones(1, device=planner.device), replace(how, truncated="use"), Ranks())
     scored = completion_logp(planner, batch, how.temperature)
-    lines = ["", f"trace 0: {len(t.prompt)} tokens of the prompt are not in the loss, these are    [MicroBatch]",
-             "token             log-prob sampled   scored"]
+    shown = [("", ""), ("tokens of the first trace", "log-prob sampled, scored    [rollout, completion_logp]")]
     for token, old, new in zip(t.tokens, t.logprobs, scored):
-        lines.append(f"{planner.tokenizer.decode([token])!r:18}{old:16.3f}{new:9.3f}")
-    return lines
+        shown.append((repr(planner.tokenizer.decode([token])), f"{old:8.3f}{new:9.3f}"))
+    return shown
 
 
 # ------------------------------------------------------------------------------------------ 9. InT
@@ -1000,61 +982,71 @@ class IntSettings(Settings):
 
 def intervene(s: IntSettings) -> Path:
     """The stage: collects interventions and fine-tunes the planner on them. Returns its folder: model, tokenizer,
-    interventions.json, a record for each failed trace."""
+    interventions.json."""
     out = Path(s.run_dir) / "int"
     with data.stage_folder(out, s, ("groups", "base")) as work:
         if work:
             problems = data.read_problems(Path(s.run_dir) / "groups" / "train.jsonl")[:s.problems]
             planner, frozen, *_ = load_roles(s)
-            check_lengths(problems, planner, frozen, 3 * s.max_trace_tokens)      # an intervention reads two traces
-            log = work / "interventions.json"
-            records = data.read_json(log) if log.exists() else []         # a list for each 50 problems
-            for i in tqdm(range(50 * len(records), len(problems), 50), desc="InT"):
-                records.append(intervene_on(planner, frozen, s, problems[i:i + 50]))
-                data.write_atomic(log, json.dumps(records, indent=1))
-            sequences, heldout = int_sequences(planner.tokenizer, sum(records, []), problems, s.seed)
+            check_lengths(problems, s, 3 * s.max_trace_tokens, planner, frozen)   # an intervention reads two traces
+            records = in_pieces(work / "interventions.json", problems,
+                                lambda some: intervene_on(planner, frozen, s, some))
+            sequences, heldout = int_sequences(planner.tokenizer, records, problems, s.seed)
             if sequences:
                 executor.finetune(planner, sequences, heldout=heldout, epochs=s.epochs, seed=s.seed, warmup=10,
                                   title="InT", learning_rate=s.learning_rate, batch_size=s.batch_size,
                                   progress=work / "progress.pt")
             planner.model.save_pretrained(work)
             planner.tokenizer.save_pretrained(work)
-    records = sum(data.read_json(out / "interventions.json"), [])
-    print(f"{out}: {sum(bool(r['chosen']) for r in records)} of {len(records)} failed traces with an intervention\n"
-          f"next: python tracelift.py train --run_dir {s.run_dir} --init {out} --name tracelift-after-InT")
+            (work / "progress.pt").unlink(missing_ok=True)
+            print(f"{len(records)} failed traces have an intervention that helps")
+    print(f"{out}: made\nnext: python tracelift.py train --run_dir {s.run_dir} --init {out} --name tracelift-after-InT")
     return out
 
 
+PIECE = 32                        # problems whose work a stopped stage may lose
+
+
+def in_pieces(path: Path, problems: list[Problem], work: Callable[[list[Problem]], list]) -> list:
+    """The records that `work` returns for PIECE problems at a time, joined. The file keeps them, a list for each piece,
+    so a stopped stage continues."""
+    pieces = data.read_json(path) if path.exists() else []
+    for i in tqdm(range(PIECE * len(pieces), len(problems), PIECE), desc=path.stem):
+        pieces.append(work(problems[i:i + PIECE]))
+        data.write_atomic(path, json.dumps(pieces, indent=1))
+    return sum(pieces, [])
+
+
 def intervene_on(planner: LM, frozen: Executor, s: IntSettings, problems: list[Problem]) -> list[dict]:
-    """One record for each trace that fails in all K executor runs: the interventions that the planner proposes; their
-    success in K runs when the planner continues from there; and the chosen one, the most successful, then the most
-    often proposed one, if it succeeds at all."""
+    """One record for each trace that fails in all K executor runs and that an intervention can save. The planner
+    proposes some and continues from each; the most successful one in K runs is kept, then the most often proposed."""
+    K, tokenizer, by_id = s.num_runs, planner.tokenizer, {p.problem_id: p for p in problems}
     traces = rollout(planner, problems, s.group_size, s.temperature, f"{s.seed} int", s)
-    failed = []
-    for t, ok in zip(traces, execute(frozen, traces, "int", s.num_runs)):
-        if not any(ok) and t.problem.reference_reasoning and data.split_steps(t.problem, t.text):
-            failed.append(t)
-    prompts = [data.encode_prompt(planner.tokenizer, data.intervention_prompt(t.problem, t.text)) for t in failed]
+    execute(frozen, traces, "int", K)
+    failed = [t for t in traces if t.problem.reference_reasoning and not any(run.ok for run in t.runs)]
+    prompts = [data.encode_prompt(tokenizer, data.intervention_prompt(t.problem, t.text)) for t in failed]
     rng_keys = [f"intervention {s.seed} {t.problem.problem_id} {i} {k}" for i, t in enumerate(failed)
                 for k in range(s.proposals)]
     said = planner.generate(prompts, s.proposals, s.max_trace_tokens, s.proposal_temperature, rng_keys, s.max_cache_gib)
-    texts = executor.decode_text(planner.tokenizer, said.tokens)
-    records, tried, begun = [], [], []
+    texts = executor.decode_text(tokenizer, said.tokens)
+    records = []
     for i, t in enumerate(failed):
         sampled = Counter(map(data.parse_intervention, texts[i * s.proposals:(i + 1) * s.proposals]))
-        named = [step for step in sampled if step and may_mend(t.problem, t.text, *step)]
-        proposals = [{"index": index, "step": step, "times": sampled[index, step]} for index, step in named]
-        records.append({"problem_id": t.problem.problem_id, "trace": t.text, "proposals": proposals})
-        tried += [t.problem] * len(named)
-        begun += [begin_trace(planner.tokenizer, data.splice(t.problem, t.text, *step)) for step in named]
-    traces = rollout(planner, tried, s.num_runs, s.temperature, f"{s.seed} mended", s, begun)
-    ok = iter(execute(frozen, traces, "mended"))
-    for record in records:
-        for proposal in record["proposals"]:
-            proposal["success"] = sum(next(ok)[0] for _ in range(s.num_runs)) / s.num_runs
-        passed = [proposal for proposal in record["proposals"] if proposal["success"] > 0]
-        record["chosen"] = max(passed, key=lambda p: (p["success"], p["times"]), default=None)
-    return records
+        for step, times in sampled.items():
+            if step and may_mend(t.problem, t.text, *step):
+                mended = data.OPEN + data.splice(t.problem, t.text, *step)
+                records.append({"problem_id": t.problem.problem_id, "trace": t.text, "times": times, "mended": mended})
+    begun = [data.encode_text(tokenizer, record["mended"], bos=False) for record in records]
+    tried = [by_id[record["problem_id"]] for record in records]
+    traces = rollout(planner, tried, K, s.temperature, f"{s.seed} mended", s, begun)
+    execute(frozen, traces, "mended")
+    best = {}
+    for i, record in enumerate(records):
+        record["success"] = statistics.fmean(t.runs[0].ok for t in traces[i * K:(i + 1) * K])
+    for record in sorted(records, key=lambda r: (r["success"], r["times"])):
+        if record["success"]:
+            best[record["problem_id"], record["trace"]] = record
+    return list(best.values())
 
 
 def may_mend(problem: Problem, trace: str, index: int, step: str) -> bool:
@@ -1068,23 +1060,16 @@ def may_mend(problem: Problem, trace: str, index: int, step: str) -> bool:
     return "```" not in step if problem.task_type == "code" else not data.gives_number(problem, step)
 
 
-def begin_trace(tokenizer, beginning: str) -> list[int]:
-    """Token ids of the beginning of a completion; control tokens that it spells stay letters."""
-    return tokenizer(data.OPEN + beginning, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-
 def int_sequences(tokenizer, records: list[dict], problems: list[Problem], seed: int) -> tuple[list, list]:
-    """(ids, labels) for training and held out, of the chosen interventions: no loss on the prompt, none on what comes
-    after the step, so none on a token that ends the trace. A tenth of the problems is held out."""
+    """(ids, labels) for training and held out, of the interventions: no loss on the prompt, none on what comes after
+    the step, so none on a token that ends the trace. A tenth of the problems is held out."""
     by_id, parts = {p.problem_id: p for p in problems}, ([], [])
     for record in records:
-        if record["chosen"]:
-            problem, step = by_id[record["problem_id"]], record["chosen"]
-            prompt = data.encode_prompt(tokenizer, data.planner_prompt(problem))
-            learned = begin_trace(tokenizer, data.splice(problem, record["trace"], step["index"], step["step"]))
-            labels = [executor.IGNORE] * (len(prompt) - 1) + learned
-            held = random.Random(f"{seed} {problem.problem_id}").random() < 0.1
-            parts[held].append((prompt + learned[:-1], labels))
+        prompt = data.encode_prompt(tokenizer, data.planner_prompt(by_id[record["problem_id"]]))
+        learned = data.encode_text(tokenizer, record["mended"], bos=False)
+        labels = [executor.IGNORE] * (len(prompt) - 1) + learned
+        held = random.Random(f"{seed} {record['problem_id']}").random() < 0.1
+        parts[held].append((prompt + learned[:-1], labels))
     return parts
 
 
@@ -1108,27 +1093,27 @@ def select(s: SelectSettings) -> Path:
     """Tries the base planner on training problems and writes those whose success lies between the bounds to
     RUN_DIR/selected/train.jsonl; all successes to tries.json. UserError when no problem is left."""
     out, groups = Path(s.run_dir) / "selected", Path(s.run_dir) / "groups" / "train.jsonl"
+
+    def attempt(some: list[Problem]) -> list:
+        traces = rollout(planner, some, s.group_size, s.temperature, f"{s.seed} select", s)
+        execute(frozen, traces, "select")
+        return [(t.problem.problem_id, t.runs[0].ok) for t in traces]
+
     with data.stage_folder(out, s, ("groups", "base")) as work:
         if work:
-            log, problems = work / "tries.json", data.read_problems(groups)[-s.problems:]
-            tries = data.read_json(log) if log.exists() else {}           # of a stopped stage
+            problems = data.read_problems(groups)[-s.problems:]
             planner, frozen, *_ = load_roles(s)
-            check_lengths(problems, planner, frozen, s.max_trace_tokens)
-            left = [problem for problem in problems if problem.problem_id not in tries]
-            for i in tqdm(range(0, len(left), 8), desc="select"):
-                traces = rollout(planner, left[i:i + 8], s.group_size, s.temperature, f"{s.seed} select", s)
-                for t, (ok,) in zip(traces, execute(frozen, traces, "select")):
-                    tries[t.problem.problem_id] = tries.get(t.problem.problem_id, 0) + ok / s.group_size
-                data.write_atomic(log, json.dumps(tries))
+            check_lengths(problems, s, s.max_trace_tokens, planner, frozen)
+            tries = Counter()
+            for name, ok in in_pieces(work / "tries.json", problems, attempt):
+                tries[name] += ok / s.group_size
             kept = [g for g in data.read_groups(groups) if s.lowest <= tries.get(g["problem_id"], -1) <= s.highest]
             if not kept:
-                raise UserError(f"--lowest {s.lowest:g}, --highest {s.highest:g}: no problem lies between, see {log}; "
-                                f"delete {work} and give other bounds")
+                raise UserError(f"--lowest {s.lowest:g}, --highest {s.highest:g}: no problem lies between; delete "
+                                f"{work} and give other bounds")
             data.write_groups(work / "train.jsonl", kept)
-    tries = data.read_json(out / "tries.json").values()
-    print(f"{out}: {len(data.read_groups(out / 'train.jsonl'))} of {len(tries)} problems kept, mean success "
-          f"{statistics.fmean(tries):.3f}\n"
-          f"next: python tracelift.py train --run_dir {s.run_dir} --groups selected/train.jsonl")
+            print(f"{len(kept)} of {len(tries)} problems kept, mean success {statistics.fmean(tries.values()):.3f}")
+    print(f"{out}: made\nnext: python tracelift.py train --run_dir {s.run_dir} --groups selected/train.jsonl")
     return out
 
 

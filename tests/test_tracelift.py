@@ -328,7 +328,7 @@ def test_sigkill_again_and_again_ends_like_a_straight_run(run_dir, straight, tmp
                     code = 0
                 finally:
                     os._exit(code)
-            end = time.monotonic() + rng.uniform(0.1, 1.2)
+            end = time.monotonic() + rng.uniform(0.1, 1.2) * (1 + kills / 20)        # a busy machine gets through, too
             status = None
             while time.monotonic() < end and status is None:
                 done, st = os.waitpid(pid, os.WNOHANG)
@@ -393,7 +393,7 @@ def test_what_it_was_made_from_must_stay(run_dir, lottery, name):
 
 
 def test_a_mistake_leaves_nothing(run_dir, lottery):
-    for changes, words in (({"problems_per_step": 13}, "--problems_per_step 13"), ({"max_trace_tokens": 600}, "planner is 512"),
+    for changes, words in (({"problems_per_step": 13}, "--problems_per_step 13"), ({"max_trace_tokens": 600}, "context .* 512"),
                            ({"lora_rank": 2, "init": "x"}, "--init"), ({"groups": "selected/train.jsonl"}, "selected/train.jsonl")):
         with pytest.raises((UserError, OSError), match=words):
             train(settings(run_dir, **changes))
@@ -432,7 +432,7 @@ def test_a_training_that_diverges_stops(run_dir, monkeypatch, lottery):
     with pytest.raises(FloatingPointError, match="step 3.*--learning_rate"):
         train(settings(run_dir))
     saved = torch.load(run_dir / "planner-tracelift-seed0.partial" / "checkpoint.pt", weights_only=True)
-    assert len(saved["lines"]["metrics.jsonl"]) == 2
+    assert saved["steps"] == 2
 
 
 @pytest.mark.parametrize("module, name, call", [(tracelift, "measure_rewards", 4), (executor, "decode_text", 8)])
@@ -441,14 +441,35 @@ def test_ctrl_c_saves_first(run_dir, straight, lottery, module, name, call):
     with pytest.raises(KeyboardInterrupt), crash_at(call, KeyboardInterrupt, module, name):
         train(settings(run_dir, save_every=20))
     saved = torch.load(run_dir / "planner-tracelift-seed0.partial" / "checkpoint.pt", weights_only=True)
-    assert len(saved["lines"]["metrics.jsonl"]) == 3
+    assert saved["steps"] == 3
     assert_equal_runs(train(settings(run_dir, save_every=20)), straight(save_every=20))
+
+
+def test_what_a_training_writes(run_dir, lottery, capsys):
+    """Sums over the whole training, the clip of later updates, held-out success, a group to read; where it all lies."""
+    out = train(settings(run_dir, steps=3, inner_epochs=2, clip_low=1e-6, clip_high=1e-6, eval_every=2, eval_problems=2))
+    assert f"{out}.partial: training" in capsys.readouterr().out
+    first, second, third = lines(out)
+    assert third["clip_share"] > 0 and third["planner_tokens"] > second["planner_tokens"] > first["planner_tokens"]
+    assert ["heldout_success" in line for line in lines(out)] == [False, True, True]
+    samples = lines(out, "samples.jsonl")
+    assert [line["step"] for line in samples] == [0] * 4 + [2] * 4 and len({line["problem"] for line in samples[:4]}) == 1
+    assert all(len(line["outputs"]) == 3 and 0 <= line["rm"] <= 1 and line["text"] is not None for line in samples)
+
+
+def test_rewards_that_float32_cannot_tell_apart_are_told(run_dir, lottery, monkeypatch, capsys):
+    tiny = tracelift.Mode(lambda r, w_e, w_r: 1 + 1e-12 * r.trace_tokens + 1e-12 * len(r.text), needs=("runs",))
+    monkeypatch.setitem(tracelift.REWARDS, "exec_only", tiny)
+    train(settings(run_dir, steps=1, mode="exec_only"))
+    assert "scale them" in capsys.readouterr().out
 
 
 def test_rm_only_needs_no_executor(run_dir, monkeypatch):
     monkeypatch.setattr(tracelift, "Executor", None)
     out = train(settings(run_dir, steps=2, mode="rm_only"))
     assert lines(out)[0]["rm"] is not None and lines(out)[0]["success"] is None
+    with pytest.raises(UserError, match="--eval_every"):
+        settings(run_dir, mode="rm_only", eval_every=1)
 
 
 def test_a_step_of_cut_traces_has_no_entropy(run_dir, lottery):
@@ -485,6 +506,8 @@ def test_commands_from_training_to_table(run_dir, lottery):
     results.write_text(results.read_text().replace('"success": ', '"success": 0.123, "x": '))
     assert "0.12" in command(tracelift, "evaluate", *common, "--problems", 3, "--samples", 4), "measured once"
     assert "0.12" not in command(tracelift, "evaluate", *common, "--problems", 2)
+    command(tracelift, "train", *common, *SMALL, "--steps", 3)
+    assert not results.exists(), "of the planner with fewer steps"
     (run_dir / "base" / "base.json").write_text((run_dir / "base" / "base.json").read_text() + " ")
     with pytest.raises(SystemExit):
         command(tracelift, "evaluate", *common, "--problems", 3)
@@ -503,14 +526,22 @@ def test_inspect_shows_the_planners_own_reward(run_dir, lottery, mode, total):
     command(tracelift, "train", *common, *SMALL, "--steps", 1, "--mode", mode)
     out = command(tracelift, "inspect", *common, "--planner", f"planner-{mode}-seed0")
     assert f"[{total}]" in out and "answer_support" in out and "uplift" in out and out.count("  advantage") == 3
+    assert "ok=True" in out and "with - " in out and "[completion_logp]" not in out and "completion_logp" in out
     out = command(tracelift, "inspect", *common, "--problem", "Mia has 5 pens . how many pens for Mia ?", "--traces", 2)
-    assert out.count("trace") == 2 == out.count("executor") and "wrong" not in out
+    assert out.count("trace") == 2 == out.count("executor") and "ok=" not in out
 
 
-def test_select_keeps_problems_that_can_teach(run_dir, lottery):
+def test_select_keeps_problems_that_can_teach(run_dir, monkeypatch, lottery):
     common = ["--run_dir", run_dir, "--device", "cpu"]
-    command(tracelift, "select", *common, "--problems", 12, "--group_size", 4, *SMALL[4:])
-    tries = json.loads((run_dir / "selected" / "tries.json").read_text())
+    flags = [*common, "--problems", 12, "--group_size", 4, *SMALL[4:]]
+    monkeypatch.setattr(tracelift, "PIECE", 5)
+    with pytest.raises(Crash), crash_at(2, name="execute"):
+        command(tracelift, "select", *flags)
+    with crash_at(3, name="execute"):                                     # 5 of 12 problems are done: two pieces
+        command(tracelift, "select", *flags)
+    tries = {}
+    for name, ok in sum(json.loads((run_dir / "selected" / "tries.json").read_text()), []):
+        tries[name] = tries.get(name, 0) + ok / 4
     varied = sorted(name for name, rate in tries.items() if 0.1 <= rate <= 0.9)
     kept = data.read_problems(run_dir / "selected" / "train.jsonl")
     assert varied == sorted(p.problem_id for p in kept) and 2 <= len(varied) < 12 == len(tries)
@@ -544,9 +575,8 @@ def test_int_stage(run_dir, monkeypatch, lottery):
         m.setattr(tracelift, "intervene_on", None)                        # a stopped stage has only to learn
         out = tracelift.intervene(s)
     records = sum(json.loads((out / "interventions.json").read_text()), [])
-    chosen = [r for r in records if r["chosen"]]
-    assert 0 < len(chosen) < len(records) and all(r["chosen"]["step"] == "22 * 2 = 44" for r in chosen)
-    assert all(len(r["proposals"]) <= 1 for r in records), "neither the answer nor nonsense is a proposal"
+    assert records and all(r["success"] > 0 for r in records)
+    assert all(r["mended"].endswith(" ; 22 * 2 = 44") for r in records), "never the answer nor nonsense"
     assert not same(weights_of(out), weights_of(run_dir / "base"))
     planner = train(settings(run_dir, steps=1, mode="exec_only", init=str(out), learning_rate=1e-30, warmup=0,
                              name="after-InT"))
