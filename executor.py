@@ -7,8 +7,8 @@ the first training step to the last.
 Shapes: N prompts, R rows (all samples of all prompts), P tokens of the longest prompt, L slots, V vocabulary,
 B sequences, T tokens, m selected positions, H hidden, K executor runs.
 
-Read sections 1 and 2. Sections 3 to 8 (captured steps, supervised training, loading, LoRA, an executor on a server, the
-tiny base model) are for reference. Sections 1 and 3 are the decoder. They need no other file of ours.
+Read sections 1 and 2. Sections 3 to 8 (captured steps, supervised training, judging and loading, LoRA, an executor on
+a server, the tiny base model) are for reference. Sections 1 and 3 are the decoder. They need no other file of ours.
 
     python executor.py --run_dir runs/tiny-math                            # trains the tiny base model
     python executor.py --run_dir runs/gsm8k-math --model Qwen/Qwen2.5-0.5B-Instruct
@@ -73,22 +73,22 @@ class StaticCacheLayer(DynamicLayer):
             store[:, :, start:self.filled] = new
         return [store[:, :, :self.filled] for store in self.stores]
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self):
         return self.filled
 
-    def reorder_cache(self, rows: torch.Tensor) -> None:
+    def reorder_cache(self, rows):
         """Row rows[i] becomes row i. The number of rows may change."""
         self.stores = [store[rows] for store in self.stores]
 
 
-def empty_cache(model, slots: int) -> DynamicCache:
+def empty_cache(model, slots):
     """Static layers for full attention. Windows, convolutions and recurrent states keep transformers' own layers."""
     cache = DynamicCache(config=model.config)
     cache.layers = [StaticCacheLayer(slots) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-def forward(model, ids, position, mask, cache) -> torch.Tensor:
+def forward(model, ids, position, mask, cache):
     """Appends ids (R, T) to the cache and returns the logits (R, V) after the last one. Each token sees the slots up
     to its own where mask (R, slots so far) is 1. A mask (R, 1, 1, L) is added to the attention scores instead."""
     # An index, not the number 1: for a number models take a slice, and on a CPU torch would then multiply with one
@@ -99,7 +99,7 @@ def forward(model, ids, position, mask, cache) -> torch.Tensor:
     return output.logits[:, -1]
 
 
-def prefill(model, prompts: list[list[int]], slots: int):
+def prefill(model, prompts, slots):
     """Reads prompts, longest first, into a new cache. Returns the logits (N, V) of the next token, the cache, the mask
     (N, slots) and the position (N,) of the next token."""
     device = model.get_input_embeddings().weight.device
@@ -110,8 +110,8 @@ def prefill(model, prompts: list[list[int]], slots: int):
     mask = torch.zeros(len(prompts), slots, dtype=torch.long, device=device)
     mask[:, :P] = position >= 0                                                   # padding (id 0) is never seen
     cache = empty_cache(model, slots)
-    # A few columns of all rows at a time bound the memory. Convolutions and recurrent states would forget the columns
-    # before, so such models read all columns at once.
+    # Reading a few columns at a time bounds the memory. Convolutions and recurrent states would forget the earlier
+    # columns, so models that have them read all columns at once.
     attention_only = all(type(layer) in (StaticCacheLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
     columns = max(1, PREFILL_TOKENS // len(prompts)) if attention_only else P
     for start in range(0, P, columns):
@@ -120,7 +120,7 @@ def prefill(model, prompts: list[list[int]], slots: int):
     return logits, cache, mask, length                                            # positions count from 0
 
 
-def sample(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(logits, temperature, uniform):
     """Next token (R,) and its log-prob (R,) under this temperature, from logits (R, V) and uniform (R,) in [0, 1).
     The token is the first whose cumulative probability exceeds the row's uniform number. Temperature 0 takes the most
     likely token and reports its log-prob at temperature 1."""
@@ -142,7 +142,7 @@ def uniform_numbers(rng_keys: list[str], count: int) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64).reshape(len(rng_keys), count)
 
 
-def batches(prompts, samples: list[int], new: int, max_cache_tokens: int, equal_lengths: bool = False):
+def batches(prompts, samples, new, max_cache_tokens, equal_lengths):
     """Yields batches of prompt indices, longest prompt first, with rows x slots <= max_cache_tokens. A prompt that
     exceeds the limit alone is a batch of its own."""
     batch, rows, longest = [], 0, 0
@@ -159,7 +159,7 @@ def batches(prompts, samples: list[int], new: int, max_cache_tokens: int, equal_
         yield batch
 
 
-def record(result: Completions, out_index, done, ends, tokens, logprobs) -> None:
+def record(result, out_index, done, ends, tokens, logprobs):
     """Appends tokens and logprobs, (R, look) lists, to the rows that are not done yet, up to the end of each."""
     for row, pairs in enumerate(map(zip, tokens, logprobs)):
         for token, logp in pairs:
@@ -171,6 +171,23 @@ def record(result: Completions, out_index, done, ends, tokens, logprobs) -> None
             result.tokens[out_index[row]].append(int(token))
             result.logprobs[out_index[row]].append(logp)
             done[row] = int(token) in ends
+
+
+class ContextError(ValueError):
+    """A prompt and its new tokens exceed the positions that the model knows."""
+
+
+def context_of(model) -> float:
+    """The longest sequence that a model may read, inf without a limit. Attention windows are not a limit."""
+    config = model.config.get_text_config()
+    # Beyond the last two, attention is sparse: decoding would select other keys than scoring.
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "index_topk", "keep_window_size")]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):                                           # may differ by kind of layer
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            # Beyond its original length longrope changes the frequencies of the whole batch.
+            limits.append(part["original_max_position_embeddings"])
+    return min(filter(None, limits), default=math.inf)
 
 
 @torch.no_grad()
@@ -192,20 +209,26 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
                                    b b b b |  . .        b b b b | y v        E: end of sequence
 
     uniforms (R, >= max_new_tokens) in [0, 1) holds each row's random numbers, one per token. So a row does not depend
-    on the rest of its batch, except for rounding. Without `uniforms`, `generator` draws them first. Temperature 0 needs
-    neither. Every id of `eos_id` ends a row. equal_lengths: a batch holds prompts of one length only.
+    on the rest of its batch, except for rounding. Without `uniforms`, `generator` draws them, or torch's own. At
+    temperature 0 nothing is drawn. Every id of `eos_id` ends a row. equal_lengths: a batch holds prompts of one length.
     Raises ValueError for impossible arguments, ContextError for a prompt that leaves no room for its completion and
     FloatingPointError for logits that are not finite."""
     samples = [num_samples] * len(prompts) if isinstance(num_samples, int) else list(num_samples)
     ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
     first_row = [0, *itertools.accumulate(samples)]                               # of each prompt in the result
     R = first_row[-1]
+    if temperature < 0 or len(samples) != len(prompts) or not all([*prompts, *samples]):
+        raise ValueError("needs a temperature >= 0, prompts that are not empty, and samples of each")
+    longest, context = max(map(len, prompts), default=0), context_of(model)
+    if longest + max_new_tokens > context:
+        raise ContextError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
+                           f"{context}; shorten the problems or lower the number of new tokens")
+    device = model.get_input_embeddings().weight.device
     if temperature == 0:
         uniforms = torch.zeros(R, max_new_tokens)
-    elif uniforms is None and generator is not None:
-        uniforms = torch.rand(R, max_new_tokens, dtype=torch.float64, generator=generator, device=generator.device)
-    check_arguments(model, prompts, samples, max_new_tokens, temperature, uniforms)
-    device = model.get_input_embeddings().weight.device
+    elif uniforms is None:
+        source = generator.device if generator else device
+        uniforms = torch.rand(R, max_new_tokens, dtype=torch.float64, generator=generator, device=source)
     result = Completions([[] for _ in range(R)], [[] for _ in range(R)])
 
     for batch in batches(prompts, samples, max_new_tokens, max_cache_tokens, equal_lengths):
@@ -220,7 +243,7 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
         logits, mask, position = logits[rows], mask[rows], position[rows]
         uniform = uniforms[out_index].to(device)                                  # (R, max_new_tokens)
 
-        # 3. Decode. The host reads `look` tokens at a time. Until then finished rows go on, and nobody reads them.
+        # 3. Decode. The host reads `look` tokens at a time. Tokens after the end of a row are dropped.
         look, few = (8, 0.5) if device.type == "cuda" else (1, 0.75)
         done, step, unread = [False] * len(out_index), None, []
         for t in range(max_new_tokens):
@@ -233,7 +256,7 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
                 if all(done) or last:
                     break
 
-                # 4. Leave. Moving the other rows costs a few steps, and on CUDA a capture.
+                # 4. Leave. Moving the other rows costs the time of a few steps, and on CUDA a capture.
                 stay = [row for row, over in enumerate(done) if not over]
                 if len(stay) <= few * len(done):
                     rows = torch.tensor(stay, device=device)
@@ -256,26 +279,64 @@ import verify
 from data import Problem, UserError
 
 CACHE_GIB = 4.0                                   # of keys and values in one batch
+SMALL = 20_000_000                                # parameters
+
+
+def eos_ids(model, tokenizer) -> list[int]:
+    """Every id that ends a text: those of the tokenizer and of the model's generation_config."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    named = named if isinstance(named, list) else [named]
+    return sorted({tokenizer.eos_token_id, *named} - {None})
+
+
+def decode_text(tokenizer, rows: list[list[int]]) -> list[str]:
+    """Texts of rows of ids. The clean-up of spaces would turn ' '.join(a) into ''.join(a)."""
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def freeze(model):
+    """Puts the model into evaluation mode and turns its gradients off."""
+    return model.eval().requires_grad_(False)
+
+
+def fast_dtype(device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32. (T4 and V100 only emulate it.)"""
+    able = False
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        able = {"avx512_bf16", "amx_bf16"} & {name for name, has in torch.cpu.get_capabilities().items() if has}
+    return torch.bfloat16 if able else torch.float32
+
+
+def work_dtype(model) -> torch.dtype:
+    """The dtype of matrix products: `fast_dtype`, but float32 for small models, which gain nothing from 16 bits."""
+    large = sum(p.numel() for p in model.parameters()) > SMALL
+    return fast_dtype(model.device) if large else torch.float32
+
+
+def autocast(model):
+    """Matrix products in `work_dtype`. Trained weights stay float32, so small updates are not rounded away."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=work_dtype(model) == torch.bfloat16)
 
 
 class LM:
-    """A causal LM with its tokenizer, and what the checks of sections 3 and 5 find out about them."""
+    """A causal LM with its tokenizer, and what section 5 finds out about it: `context` is the longest sequence,
+    `equal_lengths` says that a batch must hold prompts of one length, `plain_head` says that the logits are the head
+    applied to the last hidden states, and `tokens_per_gib` tokens of keys and values fit into one GiB."""
 
     def __init__(self, model, tokenizer):
-        """UserError for a model that computes something else with cached keys and values."""
+        """UserError for a model that cannot be decoded with cached keys and values."""
         self.model, self.tokenizer = model, tokenizer
         self.device = model.get_input_embeddings().weight.device
         self.eos_ids = eos_ids(model, tokenizer)
-        self.context = context_of(model)
-        self.equal_lengths = check_decoding(model)
-        self.plain_head = check_head(model)
-        self.tokens_per_gib = cache_tokens(model, 1.0)
+        self.context, self.equal_lengths, self.plain_head, self.tokens_per_gib = examine(model)       # section 5
 
     def generate(self, prompts: list[list[int]], num_samples: int | list[int], max_new_tokens: int, temperature: float,
                  rng_keys: list[str], max_cache_gib: float = CACHE_GIB) -> Completions:
-        """`generate`, with one rng key per row. UserError for a prompt that leaves no room for its completion."""
+        """Runs `generate` with one rng key per row. UserError for a prompt that leaves no room for its completion."""
         try:
-            with autocast(self.model):                                # as in `hidden`: the sampler is the scorer
+            with autocast(self.model):                            # as in `hidden`: the sampler is the scorer
                 return generate(self.model, prompts, num_samples=num_samples, max_new_tokens=max_new_tokens,
                                 temperature=temperature, eos_id=self.eos_ids, equal_lengths=self.equal_lengths,
                                 uniforms=uniform_numbers(rng_keys, max_new_tokens),
@@ -283,9 +344,9 @@ class LM:
         except ContextError as error:
             raise UserError(str(error)) from None
 
-    def hidden(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def hidden(self, ids, positions):
         """Last hidden states (m, H) at positions (m,) of ids.flatten(), from ids (B, T) padded on the right. Causal
-        attention needs no mask for that. A model that scales or caps its logits returns the logits (m, V)."""
+        attention needs no mask for that. Without a plain head, returns the logits (m, V) instead."""
         with autocast(self.model):
             if self.plain_head:
                 output = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -293,7 +354,7 @@ class LM:
                 output = self.model(input_ids=ids, use_cache=False).logits
         return output.flatten(0, 1)[positions]
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden):
         """Logits (rows, V) of some rows of `hidden`."""
         if not self.plain_head:
             return hidden
@@ -352,7 +413,9 @@ class Executor:
                                 "problem out, or lower --max_answer_tokens")
         outputs = self._write(prompts, [num_runs[n] for n in chosen], [key for n in chosen for key in keys[n]])
         self.spent["executor_prompt_tokens"] += sum(map(len, prompts))
-        judged = iter(self._judge([problems[n] for n in chosen for _ in runs[n]], outputs))
+        tried = [problems[n] for n in chosen for _ in runs[n]]
+        judged = iter(judge(tried, outputs, self.exec_score))                     # by verify.py: section 5
+        self.spent["program_runs"] += sum(problem.task_type == "code" for problem in tried)
         for n in chosen:
             runs[n] = list(itertools.islice(judged, num_runs[n]))
         for problem, trace, own in zip(problems, traces, runs):
@@ -360,9 +423,9 @@ class Executor:
                 self.baselines[problem.problem_id, len(own)] = sum(run.ok for run in own)
         return runs
 
-    def _rng_keys(self, problems, traces, num_runs, rng_key: str) -> list[list[str]]:
+    def _rng_keys(self, problems, traces, num_runs, rng_key):
         """The rng key of each run. A problem's traces are its samples 0, 1, ... A run without a trace serves all steps,
-        so its key names no step."""
+        so its key does not name the step."""
         keys, seen = [], {}
         for problem, trace, K in zip(problems, traces, num_runs, strict=True):
             key = f"alone {self.seed} {problem.problem_id}"
@@ -373,32 +436,16 @@ class Executor:
             keys.append([f"{key} {k}" for k in range(K)])
         return keys
 
-    def _write(self, prompts, num_runs, rng_keys) -> list[tuple[str, bool]]:
+    def _write(self, prompts, num_runs, rng_keys):
         """(output, truncated) of num_runs[n] runs of prompt n, in prompt-major order."""
         try:
             tokens = self.lm.generate(prompts, num_runs, self.max_new_tokens, self.temperature, rng_keys,
                                       self.max_cache_gib).tokens
-        except FloatingPointError as error:                        # UserError: no other model is to blame
+        except FloatingPointError as error:                        # the UserError names the model
             raise UserError(f"the frozen executor {self.model.name_or_path}: {error}") from None
         self.spent["executor_tokens"] += sum(map(len, tokens))
         texts = decode_text(self.tokenizer, tokens)
         return [(text, row[-1] not in self.lm.eos_ids) for text, row in zip(texts, tokens)]
-
-    def _judge(self, problems: list[Problem], outputs: list[tuple[str, bool]]) -> list[Run]:
-        codes = [verify.code_blocks(text) for p, (text, _) in zip(problems, outputs) if p.task_type == "code"]
-        verdicts = verify.run_programs(codes, [p.tests for p in problems if p.task_type == "code"],
-                                       fail_fast=self.exec_score == "binary")
-        self.spent["program_runs"] += len(codes)
-        runs, verdicts = [], iter(verdicts)
-        for problem, (text, truncated) in zip(problems, outputs):
-            if problem.task_type == "code":
-                verdict = next(verdicts)
-                ok, score = verdict.ok, verify.exec_score(verdict, self.exec_score)
-            else:
-                ok = verify.math_equal(verify.extract_answer(text), problem.reference_solution)
-                score = float(ok)
-            runs.append(Run(text, ok, score, truncated))
-        return runs
 
     def success(self, problems, traces, num_runs, rng_key: str = "") -> list[int]:
         """The number of successful runs of every problem. Arguments of `run`."""
@@ -408,7 +455,7 @@ class Executor:
                           rng_key: str = "") -> tuple[list[list[Run]], list[int]]:
         """1 + `num_runs` runs with each trace, and each problem's success count of `num_runs` runs without one, in one
         call of `generate`. The executor is frozen, so one count without a trace serves a problem's whole group and all
-        later steps. Only problems that have none yet are run."""
+        later steps. A problem that has one is not run again."""
         new = self._without_baseline(problems, num_runs)
         counts = [1 + num_runs] * len(problems) + [num_runs] * len(new)
         runs = self.run(problems + new, traces + [None] * len(new), counts, rng_key)
@@ -419,25 +466,25 @@ class Executor:
         self.run(self._without_baseline(problems, num_runs), None, num_runs)
         return [self.baselines[p.problem_id, num_runs] for p in problems]
 
-    def _without_baseline(self, problems, num_runs: int) -> list[Problem]:
+    def _without_baseline(self, problems, num_runs):
         new = {p.problem_id: p for p in problems if (p.problem_id, num_runs) not in self.baselines}
         return list(new.values())
 
-    def state(self) -> dict:
+    def state(self):
         """What a checkpoint needs: the baselines measured so far, and the costs."""
         return {"baseline": dict(self.baselines), "spent": dict(self.spent)}
 
-    def load_state(self, state: dict) -> None:
+    def load_state(self, state):
         """Restores `state`."""
         self.baselines, self.spent = dict(state["baseline"]), dict(state["spent"])
 
 
-# -------------------------------------------------------------------------- 3. captured steps and checks of the decoder
+# ----------------------------------------------------------------------------------------- 3. captured steps
 
 GRAPHS = os.environ.get("TRACELIFT_GRAPHS") != "0"        # capture decoding steps on CUDA
 
 
-def decoding_step(model, cache, mask, first: int):
+def decoding_step(model, cache, mask, first):
     """A function (token (R,), position (R,), slot) -> logits (R, V) that appends one token to each row. `first` is its
     first slot. mask[:, slot] must be 1 by then."""
     global GRAPHS
@@ -452,7 +499,7 @@ def decoding_step(model, cache, mask, first: int):
     return lambda token, position, slot: forward(model, token[:, None], position[:, None], mask[:, :slot + 1], cache)
 
 
-def captured_step(model, cache, mask, first: int):
+def captured_step(model, cache, mask, first):
     """`decoding_step` as a CUDA graph: one launch per token instead of about a thousand. A graph reads and writes fixed
     tensors. So attention sees all slots, and a bias hides the empty ones. RuntimeError where the first replay differs
     from an ordinary step."""
@@ -499,39 +546,9 @@ def capture(run):
     return graph.replay, output
 
 
-def alike(wanted: torch.Tensor, found: torch.Tensor, tolerance: float) -> bool:
+def alike(wanted, found, tolerance):
     """Whether no two numbers differ by more than `tolerance` times the largest wanted one."""
     return bool((wanted - found).abs().max() <= tolerance * wanted.abs().max())
-
-
-class ContextError(ValueError):
-    """A prompt and its new tokens exceed the positions that the model knows."""
-
-
-def context_of(model) -> float:
-    """The longest sequence that a model may read here, inf without a limit. Windows of attention are not a limit."""
-    config = model.config.get_text_config()
-    # Beyond the last two, attention is sparse. It then selects other keys in decoding than in scoring.
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "index_topk", "keep_window_size")]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in (rope, *rope.values()):                                           # may differ by kind of layer
-        if isinstance(part, dict) and part.get("rope_type") == "longrope":
-            # Beyond its original length longrope changes the frequencies of the whole batch.
-            limits.append(part["original_max_position_embeddings"])
-    return min(filter(None, limits), default=math.inf)
-
-
-def check_arguments(model, prompts, samples, new: int, temperature: float, uniforms) -> None:
-    """The errors of `generate`, before anything is computed."""
-    if len(samples) != len(prompts) or new < 1 or temperature < 0 or not all([*samples, *prompts]):
-        raise ValueError("prompts must not be empty; num_samples must be >= 1, one number or one per prompt; "
-                         "max_new_tokens must be >= 1; temperature must be >= 0")
-    if uniforms is None or len(uniforms) != sum(samples) or uniforms.shape[1] < new:
-        raise ValueError("a temperature > 0 needs uniforms, one per row and new token, or a generator")
-    longest = max(map(len, prompts), default=0)
-    if longest + new > context_of(model):
-        raise ContextError(f"a prompt of {longest} tokens and {new} new ones exceed the model's context of "
-                           f"{context_of(model)}; shorten the problems or lower the number of new tokens")
 
 
 # ------------------------------------------------------------------------------------ 4. supervised training
@@ -551,23 +568,22 @@ from transformers.utils import logging
 from data import option
 
 IGNORE = -100
-SMALL = 20_000_000                                # parameters
 DIVERGED = ("the training diverged; delete this stage's folder (.partial), because its saved weights may be on the way "
             "there, and begin again with a lower --learning_rate")
 
 
-def pad(rows: list[list[int]], value: int, device) -> torch.Tensor:
+def pad(rows, value, device):
     """(B, longest) from lists of ids, padded on the right."""
     width = max(map(len, rows))
     return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
 
 
-def pad_id(tokenizer) -> int:
+def pad_id(tokenizer):
     """The id to pad with. EOS serves where there is no pad token, because no loss and no mask looks at padding."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def sequence_loss(lm: LM, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+def sequence_loss(lm, rows):
     """Mean cross-entropy over the labels of some (ids, labels)."""
     ids = pad([row[0] for row in rows], pad_id(lm.tokenizer), lm.device)          # (B, T)
     labels = pad([row[1] for row in rows], IGNORE, "cpu").flatten()
@@ -577,37 +593,16 @@ def sequence_loss(lm: LM, rows: list[tuple[list[int], list[int]]]) -> torch.Tens
 
 
 @torch.no_grad()
-def heldout_loss(lm: LM, sequences, batch_size: int) -> float:
+def heldout_loss(lm, sequences, batch_size):
     """Mean cross-entropy over all labels of all (ids, labels), in evaluation mode."""
     lm.model.eval()
     loss, count = 0.0, 0
     for i in range(0, len(sequences), batch_size):
         batch = sequences[i:i + batch_size]
-        labels = sum(label != IGNORE for row in batch for label in row[1])
+        labels = sum(label != IGNORE for _, row in batch for label in row)
         loss += labels * sequence_loss(lm, batch).item()
         count += labels
     return loss / count
-
-
-def work_dtype(model) -> torch.dtype:
-    """The dtype of matrix products: `fast_dtype`, but float32 for small models, which gain nothing from 16 bits."""
-    large = sum(p.numel() for p in model.parameters()) > SMALL
-    return fast_dtype(model.device) if large else torch.float32
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32. (T4 and V100 only emulate it.)"""
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-        able = features.get("avx512_bf16") or features.get("amx_bf16")
-    return torch.bfloat16 if able else torch.float32
-
-
-def autocast(model):
-    """Matrix products in `work_dtype`. Trained weights stay float32, so that small updates are not rounded away."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=work_dtype(model) == torch.bfloat16)
 
 
 def adamw(parameters, lr: float, **options) -> torch.optim.AdamW:
@@ -628,21 +623,21 @@ class MuonAdamW:
                       adamw(rest, lr, betas=(0.9, 0.98), weight_decay=0.01)]
 
     @property
-    def param_groups(self) -> list[dict]:
+    def param_groups(self):
         return [group for part in self.parts for group in part.param_groups]
 
-    def step(self) -> None:
+    def step(self):
         for part in self.parts:
             part.step()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self):
         for part in self.parts:
-            part.zero_grad(set_to_none)
+            part.zero_grad()
 
-    def state_dict(self) -> list[dict]:
+    def state_dict(self):
         return [part.state_dict() for part in self.parts]
 
-    def load_state_dict(self, saved: list[dict]) -> None:
+    def load_state_dict(self, saved):
         for part, state in zip(self.parts, saved):
             part.load_state_dict(state)
 
@@ -657,7 +652,7 @@ def descend(optimizer, lr: float, max_norm: float, where: str) -> float:
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return norm
 
 
@@ -666,7 +661,7 @@ def schedule(step: int, total: int, warmup: int) -> float:
     return min((step + 1) / max(1, warmup), (total - step) / max(1, total - warmup))
 
 
-def enable_checkpointing(model) -> None:
+def enable_checkpointing(model):
     """Recomputes activations in the backward pass. That needs training mode, so dropout is set to 0: the policy that is
     scored must be the one that was sampled. UserError where training mode still computes something else."""
     for part in (model.config, *model.modules()):
@@ -690,13 +685,13 @@ def progress_bar(steps, **options) -> tqdm:
     return tqdm(steps, **options)
 
 
-def save_progress(path: Path, model, optimizer, values: tuple) -> None:
+def save_progress(path, model, optimizer, values):
     """Saves weights, optimizer and some plain values of a training, whole or not at all."""
     with data.replacing(path) as temporary, saying(f"{path}: cannot be saved"):
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "values": values}, temporary)
 
 
-def load_progress(path: Path | None, model, optimizer, values: tuple) -> tuple:
+def load_progress(path, model, optimizer, values):
     """Restores what `save_progress` saved and returns its values. Where nothing is saved, returns `values`."""
     if path is None or not path.exists():
         return values
@@ -749,7 +744,7 @@ def finetune(lm: LM, sequences: list[tuple[list[int], list[int]]], *, epochs: fl
     return sum(last) / len(last)
 
 
-def training_order(sequences, batch_size: int, seed: int):
+def training_order(sequences, batch_size, seed):
     """Batches without end, epoch after epoch: shuffle, sort windows by length, cut, shuffle."""
     rng, window = random.Random(seed), 32 * batch_size
     while True:
@@ -763,7 +758,7 @@ def training_order(sequences, batch_size: int, seed: int):
 
 
 @torch.no_grad()
-def check_alive(model, where: str) -> None:
+def check_alive(model, where):
     """FloatingPointError where the last update left a model that says nothing. (Norm layers turn weights that are too
     large into logits of 0.) Otherwise the next stage would report damaged weights."""
     largest = model(input_ids=_some_ids(model, 8)[None], use_cache=False).logits.abs().max().item()
@@ -771,10 +766,10 @@ def check_alive(model, where: str) -> None:
         raise FloatingPointError(f"{where}: the model's logits are not finite, or all 0; {DIVERGED}")
 
 
-# ------------------------------------------------------------------------------------ 5. loading and checks of models
+# ------------------------------------------------------------------------------------ 5. judging, loading and examining
 
 logging.disable_progress_bar()                    # one for the tensors of each model that is loaded or saved
-DRIVERS = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/libcuda.so.1")
+DRIVER = "/proc/driver/nvidia/version"            # exists where there is an NVIDIA GPU
 
 
 @contextmanager
@@ -793,12 +788,13 @@ def saying(what: str):
 def pick_device(device: str = "") -> torch.device:
     """The named device, or CUDA where there is one, else the CPU. UserError for one that cannot be used, and for a GPU
     that torch does not see."""
-    if not device and any(map(os.path.exists, DRIVERS)) and not torch.cuda.is_available():
-        raise UserError(f"there is an NVIDIA driver, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees no "
-                        "GPU; update the driver, install a torch for it from download.pytorch.org/whl/, or give "
-                        "--device cpu")
+    if not device:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and os.path.exists(DRIVER):
+            raise UserError(f"torch {torch.__version__} sees no GPU, but there is an NVIDIA driver; install a torch "
+                            "that fits it, or give --device cpu")
     with saying(f"--device {device}"):
-        found = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        found = torch.empty(0, device=device).device
     if found.type == "cuda":
         torch.cuda.set_device(found)
         # torch prefers cuDNN's attention on Hopper and newer. It builds a plan for every exact shape, and in decoding
@@ -810,113 +806,113 @@ def pick_device(device: str = "") -> torch.device:
 def load(path_or_name: str, device=None, dtype=None):
     """(model, tokenizer) of any Hugging Face causal LM, from a local folder or by its name on the hub, in evaluation
     mode. The default dtype is `work_dtype`. UserError for one that cannot be used."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     device = pick_device() if device is None else torch.device(device)
-    tokenizer = load_tokenizer(path_or_name)
+    with saying(f"{path_or_name}: no tokenizer, or its chat template cannot render one user message"):
+        tokenizer = data.true_tokenizer(AutoTokenizer.from_pretrained(path_or_name), path_or_name)
+        data.encode_prompt(tokenizer, "Mia has 12 coins .")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path_or_name}: the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
     with saying(f"{path_or_name}: no causal LM"):
         model, report = AutoModelForCausalLM.from_pretrained(
             path_or_name, dtype=dtype or fast_dtype(device), output_loading_info=True)
     if report["missing_keys"]:                                     # transformers would initialise them at random
-        raise UserError(f"{path_or_name}: the weights lack {sorted(report['missing_keys'])[0]}; the file is incomplete")
+        raise UserError(f"{path_or_name}: the weights lack {min(report['missing_keys'])}; the file is incomplete")
     if len(tokenizer) > len(model.get_input_embeddings().weight):
-        raise UserError(f"{path_or_name}: the tokenizer has {len(tokenizer)} tokens, more than the model's embedding "
-                        "table; they do not belong together")
+        raise UserError(f"{path_or_name}: the tokenizer has more tokens than the model's embedding table")
     model = model.to(device).eval()
     if dtype is None and model.dtype != work_dtype(model):
         return load(path_or_name, device, work_dtype(model))
     return model, tokenizer
 
 
-def load_tokenizer(path_or_name: str):
-    """The tokenizer of a model. UserError for one that cannot be used."""
-    from transformers import AutoTokenizer
-    with saying(f"{path_or_name}: no tokenizer"):
-        tokenizer = data.true_tokenizer(AutoTokenizer.from_pretrained(path_or_name), path_or_name)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{path_or_name}: the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
-    with saying(f"{path_or_name}: its chat template cannot render one user message"):
-        data.encode_prompt(tokenizer, "Mia has 12 coins .")
-    return tokenizer
-
-
-def freeze(model):
-    """The model in evaluation mode, without gradients."""
-    return model.eval().requires_grad_(False)
-
-
-def eos_ids(model, tokenizer) -> list[int]:
-    """Every id that ends a text: those of the tokenizer and of the model's generation_config."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    named = named if isinstance(named, (list, tuple)) else [named]
-    return sorted({id for id in [tokenizer.eos_token_id, *named] if id is not None})
-
-
-def decode_text(tokenizer, rows: list[list[int]]) -> list[str]:
-    """Texts of rows of ids, letter by letter. The clean-up of spaces would turn ' '.join(a) into ''.join(a)."""
-    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _some_ids(model, count: int) -> torch.Tensor:
+def _some_ids(model, count):
     """(count,) ids from the middle of the vocabulary. The first ids are often reserved."""
     table = model.get_input_embeddings().weight
     return (torch.arange(count, device=table.device) + len(table) // 2) % len(table)
 
 
+def judge(problems, outputs, exec_score: str) -> list[Run]:
+    """The verifier's verdicts on (text, truncated) outputs, one per problem."""
+    codes = [verify.code_blocks(text) for p, (text, _) in zip(problems, outputs) if p.task_type == "code"]
+    tests = [p.tests for p in problems if p.task_type == "code"]
+    verdicts = iter(verify.run_programs(codes, tests, fail_fast=exec_score == "binary"))
+    runs = []
+    for problem, (text, truncated) in zip(problems, outputs):
+        if problem.task_type == "code":
+            verdict = next(verdicts)
+            ok, score = verdict.ok, verify.exec_score(verdict, exec_score)
+        else:
+            ok = verify.math_equal(verify.extract_answer(text), problem.reference_solution)
+            score = float(ok)
+        runs.append(Run(text, ok, score, truncated))
+    return runs
+
+
+def examine(model):
+    """(context, equal_lengths, plain_head, tokens_per_gib) of an `LM`. UserError for one that cannot be decoded."""
+    return context_of(model), check_decoding(model), check_head(model), cache_tokens(model, 1.0)
+
+
 @torch.no_grad()
-def check_decoding(model) -> bool:
+def check_decoding(model):
     """Compares log-probs of `generate` with those of one pass over the whole sequence. Returns whether a batch must
     hold prompts of one length, because padding changes what the model computes. UserError for a model that a cache
     does not fit."""
-    name, ids = f"{model.name_or_path}: {model.config.model_type} models", _some_ids(model, 8).tolist()
+    name = f"{model.name_or_path}: {model.config.model_type} models"
     exact = model.num_parameters() < 2**31
     if exact and model.dtype != torch.float32:                     # rounding of 16 bits would hide a wrong mask
         model = copy.deepcopy(model).float()
+    ids, new = _some_ids(model, 8).tolist(), 4
+    prompts = [ids, ids[:3]]
 
-    def error(equal_lengths: bool) -> float:                       # relative to the largest logit
-        prompts, errors = [ids, ids[:3]], []                       # two samples of each: is every state copied?
-        out = generate(model, prompts, num_samples=2, max_new_tokens=4, temperature=0, eos_id=-1,
-                       equal_lengths=equal_lengths)
-        for row, (tokens, logprobs) in enumerate(zip(out.tokens, out.logprobs)):
+    def error(equal_lengths):                                      # relative to the largest logit
+        out = generate(model, prompts, num_samples=2, max_new_tokens=new, temperature=0, eos_id=-1,
+                       equal_lengths=equal_lengths)                # two samples of each: is every state copied?
+        errors = []
+        for row, tokens in enumerate(out.tokens):
             whole = torch.tensor([prompts[row // 2] + tokens], device=model.device)
-            logits = model(input_ids=whole, use_cache=False).logits[0, -5:-1].float().cpu()
-            logp = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-            errors.append((logp - torch.tensor(logprobs)).abs().max() / logits.abs().max())
-        return float(torch.stack(errors).max())
+            logits = model(input_ids=whole, use_cache=False).logits[0, -new - 1:-1].float().cpu()
+            logp = logits.log_softmax(-1)[range(new), tokens]
+            errors.append((logp - torch.tensor(out.logprobs[row])).abs().max() / logits.abs().max())
+        return torch.stack(errors).max().item()
 
+    limit = 1e-3 if exact else 0.1
     with saying(f"{name} cannot be decoded here"):
         alone, padded = error(equal_lengths=True), error(equal_lengths=False)
-    limit = 1e-3 if exact else 0.1
-    if not alone < limit:                                          # NaN, too
-        raise UserError(f"{name} cannot be decoded here: a cache changes log-probs by {alone:.2g} of the largest logit")
-    if not padded < limit:
-        print(f"{name} see padding; prompts are decoded in groups of equal length")
-    return not padded < limit
+        if not alone < limit:                                      # NaN, too
+            raise ValueError(f"a cache changes log-probs by {alone:.2g} of the largest logit")
+    if padded < limit:
+        return False
+    print(f"{name} see padding; prompts are decoded in groups of equal length")
+    return True
 
 
 @torch.no_grad()
-def check_head(model) -> bool:
+def check_head(model):
     """Whether the logits are the head applied to the last hidden states. Gemma 2, Granite and Cohere scale or cap
     them."""
-    ids = _some_ids(model, 16)[None]
-    logits = model(input_ids=ids, use_cache=False).logits
-    rounding = 1e-3 if model.dtype == torch.float32 else 0.03
+    given = {"input_ids": _some_ids(model, 16)[None], "use_cache": False}
     try:
-        ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-        return alike(logits, ours, rounding)
+        ours = model.get_output_embeddings()(model.base_model(**given).last_hidden_state)
+        return alike(model(**given).logits, ours, 1e-3 if model.dtype == torch.float32 else 0.03)
     except (RuntimeError, AttributeError, TypeError):              # a layer between hidden states and head
         return False
 
 
 @torch.no_grad()
-def cache_tokens(model, gib: float) -> int:
+def cache_tokens(model, gib):
     """How many tokens of keys and values fit into `gib` GiB. Measured on 64 tokens, because no formula covers all
     kinds of attention. A state of fixed size per row counts as if no row were longer."""
     count = int(min(64, context_of(model)))
     with autocast(model):
         _, cache, *_ = prefill(model, [_some_ids(model, count).tolist()], count)
-    tensors = [x for layer in cache.layers for value in vars(layer).values()
-               for x in (value if isinstance(value, (list, tuple)) else [value]) if torch.is_tensor(x)]
-    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    held = {}                                                      # bytes of each storage, which tensors may share
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            for x in value if isinstance(value, (list, tuple)) else [value]:
+                if torch.is_tensor(x):
+                    held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return max(1, int(gib * 2**30 * count / sum(held.values())))
 
 
@@ -946,10 +942,12 @@ def load_for(run_dir, path_or_name, device=None, dtype=None):
     return model, tokenizer
 
 
-def set_template_arguments(tokenizer, arguments: dict) -> None:
+def set_template_arguments(tokenizer, arguments):
     """Writes arguments into the chat template itself, so that every prompt has them and planners are saved with
     them."""
     for name, value in arguments.items():
+        if name not in (tokenizer.chat_template or ""):
+            raise UserError(f"--chat_template_kwargs: the chat template has no {name}; leave it out")
         assignment = "{%- set " + f"{name} = {json.dumps(value)}" + " %}"
         if assignment not in tokenizer.chat_template:
             tokenizer.chat_template = assignment + tokenizer.chat_template
@@ -993,19 +991,19 @@ class Lora:
             self.active = True
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self):
         """Adds the adapter to the weights, rounded once to their dtype, and removes it."""
         for layer, hook in zip(self.layers.values(), self.hooks):
             layer.weight += self.scale * layer.lora_B @ layer.lora_A
             del layer.lora_A, layer.lora_B
             hook.remove()
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self):
         """A and B of every layer, under the names that peft gives them."""
         return {f"base_model.model.{name}.lora_{x}.weight": getattr(layer, f"lora_{x}").detach()
                 for name, layer in self.layers.items() for x in "AB"}
 
-    def save(self, folder, base: str) -> None:
+    def save(self, folder, base: str):
         """Writes the exact adapter into the subfolder adapter/, for `load` and for peft. Then merges it and writes the
         model as a plain Hugging Face folder in its dtype (bfloat16 rounds small changes away)."""
         adapter = Path(folder) / "adapter"
@@ -1015,7 +1013,7 @@ class Lora:
         targets = sorted({name.rpartition(".")[2] for name in self.layers})
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": self.rank,
                   "lora_alpha": self.scale * self.rank, "target_modules": targets, "lora_dropout": 0.0, "bias": "none"}
-        data.write_atomic(adapter / "adapter_config.json", json.dumps(config, indent=1))
+        (adapter / "adapter_config.json").write_text(json.dumps(config, indent=1))
         self.merge()
         self.model.save_pretrained(folder)
 
@@ -1028,7 +1026,7 @@ class Lora:
             lora = cls(model, config["r"], config["lora_alpha"])
             own = lora.state_dict()
             if saved.keys() != own.keys():
-                raise ValueError(f"only one of them has {min(saved.keys() ^ own.keys())}")
+                raise ValueError("it adapts other layers")
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
         return lora
@@ -1044,74 +1042,53 @@ from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
 
+from transformers import AutoConfig, GenerationConfig
+
 IN_FLIGHT = 64                                    # requests at once
 PAUSES = (1, 2, 4, 8, 16, 32, 64)                 # seconds before each new try, where the trouble may pass
 TIME_LIMIT = 600.0                                # seconds without a byte, and the longest Retry-After
-LARGEST = 2**22                                   # bytes of an answer
 KEY = "EXECUTOR_API_KEY"                          # the variable of the environment that holds the server's key
 # Other tokenizers cut these digits, code and rare letters into more or fewer tokens.
 SAMPLE = "Mia has 12345 coins .\n\tdef f(x): return x ** 2  # Żółw, 東京, straightforwardness"
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))      # the key is for the server alone
 
 
-class ServerError(OSError):
-    """A server that cannot be reached, fails again and again, or answers something else than was asked."""
-
-
-def without_key(text: str) -> str:
+def without_key(text):
     """The text without the server's key, which a server may repeat."""
     key = os.environ.get(KEY) or "(key)"
     return text.replace(key, "(key)").replace(json.dumps(key)[1:-1], "(key)")
 
 
-def server_error(url: str, said: str) -> ServerError:
-    """An error of one line."""
-    return ServerError(f"the executor's server {url}: {' '.join(without_key(said).split())[:400]}")
+class ServerError(OSError):
+    """A server that cannot be reached, fails again and again, or answers something else than was asked."""
+
+    def __init__(self, url, said):
+        super().__init__(f"the executor's server {url}: {' '.join(without_key(said).split())[:400]}")
 
 
-def check_server_flags(url: str, name: str) -> None:
-    """UserError for flags that name no server, before anything is read or written."""
-    if bool(url) != bool(name):
-        raise UserError("--executor and --executor_model go together: a server's URL, and the name of the model there")
-    if url and not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%-]+)*/?", url, re.ASCII):
-        raise UserError("--executor: must be http://HOST:PORT/v1, without user, password or query, because it is saved "
-                        f"in settings.json; the server's key is read from the environment, {KEY}")
-
-
-def ask_server(url: str, body: dict | None = None, pauses=()) -> dict:
+def ask_server(url, body=None, pauses=()):
     """The answer to a GET or, with a body, to a POST. Trouble that may pass (429, 5xx, dropped connections, silence,
     damaged JSON) is tried again after each pause, or later where Retry-After says so. Else ServerError."""
     request = urllib.request.Request(url, body and json.dumps(body).encode(), {"Content-Type": "application/json"})
     if KEY in os.environ:
         request.add_unredirected_header("Authorization", f"Bearer {os.environ[KEY]}")
     for pause in (*pauses, None):
-        may_pass, wait = True, ""
+        wait = ""
         try:
             with DIRECT.open(request, timeout=TIME_LIMIT) as response:
-                return json.loads(response.read(LARGEST))
+                return json.load(response)
         except urllib.error.HTTPError as error:
-            may_pass, wait = error.code == 429 or error.code >= 500, error.headers.get("Retry-After", "")
-            said = f"{error.code} {error.reason} {error.read(LARGEST).decode(errors='replace')}"
-            said += f"; put its key into the environment, {KEY}" if error.code == 401 else ""
+            wait = error.headers.get("Retry-After", "")
+            said = f"{error.code} {error.reason} {error.read().decode(errors='replace')}"
+            if error.code != 429 and error.code < 500:
+                pause = None                                       # the same request would fail again
         except (OSError, HTTPException, ValueError) as error:
             said = f"{type(error).__name__}: {error}"
-        error = server_error(url, said)
-        if pause is None or not may_pass:
+        error = ServerError(url, said)
+        if pause is None:
             raise error
         warnings.warn(f"{error}; tries again", stacklevel=2)       # Python prints each one once
         time.sleep(max(pause, min(int(wait), TIME_LIMIT) if wait.isdecimal() else 0))
-
-
-def without_weights(path_or_name: str) -> SimpleNamespace:
-    """What `context_of` and `eos_ids` read of a model: its config and its generation_config."""
-    from transformers import AutoConfig, GenerationConfig
-    with saying(f"{path_or_name}: its config.json cannot be read"):
-        config = AutoConfig.from_pretrained(path_or_name)
-    try:
-        generation = GenerationConfig.from_pretrained(path_or_name)
-    except OSError:                                                # there is none
-        generation = GenerationConfig.from_model_config(config)
-    return SimpleNamespace(config=config, generation_config=generation)
 
 
 class ServedExecutor(Executor):
@@ -1122,50 +1099,55 @@ class ServedExecutor(Executor):
     request, whose seed depends on the run's rng key, so a run is as repeatable as the server. An answer to anything but
     what was asked is a ServerError, never an output."""
 
-    def __init__(self, url: str, name: str, base: str, tokenizer, **options):
-        """Options of `Executor`. An error for a server that does not have the model, or does not take ids."""
+    def __init__(self, url, name, base, tokenizer, **options):
+        """Options of `Executor`. UserError or ServerError for a server that does not have the model, or takes no
+        ids."""
         super().__init__(None, tokenizer, **options)
-        self.url, self.name = url.rstrip("/"), name
-        self.model = without_weights(base)
-        models = ask_server(f"{self.url}/models").get("data") or []
-        known = {str(model.get("id")): model for model in models}
-        if name not in known:
-            raise UserError(f"--executor_model {name}: {url} serves {without_key(', '.join(known)) or 'no model'}")
-        # The server may keep to a shorter context than the model.
-        self.context = min(context_of(self.model), known[name].get("max_model_len") or math.inf)
+        if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", url):
+            raise UserError("--executor: must be http://HOST:PORT/v1, without user, password or query, because it is "
+                            f"saved; the server's key is read from the environment, {KEY}")
+        self.url, self.name, config = url.rstrip("/"), name, AutoConfig.from_pretrained(base)
+        try:
+            generation = GenerationConfig.from_pretrained(base)
+        except OSError:                                            # there is none
+            generation = GenerationConfig.from_model_config(config)
+        self.model = SimpleNamespace(config=config, generation_config=generation)
+        models = {model["id"]: model for model in ask_server(f"{self.url}/models").get("data") or []}
+        if name not in models:
+            raise UserError(f"--executor_model {name}: {url} serves {without_key(', '.join(models)) or 'no model'}")
+        self.context = min(context_of(self.model), models[name].get("max_model_len") or math.inf)
         self._ask(data.encode_text(tokenizer, SAMPLE), 0)          # does it take ids, and know as many tokens?
         print(f"executor: {name} on {url}")
 
-    def _write(self, prompts, num_runs, rng_keys) -> list[tuple[str, bool]]:
+    def _write(self, prompts, num_runs, rng_keys):
         requests = [prompt for prompt, K in zip(prompts, num_runs) for _ in range(K)]
         seeds = [random.Random(key).getrandbits(30) for key in rng_keys]       # some servers keep 31 bits
         with ThreadPool(IN_FLIGHT) as pool:                        # an error leaves at once, whatever is in flight
             jobs = zip(range(len(requests)), requests, seeds)
-            answers = list(pool.imap_unordered(lambda job: (job[0], *self._ask(*job[1:])), jobs))
-        answers.sort()
+            answers = sorted(pool.imap_unordered(lambda job: (job[0], *self._ask(*job[1:])), jobs))
         self.spent["executor_tokens"] += sum(tokens for _, _, _, tokens in answers)
         return [(text, truncated) for _, text, truncated, _ in answers]
 
-    def _ask(self, prompt: list[int], seed: int) -> tuple[str, bool, int]:
+    def _ask(self, prompt, seed):
         """(output, truncated, tokens) of one run. The request names everything that shapes the distribution. Servers
         take the rest from the model's generation_config (that of Qwen2.5 has top_p, top_k and a repetition
         penalty)."""
-        answer = ask_server(f"{self.url}/completions", {
-            "model": self.name, "prompt": prompt, "n": 1, "seed": seed, "max_tokens": self.max_new_tokens,
-            "temperature": self.temperature, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
-            "stop_token_ids": eos_ids(self.model, self.tokenizer), "skip_special_tokens": True}, PAUSES)
+        most = self.max_new_tokens
+        body = {"model": self.name, "prompt": prompt, "n": 1, "seed": seed, "max_tokens": most,
+                "stop_token_ids": eos_ids(self.model, self.tokenizer), "skip_special_tokens": True,
+                "temperature": self.temperature, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        answer = ask_server(f"{self.url}/completions", body, PAUSES)
         try:
             choice, = answer["choices"]
-            text, reason, usage = choice["text"], choice["finish_reason"], answer["usage"]
-            wrote, read = usage["completion_tokens"], usage["prompt_tokens"]
-            right = (answer["model"] == self.name and read == len(prompt) and isinstance(text, str)
-                     and reason in ("stop", "length") and 0 < wrote <= self.max_new_tokens
-                     and (wrote == self.max_new_tokens or reason == "stop"))
+            text, reason, wrote = choice["text"], choice["finish_reason"], answer["usage"]["completion_tokens"]
+            right = answer["model"] == self.name and answer["usage"]["prompt_tokens"] == len(prompt)
+            right &= isinstance(text, str)
+            right &= wrote == most if reason == "length" else reason == "stop" and 0 < wrote <= most
         except (TypeError, ValueError, KeyError):
             right = False
         if not right:
-            raise server_error(self.url, f"asked for one output of {self.name} after {len(prompt)} token ids, it "
-                                         f"answers {json.dumps(answer)}")
+            raise ServerError(self.url, f"asked for one output of {self.name} after {len(prompt)} token ids, it says "
+                                        f"{json.dumps(answer)}")
         return without_key(text), reason == "length", wrote
 
 
@@ -1200,7 +1182,7 @@ def tiny_model(vocab_size: int, hidden: int, layers: int):
         initializer_range=0.04, bos_token_id=None, eos_token_id=1, pad_token_id=0))
 
 
-def base_sequence(tokenizer, example: data.BaseExample) -> tuple[list[int], list[int]]:
+def base_sequence(tokenizer, example):
     """(ids, labels) of one base training sequence. labels[t] is the token to predict after ids[t], or IGNORE. The first
     line, the problem's own text, is learned too: its repeated names teach the model to copy.
 
@@ -1246,7 +1228,7 @@ class BaseSettings(data.Options):
                                   affects_result=False)
 
 
-def role_sequence(tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+def role_sequence(tokenizer, prompt, completion):
     """(ids, labels) of one turn. The prompt is encoded as it will be when a model is asked, without loss. The loss is
     on the completion and the token that ends it."""
     ids = data.encode_prompt(tokenizer, prompt)
@@ -1254,7 +1236,7 @@ def role_sequence(tokenizer, prompt: str, completion: str) -> tuple[list[int], l
     return ids + learned[:-1], [IGNORE] * (len(ids) - 1) + learned
 
 
-def cold_sequences(tokenizer, problem: Problem, seed: int) -> list[tuple[list[int], list[int]]]:
+def cold_sequences(tokenizer, problem, seed):
     """What a model learns from one problem before it becomes planner and frozen executor: to write the reference trace,
     whose last result is hidden, and to finish it. Sometimes the executor has no trace, because without one it must
     answer in the same form."""
@@ -1267,79 +1249,59 @@ def cold_sequences(tokenizer, problem: Problem, seed: int) -> list[tuple[list[in
             role_sequence(tokenizer, data.executor_prompt(problem, None if alone else trace), answer)]
 
 
-def train_cold(s: BaseSettings, lm: LM, progress: Path) -> float:
-    """Trains a model on the first --cold_start training groups. A twentieth of them (50 at most) is held out and says
-    when to stop. Returns the loss. UserError for groups that cannot be learned from."""
+def cold_training(s, arguments):
+    """The model of --model and the arguments of its `finetune`. The training groups are those of --cold_start. A
+    twentieth of them (50 at most) is held out and says when to stop. UserError for groups that cannot be learned
+    from."""
     path = Path(s.run_dir) / "groups" / "train.jsonl"
     problems = data.read_problems(path, need_tests=False)[:s.cold_start]
     if len(problems) < s.cold_start:
         raise UserError(f"--cold_start {s.cold_start}: {path} has {len(problems)} groups; lower it")
     for problem in problems:
-        no_answer = problem.task_type == "math" and verify.extract_answer(problem.reference_solution) is None
-        if problem.reference_reasoning is None or no_answer:
+        answered = problem.task_type == "code" or verify.extract_answer(problem.reference_solution) is not None
+        if problem.reference_reasoning is None or not answered:
             raise UserError(f"--cold_start: {path}: group {problem.problem_id} has no reference trace (positive_pool), "
                             "or no final answer")
-    learned = [cold_sequences(lm.tokenizer, problem, s.seed) for problem in problems]
-    longest = max(len(ids) for pair in learned for ids, _ in pair)
-    if longest > lm.context:
-        raise UserError(f"--cold_start: {path}: a problem, its trace and answer are {longest} tokens, the model's "
-                        f"context is {lm.context}; leave it out")
-    held = min(50, len(learned) // 20)
-    heldout, train = ([row for pair in part for row in pair] for part in (learned[:held], learned[held:]))
-    return finetune(lm, train, heldout=heldout, epochs=s.cold_epochs, batch_size=s.batch_size,
-                    learning_rate=s.cold_learning_rate, warmup=s.warmup, seed=s.seed, title="cold start",
-                    checkpointing=bool(s.checkpointing), progress=progress)
+    lm = LM(*load(s.model, pick_device(s.device), torch.float32))
+    set_template_arguments(lm.tokenizer, arguments)
+    held = 2 * min(50, len(problems) // 20)
+    rows = [row for problem in problems for row in cold_sequences(lm.tokenizer, problem, s.seed)]
+    return lm, {"sequences": rows[held:], "heldout": rows[:held], "epochs": s.cold_epochs, "title": "cold start",
+                "learning_rate": s.cold_learning_rate, "checkpointing": bool(s.checkpointing)}
 
 
-def train_tiny(s: BaseSettings, task_type: str, progress: Path) -> tuple[LM, float]:
-    """Trains the tiny base model from random weights. Returns it and the loss."""
+def tiny_training(s, task_type):
+    """The tiny base model with random weights and the arguments of its `finetune`."""
     torch.manual_seed(s.seed)
     corpus = data.base_corpus(task_type, s.sequences, s.seed)
     tokenizer = tiny_tokenizer([e.prompt + e.trace + e.ask + e.answer for e in corpus])
     with saying(f"--hidden {s.hidden}"):
         lm = LM(tiny_model(len(tokenizer), s.hidden, s.layers).to(pick_device(s.device)), tokenizer)
-    sequences = [base_sequence(tokenizer, example) for example in corpus]
-    return lm, finetune(lm, sequences, epochs=1, batch_size=s.batch_size, learning_rate=s.learning_rate,
-                        warmup=s.warmup, seed=s.seed, title="base model", progress=progress,
-                        optimizer=MuonAdamW(lm.model, s.learning_rate))
+    return lm, {"sequences": [base_sequence(tokenizer, example) for example in corpus], "epochs": 1,
+                "learning_rate": s.learning_rate, "title": "base model",
+                "optimizer": MuonAdamW(lm.model, s.learning_rate)}
 
 
-def template_arguments(s: BaseSettings) -> dict:
-    """--chat_template_kwargs. UserError where the model's template does not know one of them."""
-    flag = f"--chat_template_kwargs {s.chat_template_kwargs}"
-    with saying(f"{flag}: must be a JSON object"):
-        arguments = dict(json.loads(s.chat_template_kwargs))
-    template = str(load_tokenizer(s.model).chat_template) if arguments else ""
-    for name in arguments:
-        if name not in template:
-            raise UserError(f"{flag}: the chat template of {s.model} has no {name}; leave it out")
-    return arguments
-
-
-def make_base(s: BaseSettings, folder: Path) -> None:
+def make_base(s, folder):
     """Fills the stage folder with the trained base model, if one is trained, and with what its executor can do."""
-    groups = Path(s.run_dir) / "groups"
+    groups, progress = Path(s.run_dir) / "groups", folder / "progress.pt"
     heldout = data.read_problems(groups / "heldout.jsonl", need_tests=False)[:s.eval_problems]
     tiny = data.source_of(heldout[0]).needs_base_model
     if tiny == bool(s.model):
         raise UserError(f"{groups}: the tiny world trains its own base model: leave out --model; all else needs one")
-    arguments, device, progress = template_arguments(s), pick_device(s.device), folder / "progress.pt"
+    with saying("--chat_template_kwargs: must be a JSON object"):
+        arguments = dict(json.loads(s.chat_template_kwargs))
     model = os.path.abspath(s.model) if os.path.isdir(s.model) else s.model
     record = {"model": model, "fingerprint": model and data.fingerprint(model), "problems": len(heldout),
               "chat_template_kwargs": arguments}
     if tiny or s.cold_start:
-        if tiny:
-            lm, loss = train_tiny(s, heldout[0].task_type, progress)
-        else:
-            lm = LM(*load(model, device, torch.float32))
-            set_template_arguments(lm.tokenizer, arguments)
-            loss = train_cold(s, lm, progress)
-        with saying(f"{folder}: cannot be saved"):
-            lm.model.save_pretrained(folder)
-            lm.tokenizer.save_pretrained(folder)
+        lm, options = tiny_training(s, heldout[0].task_type) if tiny else cold_training(s, arguments)
+        loss = finetune(lm, batch_size=s.batch_size, warmup=s.warmup, seed=s.seed, progress=progress, **options)
+        lm.model.save_pretrained(folder)
+        lm.tokenizer.save_pretrained(folder)
         record |= {"model": ".", "train_loss": loss}
         model = str(folder)
-    loaded, tokenizer = load(model, device, torch.float32 if tiny else None)
+    loaded, tokenizer = load(model, pick_device(s.device), torch.float32 if tiny else None)
     set_template_arguments(tokenizer, arguments)
     frozen = Executor(loaded, tokenizer, max_new_tokens=s.max_answer_tokens, temperature=s.executor_temperature,
                       seed=s.seed, max_cache_gib=s.max_cache_gib)
@@ -1357,7 +1319,7 @@ def make_base(s: BaseSettings, folder: Path) -> None:
     progress.unlink(missing_ok=True)
 
 
-def main(argv) -> None:
+def main(argv):
     """The command: trains or checks the base model of a run."""
     s = data.parse_settings(BaseSettings, argv, "executor.py")
     base = Path(s.run_dir) / "base"
@@ -1370,7 +1332,10 @@ def main(argv) -> None:
         print(f"  {key.replace('_', ' ')}: " + ("not measured" if record[key] is None else f"{record[key]:.2f}"))
     if (record["executor_truncated"] or 0) > 0.05:
         print("  more than 5 % of the outputs were cut and count as failures: raise --max_answer_tokens")
-    print(f"next: python rm.py --run_dir {s.run_dir}")
+    first = data.read_groups(Path(s.run_dir) / "groups" / "train.jsonl")[0]
+    # A reward model needs flawed traces. Without them, success alone is the reward.
+    then = "rm.py --run_dir {}" if first["negative_bank"] else "tracelift.py train --run_dir {} --mode exec_only"
+    print("next: python " + then.format(s.run_dir))
 
 
 if __name__ == "__main__":

@@ -161,9 +161,8 @@ def test_sampled_frequencies_are_the_probabilities_of_the_model(llama):
     in both steps, with the temperature, for two prompts decoded together."""
     temperature, count, model = 1.5, 4000, random_model("llama")
     model.lm_head.weight.data[8:] = 0
-    for bias in (torch.full((V,), -1e9),):
-        bias[:8] = 0
-        model.lm_head.bias = torch.nn.Parameter(bias)              # eight tokens are possible
+    bias = torch.full((V,), -1e9).index_fill(0, torch.arange(8), 0)
+    model.lm_head.bias = torch.nn.Parameter(bias)                  # eight tokens are possible
     prompts = PROMPTS[2:4]
     out = generate(model, prompts, num_samples=count, max_new_tokens=2, temperature=temperature, eos_id=-1,
                    uniforms=uniform_numbers([f"frequencies {i}" for i in range(2 * count)], 2), max_cache_tokens=10**6)
@@ -262,16 +261,11 @@ def test_a_capture_that_fails_is_said_once(llama, monkeypatch, capsys, damage):
     assert said.startswith("decoding goes on without captured steps: ") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"num_samples": 0}, "num_samples"), ({"num_samples": [1, 2]}, "num_samples"), ({"max_new_tokens": 0}, "max_new"),
-    ({"num_samples": [1, 0, 1, 1, 1]}, "num_samples"), ({"temperature": -0.1}, "temperature"),
-    ({"temperature": 1.0}, "uniforms"), ({"temperature": 1.0, "uniforms": uniform_numbers(["a"] * 4, 12)}, "uniforms"),
-    ({"temperature": 1.0, "uniforms": uniform_numbers(["a"] * 5, 11)}, "uniforms")])
-def test_bad_arguments(llama, options, words):
-    with pytest.raises(ValueError, match=words):
-        greedy(llama, PROMPTS, **options)
-    with pytest.raises(ValueError, match="prompts"):
-        greedy(llama, [[1], []])
+@pytest.mark.parametrize("options", [{"num_samples": 0}, {"num_samples": [1, 2]}, {"temperature": -0.1},
+                                     {"prompts": [[1], []]}])
+def test_bad_arguments(llama, options):
+    with pytest.raises(ValueError, match="prompts that are not empty"):
+        greedy(llama, **{"prompts": PROMPTS, **options})
 
 
 def test_the_context_is_not_overrun(llama):
@@ -287,8 +281,7 @@ def test_what_counts_as_context():
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32,
             "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
     sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
-             "intermediate_size": 8,
-             "max_position_embeddings": 64}
+             "intermediate_size": 8, "max_position_embeddings": 64}
     assert executor.context_of(LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope))) == 32
     assert executor.context_of(LlamaForCausalLM(LlamaConfig(**sizes))) == 64
     mistral = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, num_key_value_heads=1,
@@ -333,24 +326,18 @@ def test_low_precision_logits_are_normalised_in_float32():
 
 # ---------------------------------------------------------------- families
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
-         "num_key_value_heads": 2,
-         "intermediate_size": 48, "max_position_embeddings": 128, "sliding_window": 5, "attention_chunk_size": 5,
-         "head_dim": 8,
-         "initializer_range": 0.4, "pad_token_id": 0, "bos_token_id": 1, "vocab_size_per_layer_input": 64,
-         "hidden_size_per_layer_input": 8, "global_head_dim": 8, "ffn_dim": 48, "word_embed_proj_dim": 32,
-         "init_std": 0.4,
-         "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-         "moe_intermediate_size": 16,
-         "shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-         "n_shared_experts": 1,
-         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-         "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_d_ssm": 64,
-         "state_size": 8,
-         "mamba_chunk_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "chunk_size": 8,
-         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-         "embedding_size": 32, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 64, "decoder_layers": 2,
-         "encoder_layers": 2,
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads":
+         2, "intermediate_size": 48, "max_position_embeddings": 128, "sliding_window": 5, "attention_chunk_size": 5,
+         "head_dim": 8, "initializer_range": 0.4, "pad_token_id": 0, "bos_token_id": 1, "vocab_size_per_layer_input":
+         64, "hidden_size_per_layer_input": 8, "global_head_dim": 8, "ffn_dim": 48, "word_embed_proj_dim": 32,
+         "init_std": 0.4, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+         "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1,
+         "first_k_dense_replace": 1, "n_shared_experts": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim":
+         8, "qk_nope_head_dim": 8, "v_head_dim": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
+         "mamba_d_state": 8, "mamba_d_ssm": 64, "state_size": 8, "mamba_chunk_size": 8, "mamba_num_heads": 4,
+         "mamba_head_dim": 16, "ssm_state_size": 8, "chunk_size": 8, "linear_num_key_heads": 2,
+         "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "embedding_size": 32,
+         "index_head_dim": 8, "index_n_heads": 2, "index_topk": 64, "decoder_layers": 2, "encoder_layers": 2,
          "d_model": 32, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
 OWN = {"deepseek_v3": {"num_key_value_heads": 4}, "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
        "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
@@ -537,19 +524,6 @@ def test_logits_are_scored_as_the_model_computes_them(kind, plain, dtype):
         assert torch.equal(lm.hidden(ids, positions.flip(0)), hidden.flip(0)) and len(lm.head(hidden[:0])) == 0
 
 
-def test_checkpointing_computes_the_same_gradient(llama):
-    grads = []
-    for checkpointing in (False, True):
-        model = copy.deepcopy(llama)
-        if checkpointing:
-            executor.enable_checkpointing(model)
-        lm = LM(model.eval(), executor.tiny_tokenizer(["a"]))
-        model.train(checkpointing)
-        executor.sequence_loss(lm, [(PROMPTS[0], PROMPTS[0])]).backward()
-        grads.append([p.grad for p in model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
-
-
 def test_checkpointing_leaves_no_noise_in_training():
     """The policy that is scored has to be the one that was sampled. Dropout goes, a noisy router is refused."""
     model, ids = tiny_of("opt", dropout=0.5, attention_dropout=0.5, layerdrop=0.5), torch.tensor(RAGGED[:1])
@@ -685,18 +659,13 @@ def without_eos(folder):
     path.write_text(json.dumps(config))
 
 
-def without_a_tensor(folder):
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    tensors.pop(next(name for name in tensors if "mlp" in name))
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def with_a_wrong_shape(folder):
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.norm.weight"] = torch.ones(7)
-    save_file(tensors, path, metadata={"format": "pt"})
+def with_tensors(change):
+    """Damage to the file of weights."""
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return damage
 
 
 def larger_tokenizer(folder):
@@ -715,8 +684,9 @@ def raising_template(folder):
     (lambda f: (f / "config.json").unlink(), "config.json|tokenizer"),
     (lambda f: (f / "config.json").write_text("{"), "config|tokenizer"), (shutil.rmtree, "tokenizer"),
     (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "causal LM"),
-    (with_a_wrong_shape, "model.norm.weight|causal LM"), (without_a_tensor, "the weights lack model.layers.0.mlp"),
-    (larger_tokenizer, "the tokenizer has .* tokens, more than the model"),
+    (with_tensors(lambda t: t.update({"model.norm.weight": torch.ones(7)})), "model.norm.weight|causal LM"),
+    (with_tensors(lambda t: t.pop("model.layers.0.mlp.up_proj.weight")), "the weights lack model.layers.0.mlp"),
+    (larger_tokenizer, "the tokenizer has more tokens"),
     (raising_template, "chat template .*no users here")])
 def test_load_says_what_is_wrong(tiny, tmp_path, damage, words):
     """One line that names the folder; never a traceback from the depths, never a random model."""
@@ -735,15 +705,6 @@ class Careless(LlamaForCausalLM):
                                **given)
 
 
-class Leaky(LlamaForCausalLM):
-    """A model that looks at one place too many."""
-    def forward(self, attention_mask=None, **given):
-        if attention_mask is not None and len(attention_mask) > 1 and attention_mask.shape[1] > 6:
-            attention_mask = attention_mask.clone()
-            attention_mask[..., 2] = 1
-        return super().forward(attention_mask=attention_mask, **given)
-
-
 class Forgetful(LlamaForCausalLM):
     """A model that ignores its cache."""
     def forward(self, cache=None, past_key_values=None, attention_mask=None, **given):
@@ -757,27 +718,15 @@ def test_decoding_is_tried(model, dtype, capsys):
     assert executor.check_decoding(before) is False
     assert all(torch.equal(p, q.to(dtype)) and p.dtype == dtype for p,
                q in zip(before.parameters(), model.parameters()))
-    for cls in (Careless, Leaky):
-        damaged = random_model("llama").to(dtype)
-        damaged.__class__ = cls
-        assert executor.check_decoding(damaged) and "groups of equal length" in capsys.readouterr().out
+    damaged = random_model("llama").to(dtype)
+    damaged.__class__ = Careless
+    assert executor.check_decoding(damaged) and "groups of equal length" in capsys.readouterr().out
     damaged.__class__ = Forgetful
-    with pytest.raises(UserError, match="llama models cannot be decoded here: a cache changes"):
+    with pytest.raises(UserError, match="llama models cannot be decoded here: .*a cache changes"):
         executor.check_decoding(damaged)
     damaged.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
         executor.check_decoding(damaged)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [5, 8, 3000])
-def test_sound_models_are_accepted(dtype, size):
-    """Whatever the precision, and however small the vocabulary."""
-    torch.manual_seed(size)
-    config = LlamaConfig(vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                         intermediate_size=48,
-                         initializer_range=0.3)
-    assert executor.check_decoding(LlamaForCausalLM(config).eval().to(dtype)) is False
 
 
 def test_every_end_that_model_or_tokenizer_names():
@@ -812,7 +761,7 @@ def test_cache_tokens_are_measured(model):
 
 
 def test_a_gpu_that_torch_does_not_see_is_no_silent_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(executor, "DRIVERS", [tmp_path / "version"])
+    monkeypatch.setattr(executor, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert executor.pick_device().type == "cpu"
     (tmp_path / "version").write_text("NVRM version: 535.161.08")
@@ -1165,24 +1114,18 @@ def test_the_command_trains_checks_and_is_skipped_when_done(tmp_path, capsys):
     assert all(0 <= record[name] <= 1 for name in ("no_trace", "reference_trace", "executor_truncated"))
     executor.load(executor.base_of(run), "cpu")
     stamp = (run / "base" / "model.safetensors").stat().st_mtime_ns
-    capsys.readouterr()
+    assert (record["executor_truncated"] > 0.05) == ("--max_answer_tokens" in capsys.readouterr().out)
     executor.main(arguments)
     assert (run / "base" / "model.safetensors").stat().st_mtime_ns == stamp
     assert capsys.readouterr().out.splitlines()[-1] == f"next: python rm.py --run_dir {run}"
     with pytest.raises(UserError, match="--hidden"):
         executor.main([*arguments, "--hidden", "32"])
     shutil.rmtree(run / "base")
+    groups = run / "groups" / "train.jsonl"
+    data.write_groups(groups, [group | {"negative_bank": []} for group in data.read_groups(groups)])
+    executor.main(arguments)
+    assert "--mode exec_only" in capsys.readouterr().out, "a reward model needs flawed traces"
+    shutil.rmtree(run / "base")
     with pytest.raises(UserError, match="leave out --model"):
         executor.main(["--run_dir", str(run), "--model", "x"])
-
-
-def test_cut_outputs_are_said_with_the_flag(tmp_path, capsys):
-    """They count as failures: a user who does not know that reads too low a success."""
-    data.main(["--run_dir", str(tmp_path), "--train", "3", "--heldout", "3"])
-    executor.main(["--run_dir", str(tmp_path), "--sequences", "16", "--hidden", "16", "--layers", "1",
-                   "--eval_problems", "3",
-                   "--device", "cpu", "--max_answer_tokens", "1"])
-    record = json.loads((tmp_path / "base" / "base.json").read_text())
-    assert record["executor_truncated"] > 0.5 and "--max_answer_tokens" in capsys.readouterr().out
-
 

@@ -160,8 +160,8 @@ def without_answer(groups):
     (None, (*COLD, "--cold_start", "21"), "--cold_start 21: .*train.jsonl has 20 groups"),
     (None, ("--cold_epochs", "2"), "--cold_epochs .*has no effect without --cold_start"),
     (None, (*COLD, "--hidden", "64"), "--hidden .*has no effect with --model"),
-    (None, ("--chat_template_kwargs", "[1"), "--chat_template_kwargs .* must be a JSON object"),
-    (None, ("--chat_template_kwargs", '{"think": true}'), "chat template of .* has no think")])
+    (None, ("--chat_template_kwargs", "[1"), "--chat_template_kwargs: must be a JSON object"),
+    (None, ("--chat_template_kwargs", '{"think": true}'), "chat template has no think")])
 def test_a_cold_start_that_cannot_be(begun, run_dir, damage, more, said):
     path = run_dir / "groups" / "train.jsonl"
     if damage:

@@ -178,19 +178,12 @@ def test_sampled_outputs_are_a_function_of_the_runs_keys(stub, prepared, problem
 
 def test_many_requests_are_in_flight(stub, prepared, problems):
     frozen = served(stub, prepared)
-    stub.seconds, first = 0.2, stub.answer({"model": NAME, "prompt": [5, 6], "seed": 0, "max_tokens": 6,
-                                            "temperature": 0,
-                                            "stop_token_ids": [1]})
-    stub.answer = lambda body: first | {"usage": first["usage"] | {"prompt_tokens": len(body["prompt"])}}
-    frozen.run(problems * 8, ["a"] * 96, 1)
+    stub.seconds = 0.2
+    stub.answer = lambda body: {"model": NAME, "choices": [{"text": "", "finish_reason": "stop"}],
+                                "usage": {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1}}
+    runs = frozen.run(problems * 8, ["a"] * 96, 1)
+    assert {run.output for row in runs for run in row} == {""}, "an end at once is the model's answer"
     assert 16 < stub.most <= executor.IN_FLIGHT == 64
-
-
-def test_an_empty_output_is_the_models(stub, prepared, problems):
-    """Its end at once is a failed attempt."""
-    frozen = served(stub, prepared)
-    stub.trouble = forever(choice_with(text="", finish_reason="stop"))
-    assert frozen.run(problems[:1], ["a"], 1)[0][0].output == ""
 
 
 # ---------------------------------------------------------------- a server in trouble
@@ -228,11 +221,9 @@ PASSING = {                                                        # what is tri
 WRONG = {                                                          # what is an error at once
     "no outputs": changed(choices=[]), "null": changed(choices=None), "several": changed(choices=[{}, {}]),
     "another model": changed(model="another"), "no text": choice_with(text=None),
-    "aborted": choice_with(finish_reason="abort"),
-    "without a reason": choice_with(finish_reason=None), "no usage": changed(usage=None),
-    "none written": usage(wrote=0),
-    "too many written": usage(wrote=7), "cut early": lambda h, a: usage(wrote=2)(h, {**a, "choices": [
-        {**a["choices"][0], "finish_reason": "length"}]}), "other tokens read": usage(read=1, wrote=3),
+    "aborted": choice_with(finish_reason="abort"), "no usage": changed(usage=None), "none written": usage(wrote=0),
+    "too many written": usage(wrote=7), "other tokens read": usage(read=1, wrote=3),
+    "cut early": lambda h, a: usage(wrote=2)(h, {**a, "choices": [{**a["choices"][0], "finish_reason": "length"}]}),
     "a list": lambda h, a: h.send([a]), "400": lambda h, a: h.send({"error": {"message": "too long"}}, 400)}
 
 
@@ -293,68 +284,34 @@ def test_the_first_error_ends_the_requests_that_wait(stub, prepared, problems):
 # ---------------------------------------------------------------- what is refused at the start
 
 @pytest.mark.parametrize("url", ["http://me:hunter2@host:8000/v1", "http://host:8000/v1?key=hunter2",
-                                 "http://host/v1#x",
-                                 "host:8000/v1", "ftp://host/v1", "http://", "http://ho st/v1",
-                                 "http://host:8000/v1\n"])
-def test_a_url_that_cannot_be_used_is_one_line(url):
+                                 "http://host/v1#x", "host:8000/v1", "ftp://host/v1", "http://", "http://ho st/v1"])
+def test_a_url_that_cannot_be_used_is_one_line(prepared, url):
     """Without what may be a password."""
     with pytest.raises(UserError, match="--executor: must be http://HOST:PORT/v1") as caught:
-        executor.check_server_flags(url, "m")
+        ServedExecutor(url, NAME, prepared[0], prepared[2], max_new_tokens=6)
     assert "hunter2" not in str(caught.value)
 
 
-def test_server_flags_go_together():
-    for url, name in (("http://h/v1", ""), ("", "m")):
-        with pytest.raises(UserError, match="--executor and --executor_model go together"):
-            executor.check_server_flags(url, name)
-    for url in ("http://h:8000/v1", "https://a.b-c.d/x/v1/", "http://[::1]:30000"):
-        executor.check_server_flags(url, "m")
-
-
-def test_an_ipv6_address(prepared, problems, monkeypatch):
-    monkeypatch.setattr(Stub, "address_family", socket.AF_INET6)
-    monkeypatch.setattr(ThreadingHTTPServer, "__init__", lambda self, address, handler,
-                        init=ThreadingHTTPServer.__init__:
-                        init(self, ("::1", 0), handler))
-    try:
-        server = Stub(*prepared[1:])
-    except OSError:
-        pytest.skip("no IPv6 here")
-    server.url = f"http://[::1]:{server.server_port}/v1"
-    assert len(served(server, prepared).run(problems[:2], None, 1)) == 2
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize("trouble", [lambda h, a: h.send({"detail": "prompt must be a string"}, 422),
-                                     usage(read=99, wrote=3)])
-def test_a_server_that_does_not_read_our_ids_is_refused(stub, prepared, trouble):
-    stub.trouble = forever(trouble)
-    with pytest.raises(ServerError):
-        ServedExecutor(stub.url, NAME, prepared[0], prepared[2], max_new_tokens=6)
-
-
-@pytest.mark.parametrize("models, reason", [([{"id": "a"}, {"id": "b"}], "serves a, b"), ([], "no model"),
-                                            (None, "no model")])
-def test_a_model_that_is_not_there_is_one_line(stub, prepared, models, reason):
-    stub.models = models
-    with pytest.raises(UserError, match=f"--executor_model {NAME}: {stub.url} .*{reason}"):
+@pytest.mark.parametrize("models, trouble, said", [
+    ([{"id": "a"}, {"id": "b"}], None, f"--executor_model {NAME}: http.* serves a, b"), (None, None, "no model"),
+    ([{"id": NAME}], lambda h, a: h.send({"detail": "prompt must be a string"}, 422), "must be a string"),
+    ([{"id": NAME}], usage(read=99, wrote=3), "it says")])
+def test_a_server_that_cannot_serve_is_refused(stub, prepared, models, trouble, said):
+    """Without the model, or not reading our ids."""
+    stub.models, stub.trouble = models, forever(trouble)
+    with pytest.raises((UserError, ServerError), match=said):
         served(stub, prepared)
 
 
 def test_a_server_that_is_not_there_is_one_line(stub, prepared):
     """Nothing is tried again at the start."""
-    url = stub.url
-    stub.url = url.removesuffix("/v1")
+    stub.url = stub.url.removesuffix("/v1")
     with pytest.raises(ServerError, match="404 Not Found"):
         served(stub, prepared)
     stub.shutdown()
     stub.server_close()
-    stub.url = url
-    begin = time.monotonic()
     with pytest.raises(ServerError, match="Connection refused"):
         served(stub, prepared)
-    assert time.monotonic() - begin < 10
 
 
 def test_the_context_is_that_of_the_server(stub, prepared, problems):
@@ -390,9 +347,8 @@ def test_the_key_is_in_the_header_and_nowhere_else(stub, prepared, problems, mon
     assert all("(key)" in text for text in said[:5]) and SECRET[:5] not in "".join(said)
 
 
-@pytest.mark.parametrize("key", ["line\nend", "schl\u00fcssel-\u4e1c"])
-def test_a_key_that_no_header_takes_is_not_shown(stub, prepared, monkeypatch, key):
-    monkeypatch.setenv(executor.KEY, key)
+def test_a_key_that_no_header_takes_is_not_shown(stub, prepared, monkeypatch):
+    monkeypatch.setenv(executor.KEY, "line\nend")
     with pytest.raises(ServerError) as caught:
         served(stub, prepared)
-    assert key not in str(caught.value) and "end" not in str(caught.value)
+    assert "end" not in str(caught.value)
