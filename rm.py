@@ -42,11 +42,9 @@ from data import Options, UserError, option
 
 # ------------------------------------------------------------------------------------------------ 1. the model
 
-NUM_LABELS = 5
-
-
 class RubricRewardModel(nn.Module):
     """`model` (a backbone without LM head), `dimension_heads` (D of L labels), `total_head`, and its tokenizer."""
+    num_labels = 5                                        # L
 
     def __init__(self, model, tokenizer, dimension_names, dimension_weights=None):
         super().__init__()
@@ -56,7 +54,7 @@ class RubricRewardModel(nn.Module):
         self.dimension_names = list(dimension_names)
         D = len(self.dimension_names)
         self.dimension_weights = list(dimension_weights or [1.0 / D] * D)
-        self.dimension_heads = nn.ModuleList(nn.Linear(hidden, NUM_LABELS) for _ in self.dimension_names)
+        self.dimension_heads = nn.ModuleList(nn.Linear(hidden, self.num_labels) for _ in self.dimension_names)
         self.total_head = nn.Linear(hidden, 1)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,10 +67,10 @@ class RubricRewardModel(nn.Module):
 
     def scores(self, label_logits: torch.Tensor, total_logit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Label logits (B, D, L) and total logit (B,) -> score (B,) in [0, 1], expected labels (B, D) in [0, 4]."""
-        values = torch.arange(NUM_LABELS, device=label_logits.device, dtype=torch.float32)
+        values = torch.arange(self.num_labels, device=label_logits.device, dtype=torch.float32)
         weights = torch.tensor(self.dimension_weights, device=label_logits.device)
         expected = label_logits.softmax(dim=-1) @ values                                              # (B, D)
-        rubric = (expected * weights).sum(dim=-1) / weights.sum() / (NUM_LABELS - 1)
+        rubric = (expected * weights).sum(dim=-1) / weights.sum() / (self.num_labels - 1)
         return 0.5 * rubric + 0.5 * torch.sigmoid(total_logit), expected
 
     def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,8 +103,9 @@ class RubricRewardModel(nn.Module):
         """config.json, model.safetensors and the tokenizer, under the names of the public checkpoints."""
         config = self.model.config.to_dict() | {
             "rm_dimension_names": self.dimension_names, "rm_dimension_weights": self.dimension_weights,
-            "rm_num_labels": NUM_LABELS, "rm_use_total_head": True}
-        data.write_atomic(Path(folder) / "config.json", json.dumps(config, indent=1, default=str))
+            "rm_num_labels": self.num_labels, "rm_use_total_head": True}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "config.json").write_text(json.dumps(config, indent=1, default=str))
         state = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
         self.tokenizer.save_pretrained(folder)
@@ -115,29 +114,36 @@ class RubricRewardModel(nn.Module):
     def from_pretrained(cls, folder, device="cpu") -> "RubricRewardModel":
         """Loads a folder written by `save_pretrained`, or a public checkpoint. UserError for a missing or unexpected
         tensor: nothing is re-initialised. Heads are float32, and so is the backbone unless it was saved in bfloat16."""
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            inside = [str(config.parent) for config in Path(folder).glob("*/config.json")]
-            mend = f"move one of {', '.join(inside)} there" if inside else "run rm.py first, or put a public one there"
-            raise UserError(f"{path}: no reward model here; {mend}")
-        with executor.saying(f"{folder}: no rubric reward model can be loaded"):
-            config = json.loads(path.read_text())
-            if config["rm_num_labels"] != NUM_LABELS or not config["rm_use_total_head"]:
-                raise ValueError(f"needs rm_num_labels {NUM_LABELS} and rm_use_total_head true")
-            state = {}
-            for shard in sorted(Path(folder).glob("*.safetensors")):
-                state |= load_file(shard)
-            kinds = {tensor.dtype for name, tensor in state.items() if name.startswith("model.")}
-            dtype = torch.bfloat16 if kinds == {torch.bfloat16} else torch.float32
-            model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-            tokenizer = data.true_tokenizer(AutoTokenizer.from_pretrained(folder), folder)
-            rm = cls(model, tokenizer, config["rm_dimension_names"], config["rm_dimension_weights"])
-            try:
-                rm.load_state_dict(state, strict=True)
-            except RuntimeError as error:                 # its first line alone does not name the tensor
-                raise ValueError(" ".join(str(error).split())) from None
+        parts, state = read_checkpoint(folder)
+        rm = cls(*parts)
+        try:
+            rm.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise UserError(f"{folder}: not a rubric reward model of this form: {error}") from None
         return rm.to(device).eval()
+
+
+def read_checkpoint(folder):
+    """(what RubricRewardModel is made of, state dict) of a folder. UserError for one without a rubric reward model of
+    five labels and a total head."""
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        inside = [str(config.parent) for config in Path(folder).glob("*/config.json")]
+        mend = f"move one of {', '.join(inside)} there" if inside else "run rm.py first, or put a public one there"
+        raise UserError(f"{path}: no reward model here; {mend}")
+    with executor.saying(f"{folder}: no rubric reward model can be loaded"):
+        config = json.loads(path.read_text())
+        if config["rm_num_labels"] != RubricRewardModel.num_labels or not config["rm_use_total_head"]:
+            raise ValueError(f"needs rm_num_labels {RubricRewardModel.num_labels} and rm_use_total_head true")
+        state = {}
+        for shard in sorted(Path(folder).glob("*.safetensors")):
+            state |= load_file(shard)
+        kinds = {tensor.dtype for name, tensor in state.items() if name.startswith("model.")}
+        dtype = torch.bfloat16 if kinds == {torch.bfloat16} else torch.float32
+        model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+        tokenizer = data.true_tokenizer(AutoTokenizer.from_pretrained(folder), folder)
+        return (model, tokenizer, config["rm_dimension_names"], config["rm_dimension_weights"]), state
 
 
 # ------------------------------------------------------------------------------------------------ 2. training

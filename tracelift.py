@@ -400,15 +400,13 @@ def completion_logp(model: LM, batch: MicroBatch, temperature: float) -> torch.T
 def train(s: TrainSettings) -> Path:
     """Trains one planner with GRPO and returns its folder: model, tokenizer, metrics.jsonl, samples.jsonl. A stopped
     training continues from its last checkpoint."""
-    ranks = Ranks()
-    with training_folder(s, ranks) as work:
+    with training_folder(s) as (work, out, ranks):
         if work is None:
-            return planner_folder(s)                                      # it is there already
+            return out                                                    # it is there already
         # With LoRA planner, executor and reference share one model; it is the base model while the adapter is off.
-        planner, frozen, rm, lora = load_roles(s, s.init, REWARDS[s.mode].needs, s.lora_rank)
+        problems, planner, frozen, rm, lora = load_training(s)
         base_model = lora.off if lora else nullcontext
         reference = copy.deepcopy(planner) if s.beta and not lora else planner
-        problems = training_problems(s, planner, frozen, rm)
         learning = [p for p in planner.model.parameters() if p.requires_grad]                  # LoRA: the adapter's
         optimizer = torch.optim.AdamW(learning, betas=(0.9, 0.95), weight_decay=0.0, fused=learning[0].is_cuda)
         with TrainingLog(work, planner, optimizer, frozen, ranks, s) as log:                   # restores a checkpoint
@@ -446,8 +444,8 @@ def train(s: TrainSettings) -> Path:
                 # 5. Write metrics, and every save_every steps samples and a checkpoint.
                 log.write(step, traces)
             log.save_planner(lora)
-    print(f"{planner_folder(s)}: trained\nnext: python tracelift.py evaluate --run_dir {s.run_dir}")
-    return planner_folder(s)
+    print(f"{out}: trained\nnext: python tracelift.py evaluate --run_dir {s.run_dir}")
+    return out
 
 
 def problems_of_step(problems: list[Problem], step: int, problems_per_step: int, seed: int) -> list[Problem]:
@@ -465,16 +463,12 @@ def problems_of_step(problems: list[Problem], step: int, problems_per_step: int,
 # ------------------------------------------------------------------------------------------ 7. a training run on disk
 
 
-def planner_folder(s: TrainSettings) -> Path:
-    """RUN_DIR/planner-NAME-seedSEED."""
-    return Path(s.run_dir) / f"planner-{s.name or s.mode}-seed{s.seed}"
-
-
 @contextmanager
-def training_folder(s: TrainSettings, ranks: "Ranks"):
-    """The folder that a training fills, on all ranks; only rank 0 writes. None if the planner is complete; a planner
-    of fewer steps continues. UserError for settings that do not go together, before anything is written."""
-    out, folder = planner_folder(s), nullcontext()
+def training_folder(s: TrainSettings):
+    """(folder to fill, folder of the planner, ranks). The first is None if the planner is complete; a planner of fewer
+    steps continues. Only rank 0 writes. UserError for settings that do not go together, before anything is written."""
+    ranks, folder = Ranks(), nullcontext()
+    out = Path(s.run_dir) / f"planner-{s.name or s.mode}-seed{s.seed}"
     if not re.fullmatch(r"[\w.+-]*", s.name):                             # it stands in a table and in a path
         raise UserError(f"--name {s.name!r}: use letters, digits, and . + - _")
     if s.w_e == s.w_r == 0:
@@ -490,7 +484,7 @@ def training_folder(s: TrainSettings, ranks: "Ranks"):
         if work and ranks.rank == 0:
             (work / "results.json").unlink(missing_ok=True)               # of the planner with fewer steps
             print(f"{work}: training; it becomes {out} at the end. Watch it: tail -f {work}/metrics.jsonl")
-        yield work
+        yield work, out, ranks
 
 
 def load_roles(s: Settings, folder: str = "", needs: tuple[str, ...] = ("runs",), rank: int = 0):
@@ -528,9 +522,10 @@ def load_roles(s: Settings, folder: str = "", needs: tuple[str, ...] = ("runs",)
     return planner, frozen, rm, lora
 
 
-def training_problems(s: TrainSettings, planner: LM, frozen: Executor | None,
-                      rm: RubricRewardModel | None) -> list[Problem]:
-    """The problems to train on. UserError if they are too few for a step, or do not fit a role."""
+def load_training(s: TrainSettings):
+    """(problems to train on, then the roles of `load_roles`). UserError for too few problems for a step, or for ones
+    that do not fit a role."""
+    planner, frozen, rm, lora = load_roles(s, s.init, REWARDS[s.mode].needs, s.lora_rank)
     problems, ranks = data.read_problems(Path(s.run_dir) / s.groups), Ranks().count
     if not ranks <= s.problems_per_step <= len(problems):
         raise UserError(f"--problems_per_step {s.problems_per_step}: must be at least {ranks}, the processes, and at "
@@ -538,7 +533,7 @@ def training_problems(s: TrainSettings, planner: LM, frozen: Executor | None,
     if rm and set(rm.dimension_names) != set(data.DIMENSIONS[problems[0].task_type]):
         raise UserError(f"{s.run_dir}/rm judges {', '.join(rm.dimension_names)}: not for {problems[0].task_type}")
     check_lengths(problems, s, s.max_trace_tokens, planner, frozen, rm)
-    return problems
+    return problems, planner, frozen, rm, lora
 
 
 def check_lengths(problems: list[Problem], s: Settings, trace_tokens: int, planner: LM, frozen: Executor | None,
