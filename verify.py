@@ -152,14 +152,14 @@ _SYMBOL = "[A-Za-zπ∞θαβγφλμσω]"
 _ARGUMENT = r"\s*(?:\{([^{}]*)\}|([0-9]|SYMBOL))"                # of a TeX command
 
 
-def _rules(table: str) -> list:
+def _rules(table):
     """A line is a pattern, an arrow and what replaces it (␣ is a blank)."""
     table = table.replace("ARGUMENT", _ARGUMENT).replace("SYMBOL", _SYMBOL).replace("DECIMAL", _DECIMAL)
     pairs = [line.split(" =>") for line in table.strip().split("\n")]
     return [(re.compile(pattern.strip(), re.DOTALL), new.strip().replace("␣", " ")) for pattern, new in pairs]
 
 
-def _rewrite(text: str, rules: list) -> str:
+def _rewrite(text, rules):
     for pattern, new in rules:
         text = pattern.sub(new, text)
     return text
@@ -319,13 +319,13 @@ def math_equal(prediction: str | None, reference: str) -> bool:
     return said.name in ("", wanted.name or said.name) and wanted.lead <= said.lead and said.value == wanted.value
 
 
-def _said(text: str) -> str:
+def _said(text):
     """What follows the last closed thought, without layout; a displayed formula becomes one line."""
     text = _rewrite(re.split(r"</think\w*>", text)[-1], _LAYOUT)
     return _DISPLAY.sub(lambda match: f"${' '.join(''.join(filter(None, match.groups())).split())}$", text)
 
 
-def _marked(text: str) -> str | None:
+def _marked(text):
     """The marked answer of a text; None without one, '' where the text ends in a thought or a box that nothing closes."""
     text, thinks, _ = text.partition("<think")
     boxes = list(_BOX.finditer(text))[-2:]
@@ -359,12 +359,12 @@ def _marked(text: str) -> str | None:
     return _marked(_rewrite(contents[-1][:MAX_ANSWER + 1], _UNWRAP)) or contents[-1]
 
 
-def _without_dashes(line: str) -> str:
+def _without_dashes(line):
     """A line of prose without its bullet and the dashes after words, which are no minus signs; in TeX all are."""
     return line if re.search(r"[$\\]", line) else _DASH.sub(r"\1 ", line)
 
 
-def _last_number(line: str) -> str | None:
+def _last_number(line):
     """The last number of a line, with two words on either side where they make something else of it (4 dozen)."""
     line = _BULLET.sub("", line)
     numbers = list(_NUMBER.finditer(line))[-2:]
@@ -378,7 +378,7 @@ def _last_number(line: str) -> str | None:
     return phrase if _number(phrase) is None else line[start:end].strip()
 
 
-def _clean(text: str) -> str:
+def _clean(text):
     r"""One spelling: no typography, currency or layout; \frac{a}{b} is a/b, \sqrt3 is √(3), x^{2} is x^2, \leq is ≤."""
     text = _rewrite(text, _TYPOGRAPHY).translate(_CHARACTERS)
     for _ in range(8):                                            # from the innermost braces outwards
@@ -386,7 +386,7 @@ def _clean(text: str) -> str:
     return _rewrite(text, _BRACKETS).lstrip(" *`'\"").rstrip(" *`'\".,;:")
 
 
-def _words(text: str) -> set[str]:
+def _words(text):
     """The words of a text without case, and each without the s of a plural."""
     words = re.findall(r"[^\W\d_]+", text.casefold())
     return {*words, *(word.rstrip("s") for word in words)}
@@ -400,7 +400,7 @@ class _Answer(NamedTuple):
     lead: frozenset = frozenset()
 
 
-def _value(text: str) -> _Answer:
+def _value(text):
     """Of a number its value; of x = 2 * 3 = 6 the last side, if the first is a name, a sum of names or a calculation,
     and those between are calculations; else one spelling of the text."""
     if re.fullmatch(r"\([^(),]*\)", text):
@@ -418,13 +418,13 @@ def _value(text: str) -> _Answer:
     return _Answer(_as_text(text))
 
 
-def _is_calculation(text: str) -> bool:
+def _is_calculation(text):
     """Whether a side of an equation is a number or arithmetic, perhaps with units or in a sentence."""
     rest = _WORD.sub(_drop, _rewrite(text, _SIDES))
     return not _NOT_UNITS & _words(text) and re.fullmatch(r"[0-9\s.+*/()%÷^√π-]*", rest) is not None
 
 
-def _as_text(text: str) -> str:
+def _as_text(text):
     option = _OPTION.fullmatch(text)
     text = " ".join((option[1] if option else text).casefold().split())
     text = _rewrite(text, _LISTS)
@@ -438,7 +438,7 @@ def _as_text(text: str) -> str:
     return match[1] if is_unit and not _NUMBER.fullmatch(match[1]) else text
 
 
-def _number(text: str) -> _Answer | None:
+def _number(text):
     """The one number of a text that otherwise holds but words: its unit after it, perhaps a sentence around it."""
     match = _NUMBER.fullmatch(_WORD.sub(_drop, text).strip(" ,.:;\""))
     found = match and _NUMBER.search(text)
@@ -451,16 +451,16 @@ def _number(text: str) -> _Answer | None:
     return _Answer(str(value), lead=frozenset(lead - _CURRENCIES))
 
 
-def _spell(match: re.Match) -> str:
+def _spell(match):
     value = _rational(match)
     return match[0] if value is None else f"{match[1] or ''}{abs(value)}"
 
 
-def _sort(match: re.Match) -> str:
+def _sort(match):
     return f"⦃{sorted(set(re.findall(r'[(][^()]*[)]|[^,⦃⦄]+', match[0])))}⦄"
 
 
-def _rational(match: re.Match) -> Fraction | None:
+def _rational(match):
     if len(match[0]) > MAX_NUMBER:
         return None
     value, divisor, whole = (Fraction((match[i] or default).replace(",", "").strip("()"))
@@ -470,7 +470,7 @@ def _rational(match: re.Match) -> Fraction | None:
     return (whole + value / divisor) * (-1 if match[1] == "-" else 1)
 
 
-def _drop(match: re.Match) -> str:
+def _drop(match):
     """A blank for a word that is but a word."""
     for word in re.findall(r"[^\W\d_]+", match[0]):
         name = word.casefold()
@@ -518,13 +518,13 @@ def extract_code(text: str) -> str:
     return _choose(code_blocks(text), [])
 
 
-def _choose(blocks: list[str], tests: list[dict]) -> str:
+def _choose(blocks, tests):
     """The last of the blocks that define most of what the asserts mention; of equal ones one that reads input, else one
     that defines anything: others show how to call it, or its cost."""
     asserts = "\n".join(test.get("assert", "") for test in tests)
     asked = set(re.findall(r"\w+", asserts)) - set(_DEFINES.findall(asserts))
 
-    def merit(block: str) -> tuple:
+    def merit(block):
         defined = set(_DEFINES.findall(block))
         return len(defined & asked), bool(_READS.search(block)), bool(defined)
     return max(reversed(blocks), key=merit)
@@ -587,7 +587,7 @@ def check_tests(tests: list[dict], where: str = "tests") -> None:
             raise ValueError(f"{where}[{j}]['assert'] cannot be judged: {error}") from None
 
 
-def _check_statement(tree: ast.Module) -> None:
+def _check_statement(tree):
     nodes = list(ast.walk(tree))
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
     modules = [node.names[0].name for node in nodes if isinstance(node, ast.Import)]
@@ -634,7 +634,7 @@ def run_programs(programs: list[str | list[str]], tests: list[list[dict]], *, ti
     return [verdicts[repr(job)] for job in jobs]
 
 
-def _cores() -> int:
+def _cores():
     """Cores of this process: a container may have a quota, and torchrun says how many processes share the machine."""
     cores = os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):                # no such file; without a quota it is "max"
@@ -644,7 +644,7 @@ def _cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def _judge(program: str, tests: list[dict], limits: dict) -> Verdict:
+def _judge(program, tests, limits):
     stdin = [test for test in tests if test.get("output", "").strip()]
     asserts = [test["assert"].strip() for test in tests if test.get("assert", "").strip()]
     results = _run_stdin(program, stdin, limits)
@@ -658,13 +658,13 @@ def _judge(program: str, tests: list[dict], limits: dict) -> Verdict:
     return Verdict(worst, outcomes.count("passed"), total - outcomes.count("no_tests"), detail)
 
 
-def _is_over(result: list, limits: dict) -> bool:
+def _is_over(result, limits):
     """Whether the other tests need not run: after a timeout they would only cost the same again."""
     failed = result[0] not in ("passed", "no_tests")
     return result[0] in ("timeout", "compile_error") or failed and limits["fail_fast"]
 
 
-def _run_stdin(program: str, tests: list[dict], limits: dict) -> list[list]:
+def _run_stdin(program, tests, limits):
     """Results [outcome, detail] of stdin tests, fewer where the rest need not run.
 
     First all are played one after the other in one process, the cost of a single one, in little time, since loops that
@@ -680,7 +680,7 @@ def _run_stdin(program: str, tests: list[dict], limits: dict) -> list[list]:
     return results
 
 
-def _play(program: str, tests: list[dict], limits: dict) -> list[list]:
+def _play(program, tests, limits):
     """Results of stdin tests that share a process; none where it is not known in which of them it ended badly."""
     wanted = [_bytes(test["output"]) for test in tests]
     contents = [content for test in tests for content in (_bytes(test["input"]), b"")]
@@ -695,14 +695,14 @@ def _play(program: str, tests: list[dict], limits: dict) -> list[list]:
     return results
 
 
-def _bytes(text: str) -> bytes:
+def _bytes(text):
     return text.encode("utf-8", "surrogatepass")
 
 
 _POINT = re.compile(rb"(?!-0*\.0*(?:e|$))-?[0-9]{1,200}\.[0-9]{1,200}(?:e[-+]?[0-9]{1,2})?")
 
 
-def _same(said: bytes, wanted: bytes) -> bool:
+def _same(said, wanted):
     """Exact, but for decimals where both have a point: programs print them in several ways."""
     if said == wanted:
         return True
@@ -710,7 +710,7 @@ def _same(said: bytes, wanted: bytes) -> bool:
     return len(decimals) == 2 and math.isclose(*decimals, rel_tol=1e-6)
 
 
-def _run_asserts(program: str, asserts: list[str], limits: dict) -> list[list]:
+def _run_asserts(program, asserts, limits):
     """Results of asserts: the judge reports a line for each that it has done."""
     end, (_, report) = _run(program, [_bytes(json.dumps(asserts)), b""], 6000 * len(asserts), limits | {"asserts": True})
     results = [json.loads(line) for line in report.splitlines()]
@@ -723,7 +723,7 @@ def _run_asserts(program: str, asserts: list[str], limits: dict) -> list[list]:
     return results + [end] * (1 if end[0] == "timeout" else len(asserts) - len(results))
 
 
-def _run(program: str, contents: list[bytes], longest: int, limits: dict) -> tuple[list, list[bytes]]:
+def _run(program, contents, longest, limits):
     """One run with files of these contents -> how the program ended [outcome, detail], and what the files hold then: of
     each enough to compare it with `longest` bytes."""
     reply, (_, errors, *files) = _ask(limits, [_bytes(program), b"", *contents], keep=65536 + 4 * longest)
@@ -735,7 +735,7 @@ def _run(program: str, contents: list[bytes], longest: int, limits: dict) -> tup
     return [outcome, "" if outcome == "passed" else detail or f"ended with status {code}"], files
 
 
-def _ask(job: dict, contents: list[bytes], keep: int) -> tuple[dict, list[bytes]]:
+def _ask(job, contents, keep):
     """Lets a helper do a job on files of these contents -> its reply, and the first `keep` bytes of each file then. A
     helper that is lost (the kernel was out of memory, someone killed it) says nothing about the program: others try."""
     idle = _idle.setdefault(os.getpid(), [])                      # a fork of this process has helpers of its own
@@ -862,7 +862,7 @@ def serve() -> None:
         channel.send(json.dumps(reply | {"walls": [name for name in walls if walls[name] is not None]}).encode())
 
 
-def _work(job: dict, files: list[int], walls: dict) -> dict:
+def _work(job, files, walls):
     """A run in new processes; closes the files. The judge comes first, and its files are closed before the program
     starts, which shall not find them."""
     program, errors, *others = files
@@ -882,7 +882,7 @@ def _work(job: dict, files: list[int], walls: dict) -> dict:
     return {"code": code, "cpu": cpu, "late": late}
 
 
-def _wait(pids: set[int], timeout: float) -> tuple[dict, bool]:
+def _wait(pids, timeout):
     """Waits for children, and kills them when they wait too long -> {pid: (exit code, CPU seconds)}, whether late."""
     started, ended, late = time.monotonic(), {}, False
     while running := pids - ended.keys():
@@ -898,7 +898,7 @@ def _wait(pids: set[int], timeout: float) -> tuple[dict, bool]:
     return ended, late
 
 
-def _spawn(job: dict, walls: dict, link: int | None, errors: int, work) -> int:
+def _spawn(job, walls, link, errors, work):
     """Forks a child that puts up the walls, then works. Descriptor 3 is its link to the judge or the program."""
     helper, pid = os.getpid(), os.fork()
     if pid:
@@ -925,24 +925,24 @@ def _spawn(job: dict, walls: dict, link: int | None, errors: int, work) -> int:
         os._exit(1)
 
 
-def _fail(status: int, error: BaseException, write=os.write, leave=os._exit) -> None:
+def _fail(status, error, write=os.write, leave=os._exit):
     """Ends a program. (Bound now: it may have replaced them.)"""
     write(2, f"\n{_describe(error)}".encode("utf-8", "replace"))
     leave(_MEMORY if isinstance(error, MemoryError) and status == 1 else status)
 
 
-def _describe(error: BaseException) -> str:
+def _describe(error):
     try:
         return " ".join(f"{type(error).__name__}: {error}"[:200].split())
     except BaseException:                                         # a __str__ of the program
         return type(error).__name__
 
 
-def _read_file(fd: int) -> str:
+def _read_file(fd):
     return os.pread(fd, os.fstat(fd).st_size, 0).decode("utf-8", "surrogatepass")
 
 
-def _load(source: int, name: str) -> tuple[types.CodeType, dict]:
+def _load(source, name):
     """A program's code, and the names of the new, empty module in which it shall run."""
     try:
         code = compile(_read_file(source).lstrip("\ufeff"), "<program>", "exec", dont_inherit=True)
@@ -953,7 +953,7 @@ def _load(source: int, name: str) -> tuple[types.CodeType, dict]:
     return code, module.__dict__
 
 
-def _play_tests(source: int, files: list[int]) -> None:
+def _play_tests(source, files):
     """The program as __main__, once for each pair of files, stdin and stdout, and what Python does at its end."""
     leave = os._exit
     plain = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n", "closefd": False}
@@ -986,7 +986,7 @@ def _play_tests(source: int, files: list[int]) -> None:
     leave(0)
 
 
-def _flush(stream) -> None:
+def _flush(stream):
     with contextlib.suppress(ValueError):                         # it is closed, or was detached
         stream.flush()
 
@@ -1025,15 +1025,15 @@ def _encode(value, other):
     return other(value)
 
 
-def _decode(line: bytes, find):
+def _decode(line, find):
     """The value; `find` makes what is no data, of its kind and arguments."""
-    def make(parts: dict):
+    def make(parts):
         [(kind, arguments)] = parts.items()
         return _KINDS[kind](*arguments) if kind in _KINDS else find(kind, *arguments)
     return json.loads(line, object_hook=make)
 
 
-def _mutable(what, *arguments) -> list:
+def _mutable(what, *arguments):
     """The arguments that a call may change, as it is seen outside."""
     args, kwargs = arguments[1:] if what == "call" else ((), {})
     return [value for value in (*args, *kwargs.values()) if isinstance(value, (list, dict, set, collections.deque))]
@@ -1046,7 +1046,7 @@ _OPERATIONS = {"call": lambda target, args, kwargs: target(*args, **kwargs), "ge
                "len": len, "str": str, "repr": repr, "bool": bool, "getitem": operator.getitem}
 
 
-def _answer_asserts(source: int) -> None:
+def _answer_asserts(source):
     """The program as a module, then its answers to the judge until that closes the link."""
     leave, kept = os._exit, {}                                    # the objects that the judge knows, by number
     code, names = _load(source, "program")
@@ -1059,7 +1059,7 @@ def _answer_asserts(source: int) -> None:
     def find(kind, *where):
         return kept[where[0]] if kind == "object" else getattr(sys.modules[where[0]], where[1])
 
-    def answer(request: bytes) -> list:
+    def answer(request):
         try:
             what, *arguments = _decode(request, find)
             value = operations[what](*arguments)
@@ -1114,7 +1114,7 @@ class _Object:
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
 
 
-def _method(name: str):
+def _method(name):
     def method(self, *args):
         if not self._trust and name not in ("iter", "next", "enter"):
             raise TypeError(f"an object that a function returned is not asked for {name}")
@@ -1143,14 +1143,14 @@ class _Scope(dict):
         return self.ask(2 * name[:1].isupper(), "name", name)
 
 
-def _evaluate(text: str, *_):
+def _evaluate(text, *_):
     """eval for what a program returned: literals, and arithmetic of bounded size. ValueError."""
     if re.fullmatch(r"[-+*/%(). 0-9]{1,200}", text) and not re.search(r"\*\*.*\*\*|\*\*[^0-9]*(?:[0-9]{4}|\()", text):
         return eval(text, {"__builtins__": {}})
     return ast.literal_eval(text)
 
 
-def _check_asserts(tests: int, report: int, theirs: int) -> None:
+def _check_asserts(tests, report, theirs):
     """The judge: runs each statement, reports a line [outcome, detail]. It holds the asserts and none of the program."""
     os.close(theirs)                                              # else the link would not end with the program
     program = socket.socket(fileno=3).makefile("rwb")
@@ -1234,14 +1234,14 @@ _READABLE = (os.path.dirname(os.__file__), sys.base_prefix + "/lib", "/lib", "/l
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
-def _limit(kind: int, value: int) -> None:
+def _limit(kind, value):
     """A resource limit for good, unless there is a lower one already."""
     hard = resource.getrlimit(kind)[1]
     value = min(value, hard) if hard >= 0 else value
     resource.setrlimit(kind, (value, value))
 
 
-def _own_scratch() -> bool:
+def _own_scratch():
     """A /dev/shm of this process and its children, where user namespaces are allowed: its files end with the helper."""
     uid, gid = os.getuid(), os.getgid()
     if libc.unshare(0x10000000 | 0x00020000) != 0:                # a user and a mount namespace
@@ -1255,7 +1255,7 @@ def _own_scratch() -> bool:
         b"tmpfs", b"/dev/shm", b"tmpfs", 14, f"size={_SCRATCH},nr_inodes=50".encode())
 
 
-def _landlock(scratch: bool) -> int | None:
+def _landlock(scratch):
     """Rules under which a process opens nothing but libraries, four devices, and files in its own /dev/shm; None where
     the kernel has no Landlock."""
     abi = libc.syscall(444, None, 0, 1)
@@ -1272,7 +1272,7 @@ def _landlock(scratch: bool) -> int | None:
     return rules
 
 
-def _seccomp(may_write: bool) -> ctypes.Array | None:
+def _seccomp(may_write):
     """A filter (BPF) which refuses every system call but _CALLS; None where it has no table."""
     if os.uname().machine not in _ARCHITECTURES:
         return None
@@ -1293,7 +1293,7 @@ def _seccomp(may_write: bool) -> ctypes.Array | None:
     return ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
 
 
-def _put_up(landlock: int | None, seccomp: ctypes.Array | None) -> None:
+def _put_up(landlock, seccomp):
     """Walls off this process for good. What both ask of a plain user is PR_SET_NO_NEW_PRIVS; root, whose rights would
     lift limits, loses all rights."""
     failed = libc.prctl(38, 1, 0, 0, 0)
