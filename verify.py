@@ -19,17 +19,16 @@ In RL the verifier is the reward, and what it wrongly accepts is what the planne
 The trainer, with its gigabytes, threads and CUDA, never forks. Neither a helper nor a program ever holds an expected
 value: there is nothing to steal and no marker to forge. A pass needs right values and a normal end.
 
-Threat model: programs written by a language model under reward pressure. Stopped: changing the user's files, reading
-them, the environment and processes, signals, network, new processes, floods of output, memory, CPU and wall time. Files
-can be written in /dev/shm only, 16 MB of them, where user namespaces are allowed. A kernel without Landlock (gVisor,
-older than 5.13) leaves the user's files readable and refuses all writing; a line on stderr says so. NOT stopped: bugs of
-the kernel, timing channels, reading Python's own files. A program may say that it failed when it did not, and see the
-inputs of all its stdin tests; a helper that a test takes from the program (HumanEval/32 calls its `poly`) is the
-program's. A test that unpickles what a program returned gives it the judge.
+Threat model: programs written by a language model under reward pressure. Stopped: changing or reading the user's files,
+the environment, other processes, signals, network, floods of output, memory, CPU and wall time. Where user namespaces
+are allowed, 16 MB of files can be written in /dev/shm. A kernel without Landlock (gVisor, older than 5.13) leaves the
+user's files readable and refuses all writing; a line on stderr says so. NOT stopped: bugs of the kernel, timing
+channels, reading Python's own files. A program sees the inputs of all its stdin tests, and a function that a test takes
+from the program (HumanEval/32 calls its `poly`) is the program's.
 
 Refused, though some honest program needs it: packages beyond the standard library, processes, sockets, and in asserts
-operators between objects of the program (==, +, in), a context manager that hides an exception, functions of the test
-as arguments (builtins and those of MODULES may cross), the program's own exception classes.
+operators between objects of the program (==, +, in), the end of a `with`, its exception classes, and functions or
+iterators of the test as arguments (builtins and functions of MODULES may cross).
 """
 from __future__ import annotations
 
@@ -130,7 +129,7 @@ _JOINED = set("mm cm km mg kg ml mL in ft lb lbs oz hr hrs min mins sec mph kmh 
 _SHORT = _JOINED | set("""kph rpm pcs yd yds mi sq cu gb mb kb tb ms ns kw kj kn mw hz rs usd eur gbp inr cny jpy kgs kms
     mls cds dvds tvs pt pts qt gal yr yrs tbsp tsp bc ad ce a is he we it of in on at by as an so if us to no be do go per
     and she her his the""".split())
-_PRODUCT = re.compile(r"[a-d]+|[h-n]+|[p-t]+|[u-z]+|[^aeiouy]+")  # abc, xyz: three letters, yet no word
+_PRODUCT = re.compile(r".{1,2}|[a-d]{3,4}|[h-n]{3,4}|[p-t]{3,4}|[u-z]{3,4}|[^aeiouy]{3,4}")  # abc, xyz are no words
 _NO_NUMBER = re.compile("[\u0370-\u03ff]|[十百千万萬亿億兆半打负負천만억](?![克米])")     # Greek letters, other digits
 _WORD = re.compile(r"(?:(?<=[0-9])([^\W\d_]+)|(?<![\\\w^/(*√])[^\W\d_]+(?:[-'’/][^\W\d_]+)*)(?:\^-?[1-3])?(?![\w^(\[{'\"]|\.\w)[!?:]?")
 # Who says one side of a line does not say another of it: 5 am is not 5 pm, nor are 5 km 5 m.
@@ -189,7 +188,6 @@ _DISPLAY = re.compile(r"(?<!\\)\\\[((?:[^\\]|\\[^\[\]]){0,1000}?)\\\]|\$\$([^$]{
 # Signs and abbreviations as words. A dollar without a partner is money; two of them enclose a formula.
 _SPOKEN = _rules(r"""
     \b([ap])\.\s?m\b => \1m
-    \b([ab])\.\s?([cd])\b => \1\2
     (?<=[0-9])(?=(?:mm|cm|km|mg|kg|ml|am|pm|hr|min|sec|mph)\b) => ␣
     \\\$|^\$(?=[^$]*$) => ␣dollar␣
     °\s?C\b => ␣celsius␣
@@ -208,10 +206,6 @@ _TYPOGRAPHY = _rules(r"""
     ([₀₁₂₃₄₅₆₇₈₉]+) => _{\1}
     \b([ap])\.\s?m\b => \1m
     (?:^|\s)~\s?(?=\$?[0-9]) => ␣≈
-    ㎝ => cm
-    ㎞ => km
-    ㎏ => kg
-    ㎡ => m^2
     \.{2,}|\\[lc]?dots(?![a-z]) => …
     \{,\}(?=[0-9]{3}) => ,
     (?<=[0-9A-Za-z)])\*\*(?=[0-9A-Za-z(]) => ^
@@ -229,28 +223,19 @@ _TYPOGRAPHY = _rules(r"""
     \\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mh]box|operatorname|emph|underline)\s*\{((?:[^{}]|\{[^{}]*\})*)\} => ␣\1␣
     \\[dtc]frac(?![a-z]) => \\frac
     (?:\^\s*)?(?:\{\s*)?(?:\\(?:circ|degree)(?![a-z])|°)(?:\s*\})?(?:\s*[CF]\b)? => ␣degrees␣
-    \\pi(?![a-z])|\bpi\b => π
-    \\infty(?![a-z])|\binfinity\b => ∞
+    \bpi\b => π
+    \binfinity\b => ∞
     \+\s*∞ => ∞
-    \\sqrt(?![a-z])|\bsqrt\b => √
-    \\(?:leq?|leqslant)(?![a-z])|<= => ≤
-    \\(?:geq?|geqslant)(?![a-z])|>= => ≥
-    \\neq?(?![a-z])|!= => ≠
-    \\lt(?![a-z]) => <
-    \\gt(?![a-z]) => >
-    \\(?:emptyset|varnothing)(?![a-z])|⦃\s*⦄ => ∅
-    \\angle(?![a-z]) => ∠
-    \\(?:times|cdot)(?![a-z]) => *
-    \\cup(?![a-z]) => ∪
-    \\cap(?![a-z]) => ∩
-    \\in(?![a-z]) => ∈
-    \\pm(?![a-z]) => ±
-    \\theta(?![a-z]) => θ
-    \\alpha(?![a-z]) => α
-    \\beta(?![a-z]) => β
+    \bsqrt\b => √
+    <= => ≤
+    >= => ≥
+    != => ≠
+    ⦃\s*⦄ => ∅
     == => =
     \s+([\^_]) => \1
     (\\[A-Za-z]+|[}\]√])\s+(?=\{) => \1""")
+_COMMANDS = dict(zip("""pi infty sqrt le leq leqslant ge geq geqslant ne neq lt gt emptyset varnothing angle times cdot
+    cup cap in pm theta alpha beta""".split(), "π∞√≤≤≤≥≥≥≠≠<>∅∅∠**∪∩∈±θαβ"))
 _BRACES = _rules(r"""
     √\s*\[\s*(\w+)\s*\]ARGUMENT => √[\1](\2\3)
     √\s*(?:\{([^{}]*)\}|([0-9]+(?:\.[0-9]+)?|SYMBOL)) => √(\1\2)
@@ -280,11 +265,10 @@ def extract_answer(text: str) -> str | None:
     r"""The final answer of a solution, as written; None when there is none.
 
     The last marker with a value wins: \boxed{x}, <answer>x</answer>, '#### x', 'answer is x', 'Answer: x' (to the end of
-    the line or sentence); mere words after one ("the answer is reasonable") count only when no other has a value. After
-    a box only a bare value counts: "the answer would be 30 if" is about the answer. Without a marker it is the last
-    number of the last line that is not empty, with the words behind it, so a bare ' 24' works. Guesses side by side ("3
-    or 4", two boxes in one sentence) come back as they stand, and equal no number. What stands in <think>, or in a box
-    that nothing closes, is no answer. Time is linear in the text.
+    the line or sentence). Words after one ("the answer is reasonable") count only when no other has a value; after a box
+    only a bare value counts. Without a marker it is the last number of the last line, with the words behind it. Guesses
+    side by side ("3 or 4", two boxes in one sentence) come back as they stand, and equal no number. Text in <think>, or
+    in a box that is not closed, is not an answer. Time is linear in the text.
     """
     text = _said(text)
     marked = _marked(text)
@@ -380,6 +364,7 @@ def _last_number(line):
 
 def _clean(text):
     r"""One spelling: no typography, currency or layout; \frac{a}{b} is a/b, \sqrt3 is √(3), x^{2} is x^2, \leq is ≤."""
+    text = re.sub(r"\\([A-Za-z]+)", lambda command: _COMMANDS.get(command[1], command[0]), text)
     text = _rewrite(text, _TYPOGRAPHY).translate(_CHARACTERS)
     for _ in range(8):                                            # from the innermost braces outwards
         text = _rewrite(text, _BRACES)
@@ -474,10 +459,9 @@ def _drop(match):
     """A blank for a word that is but a word."""
     for word in re.findall(r"[^\W\d_]+", match[0]):
         name = word.casefold()
-        short = word in _AFTER or name in _SHORT or name > "\u2e80"
-        if match[1]:                                              # joined to a number: 5cm
-            short = word in _JOINED or name > "\u2e80"
-        if not short and (match[1] or len(name) < 3 or len(name) < 5 and _PRODUCT.fullmatch(name)):
+        joined = match[1]                                         # to a number: 5cm
+        known = word in _JOINED if joined else word in _AFTER or name in _SHORT
+        if not known and name < "\u2e80" and (joined or _PRODUCT.fullmatch(name)):
             return match[0]
     return " "
 
@@ -489,7 +473,9 @@ OUTCOMES = ("compile_error", "timeout", "memory", "runtime_error", "failed_test"
 _FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})(?![`~])([^`\n]*)(?:\n|(?=`))(.*?)"
                     r"(?:(?<=\n)\1? {0,3}\2[`~]*[ \t]*$|(?<=[^\s`~])\2[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _PYTHON = re.compile(r"\W*(?:[\w/.]*\.py|i?python[0-9.]*|py[0-9.]*)(?![-\w])", re.IGNORECASE)
-_CODE = re.compile(r"\s*(?:(?:import|from|def|class|for|while|if|with)\b.* |[A-Za-z_][\w.]*(?:\(| = )).*")  # on the fence's line
+# Code on the fence's own line: ```python print(1)
+_BEGUN = re.compile(r"^([ \t]*`{3}(?:i?python[0-9.]*|py)?)[ \t]*"
+                    r"(?=(?:import|from|def|class|for|while|if|with)\b.* |[A-Za-z_][\w.]*(?:\(| = ))", re.MULTILINE)
 _OUTPUT = re.compile(r"\s*(?:>>>|\$ |Traceback|(?:pip3?|python3?|bash|cd) |[\[({0-9-]|['\"](?!['\"]{2}))")
 _DEFINES = re.compile(r"^(?:async +def +|def +|class +|(?=\w+ *= *lambda\b))(\w+)", re.MULTILINE)
 _READS = re.compile(r"\binput\(|\bstdin\b|\bopen\(0|\bos\.read\(")
@@ -498,17 +484,15 @@ _READS = re.compile(r"\binput\(|\bstdin\b|\bopen\(0|\bos\.read\(")
 def code_blocks(text: str) -> list[str]:
     """The fenced blocks (``` or ~~~; unclosed: to the end) that may be the program, in their order, never none: those
     tagged as Python; else those without a tag that look like code; else all; else the text. CRLF becomes LF."""
-    text = re.sub(rf"(?:\s*(?:{_TOKEN})){{1,9}}\s*\Z", "", text.lstrip("\ufeff").replace("\r\n", "\n"))
+    text = re.sub(rf"(?:\s*(?:{_TOKEN})){{1,9}}\s*\Z", "", text.replace("\r\n", "\n"))
     if text.lstrip().startswith("<think"):
         text = re.split(r"</think\w*>", text)[-1] if "</think" in text else ""
     found = {2: [], 1: [], 0: []}                                 # the likeliest first
-    for _, _, info, body in _FENCE.findall(text):
-        tag = _PYTHON.match(info)
-        begun = _CODE.match(info, tag.end() if tag else 0)
-        code = textwrap.dedent(body).lstrip("\ufeff")
-        code = f"{begun[0].strip()}\n{code}" if begun else code
+    for _, _, info, body in _FENCE.findall(_BEGUN.sub(r"\1\n", text)):
+        tagged = _PYTHON.match(info)
         plain = not info.strip() and re.search(r"[=(]|\bimport\b", body) and not _OUTPUT.match(body)
-        found[2 if tag or begun else bool(plain)] += [code.removesuffix("\n")] * bool(code.strip())
+        if body.strip():
+            found[2 if tagged else bool(plain)].append(textwrap.dedent(body).removesuffix("\n"))
     return found[2] or found[1] or found[0] or [text.split("\n```")[0]]
 
 
@@ -572,9 +556,8 @@ _RUNS_CODE = set("exec compile pickle marshal shelve importlib builtins subproce
 
 
 def check_tests(tests: list[dict], where: str = "tests") -> None:
-    """Refuses the tests of one problem that cannot be judged, when it enters. ValueError names the test: a wrong type
-    or key, no valid Python, no assert, a module beyond the standard library, a lambda for the program, and what would run
-    code that a program returned."""
+    """Refuses tests that cannot be judged, when a problem enters. ValueError names the test: a wrong type or key, no valid
+    Python, no assert, a module beyond the standard library, a lambda for the program, what would run returned code."""
     if not isinstance(tests, (list, tuple)):
         raise ValueError(f"{where} must be a list of tests, not {type(tests).__name__}")
     for j, test in enumerate(tests):
@@ -589,18 +572,18 @@ def check_tests(tests: list[dict], where: str = "tests") -> None:
 
 def _check_statement(tree):
     nodes = list(ast.walk(tree))
-    used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    modules = [node.names[0].name for node in nodes if isinstance(node, ast.Import)]
-    modules += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
-    modules = {name.partition(".")[0] for name in modules}
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = {(getattr(node, "module", None) or node.names[0].name).partition(".")[0] for node in imports}
     if not modules <= sys.stdlib_module_names:
         raise ValueError(f"no {', '.join(modules)}: the standard library is all that programs and tests have")
-    if _RUNS_CODE & (used | modules):
-        raise ValueError(f"with {min(_RUNS_CODE & (used | modules))} it might run what a program returned")
-    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    handed = {call.func.id for call in calls if any(isinstance(argument, ast.Lambda) for argument in call.args)}
-    if handed - {*dir(builtins), *(getattr(node, "name", "") for node in nodes)}:
-        raise ValueError(f"it hands a lambda to {min(handed)}, which cannot cross to the program")
+    dangerous = _RUNS_CODE & modules.union(getattr(node, "id", "") for node in nodes)
+    if dangerous:
+        raise ValueError(f"with {min(dangerous)} it might run what a program returned")
+    own = {*dir(builtins), *(getattr(node, "name", "") for node in nodes)}
+    for call in nodes:
+        takes_lambda = isinstance(call, ast.Call) and any(isinstance(argument, ast.Lambda) for argument in call.args)
+        if takes_lambda and getattr(call.func, "id", "print") not in own:
+            raise ValueError(f"it hands a lambda to {call.func.id}, which cannot cross to the program")
     if tree.body and not any(isinstance(node, ast.Assert) for node in nodes):
         raise ValueError("there is no assert in it")
 
@@ -610,13 +593,12 @@ def run_programs(programs: list[str | list[str]], tests: list[list[dict]], *, ti
     """Runs programs[i] against tests[i]; one Verdict per program. Equal jobs run once. Safe to call from threads.
 
     programs   the text of each, or all its code_blocks; the standard library is all that they can import
-    tests      {"input", "output"}: a run with that stdin, whose stdout must have the same whitespace-separated tokens
-               (of two decimals with a point a relative 1e-6 is the same) and which must end normally; {"assert"}:
-               statements that see the program's names and MODULES; those of one program share one run, in which it is
-               not __main__. What expects nothing (a blank output, an assert that asks the program for nothing) does
-               not count.
-    timeout    CPU seconds per run. Wall time: half a second, the timeout, and five times the CPU time used so far, so
-               that a sleeper ends soon and a busy machine decides nothing. No test is run after a timeout.
+    tests      {"input", "output"}: a run with that stdin, which must end normally and print the same tokens between
+               blanks (decimals with a point: within a relative 1e-6); {"assert"}: statements that see the program's
+               names and MODULES; those of one program share one run, in which it is not __main__. A blank output, or
+               an assert that asks the program for nothing, does not count.
+    timeout    CPU seconds per run. Wall time: 0.5 s + timeout + 5 * the CPU time used so far, so that a sleeper ends
+               soon and a busy machine decides nothing. No test is run after a timeout.
     memory_mb  address space in MiB, about 40 of which are the interpreter's
     workers    helpers at a time; default: one per core, of which processes of torchrun have an equal share
     fail_fast  the first failed test ends a program: right where only Verdict.ok counts, and faster
@@ -667,9 +649,9 @@ def _is_over(result, limits):
 def _run_stdin(program, tests, limits):
     """Results [outcome, detail] of stdin tests, fewer where the rest need not run.
 
-    First all are played one after the other in one process, the cost of a single one, in little time, since loops that
-    never end will cost it again. A right output is a pass, however it came about, and the first test had a process of
-    its own. Any other failure is no result, since a test may be spoiled by one before it: it gets its own process."""
+    First all are played in one process, at the cost of one, in little time, since endless loops will cost it again. A
+    right output is a pass, and the first test had a process of its own. Another that failed may have been spoiled by one
+    before it: it gets its own process."""
     together = _play(program, tests, limits | {"timeout": limits["timeout"] / 8}) if 1 < len(tests) <= 16 else []
     results = []
     for i, test in enumerate(tests):
@@ -729,7 +711,7 @@ def _run(program, contents, longest, limits):
     reply, (_, errors, *files) = _ask(limits, [_bytes(program), b"", *contents], keep=65536 + 4 * longest)
     detail = errors[-400:].decode("utf-8", "replace").rpartition("\n")[2][:200]
     code = reply["code"]
-    if reply["late"] or reply["cpu"] > limits["timeout"] or code == -signal.SIGPROF:
+    if reply["late"] or code == -signal.SIGPROF:
         return ["timeout", f"over {limits['timeout']} s of CPU, or it waited for as long"], files
     outcome = _STATUS.get(code, "runtime_error")
     return [outcome, "" if outcome == "passed" else detail or f"ended with status {code}"], files
@@ -752,18 +734,16 @@ def _ask(job, contents, keep):
                 helper = Helper()
             try:
                 reply = helper.ask(job, [file.fileno() for file in files])
-            except BaseException as error:
+            except OSError:
                 helper.close()
-                if isinstance(error, OSError):
-                    continue
-                raise
+                continue
             idle.append(helper)
             return reply, [os.pread(file.fileno(), keep, 0) for file in files]
     if not contents[0]:
         raise SandboxError(f"{_ATTEMPTS} helpers died in a row; the first may have said why on stderr")
     layers()                                                      # helpers live, but not with this program
     said = f"{_ATTEMPTS} helpers died with it in a row".encode()
-    return {"code": 1, "cpu": 0, "late": False}, [b"", said] + [b""] * (len(contents) - 2)
+    return {"code": 1, "late": False}, [b"", said] + [b""] * (len(contents) - 2)
 
 
 # ---------------------------------------------------------------- helpers, seen from the trainer
@@ -788,11 +768,9 @@ class Helper:
         command = [sys.executable, "-s", "-S", "-B", _FILE, "helper", *_without]
         environment = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "TZ": "UTC", "LD_BIND_NOW": "1",
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
-        try:                                                      # Ctrl-C is for the trainer
-            self.process = subprocess.Popen(command, env=environment, cwd="/", stdin=theirs, stdout=subprocess.DEVNULL,
-                                            start_new_session=True)
-        except OSError as error:
-            raise SandboxError(f"no helper can be started with {sys.executable}: {error}") from None
+        # A session of its own: Ctrl-C is for the trainer.
+        self.process = subprocess.Popen(command, env=environment, cwd="/", stdin=theirs, stdout=subprocess.DEVNULL,
+                                        start_new_session=True)
         theirs.close()
 
     def ask(self, job: dict, files: list[int]) -> dict:
@@ -833,7 +811,7 @@ def serve() -> None:
     builtins.exit = builtins.quit = sys.exit                      # honest programs use them, -S leaves them out
     for name in (*MODULES, "statistics", "typing"):
         __import__(name)                                          # once here, not in every fork
-    sys.path[:] = [path for path in sys.path if path.startswith(sys.base_prefix)]
+    del sys.path[0]                                               # the folder of this file
     sys.argv[:] = ["program.py"]
     sys.set_int_max_str_digits(0)
     for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGXCPU, signal.SIGCHLD):
@@ -879,7 +857,7 @@ def _work(job, files, walls):
         os.close(fd)
     ended, late = _wait({judge, child}, job["timeout"])
     code, cpu = ended[child]
-    return {"code": code, "cpu": cpu, "late": late}
+    return {"code": code, "late": late or cpu > job["timeout"]}
 
 
 def _wait(pids, timeout):
@@ -1006,7 +984,7 @@ _DATA = {int: lambda value: [hex(value), 16], complex: lambda value: [value.real
 _DATA |= dict.fromkeys((bytes, bytearray, tuple, set, frozenset, collections.deque), lambda value: [list(value)])
 _DATA |= dict.fromkeys((decimal.Decimal, Fraction, range, datetime.datetime, datetime.date, datetime.time,
                         datetime.timedelta), lambda value: list(value.__reduce__()[1]))
-_KINDS = {kind.__name__: kind for kind in (iter, *_DATA)}
+_KINDS = {kind.__name__: kind for kind in _DATA}
 _METHODS = set().union(*map(dir, (str, bytes, list, dict, set, tuple, int, float)))
 
 
@@ -1039,10 +1017,9 @@ def _mutable(what, *arguments):
     return [value for value in (*args, *kwargs.values()) if isinstance(value, (list, dict, set, collections.deque))]
 
 
-# What a test may do with an object; those after `exit` only with one of a class that the test names.
+# What a test may do with an object; those after `enter` only with one of a class that the test names.
 _OPERATIONS = {"call": lambda target, args, kwargs: target(*args, **kwargs), "get": getattr, "set": setattr,
                "iter": iter, "next": next, "enter": lambda target: target.__enter__(),
-               "exit": lambda target: target.__exit__(None, None, None),
                "len": len, "str": str, "repr": repr, "bool": bool, "getitem": operator.getitem}
 
 
@@ -1106,12 +1083,10 @@ class _Object:
         return not self._trust or self._ask(0, "bool", self)
 
     def __exit__(self, *_):
-        self._ask(0, "exit", self)                                # it cannot hide that an assert failed
+        """The program is not told, so it cannot hide that an assert failed."""
 
-    def _refuse(self, *_):
+    def __eq__(self, other):
         raise TypeError("objects of a program cannot be compared")
-
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
 
 
 def _method(name):
@@ -1144,8 +1119,8 @@ class _Scope(dict):
 
 
 def _evaluate(text, *_):
-    """eval for what a program returned: literals, and arithmetic of bounded size. ValueError."""
-    if re.fullmatch(r"[-+*/%(). 0-9]{1,200}", text) and not re.search(r"\*\*.*\*\*|\*\*[^0-9]*(?:[0-9]{4}|\()", text):
+    """eval for what a program returned: literals, and arithmetic without powers."""
+    if re.fullmatch(r"(?!.*\*\*)[-+*/%(). 0-9]{1,200}", text):
         return eval(text, {"__builtins__": {}})
     return ast.literal_eval(text)
 
@@ -1189,14 +1164,12 @@ def _check_asserts(tests, report, theirs):
 
 def _outgoing(value):
     """What crosses to the program of an argument that is no data: the number of one of its objects, the name of a
-    function or class that it has too, the items of an iterator."""
+    function or class that it has too."""
     if type(value) is _Object:
         return {"object": [value._number]}
     module, name = getattr(value, "__module__", None), getattr(value, "__name__", "")
     if module in sys.modules and getattr(sys.modules[module], name, None) is value:
         return {"known": [module, name]}
-    if hasattr(value, "__next__"):
-        return {"iter": [[_encode(item, _outgoing) for item in itertools.islice(value, 10_000)]]}
     raise TypeError(f"a {type(value).__name__} of the test cannot cross to the program")
 
 
