@@ -47,7 +47,6 @@ import ctypes
 import datetime
 import decimal
 import gc
-import itertools
 import json
 import math
 import operator
@@ -633,9 +632,9 @@ def _judge(program, tests, limits):
     if asserts and not (results and _is_over(results[-1], limits)):
         results += _run_asserts(program, asserts, limits)
     outcomes, total = [outcome for outcome, _ in results], len(stdin) + len(asserts)
-    worst = min(outcomes, key=OUTCOMES.index, default="no_tests")
-    detail = results[outcomes.index(worst)][1] if outcomes else ""
-    detail = detail and f"test {outcomes.index(worst) + 1} of {total}: {detail}"
+    by_outcome = sorted(enumerate(results, 1), key=lambda result: OUTCOMES.index(result[1][0]))
+    number, (worst, detail) = by_outcome[0] if results else (0, ("no_tests", ""))
+    detail = detail and f"test {number} of {total}: {detail}"
     detail = detail.encode("ascii", "backslashreplace")[:500].decode()
     return Verdict(worst, outcomes.count("passed"), total - outcomes.count("no_tests"), detail)
 
@@ -671,8 +670,8 @@ def _play(program, tests, limits):
         return [end] if len(tests) == 1 else []
     results = []
     for right, said in zip(wanted, files[1::2]):
-        pairs = itertools.zip_longest(said.split(), right.split(), fillvalue=b"")
-        same = all(itertools.starmap(_same, pairs))
+        tokens, expected = said.split(), right.split()
+        same = len(tokens) == len(expected) and all(map(_same, tokens, expected))
         results.append(end if same else ["failed_test", f"expected {right[:80]!r}, printed {said[:80]!r}"])
     return results
 
@@ -752,8 +751,8 @@ WALLS = {"seccomp": "processes, signals, sockets, ptrace, chmod: all calls but s
          "landlock": "the user's files and /proc (Linux 5.13); without it no file can be written, but files can be read"}
 _ATTEMPTS = 10                                                    # helpers for one run, each after the loss of the last
 _PATIENCE = 30                                                    # seconds beyond a run until a helper counts as hung
-_without: set[str] = set()                                        # walls to leave out, for tests
-_idle: dict[int, list] = {}                                       # process id -> helpers that wait
+_without = set()                                                  # walls to leave out, for tests
+_idle = {}                                                        # process id -> helpers that wait
 _warned = threading.Lock()                                        # taken once, never released
 _FILE = os.path.abspath(__file__)
 
@@ -773,7 +772,7 @@ class Helper:
                                         start_new_session=True)
         theirs.close()
 
-    def ask(self, job: dict, files: list[int]) -> dict:
+    def ask(self, job, files):
         """Sends a job and descriptors, returns the reply. OSError for a helper that is dead or hangs."""
         self.channel.settimeout(7 * job["timeout"] + _PATIENCE)
         socket.send_fds(self.channel, [json.dumps(job).encode()], files)
@@ -788,7 +787,7 @@ class Helper:
             print(f"verify.py: the sandbox runs without {' and '.join(missing)}", file=sys.stderr)
         return reply
 
-    def close(self) -> None:
+    def close(self):
         self.channel.close()
         self.process.kill()
         self.process.wait()
