@@ -343,7 +343,7 @@ def _marked(text):
 
 
 def _without_dashes(line):
-    """A line of prose without its bullet and the dashes after words, which are no minus signs; in TeX all are."""
+    """A line of prose without the dashes after words, which are not minus signs; in TeX all are."""
     return line if re.search(r"[$\\]", line) else _DASH.sub(r"\1 ", line)
 
 
@@ -601,7 +601,7 @@ def run_programs(programs: list[str | list[str]], tests: list[list[dict]], *, ti
     memory_mb  address space in MiB, about 40 of which are the interpreter's
     workers    helpers at a time; default: one per core, of which processes of torchrun have an equal share
     fail_fast  the first failed test ends a program: right where only Verdict.ok counts, and faster
-    ValueError names a bad test (check_tests); SandboxError where no helper can be started.
+    ValueError names a bad test (check_tests); SandboxError or OSError where no helper can be started.
     """
     from concurrent.futures import ThreadPoolExecutor              # here: helpers are lighter without
     jobs = []
@@ -1167,7 +1167,7 @@ def _outgoing(value):
     if type(value) is _Object:
         return {"object": [value._number]}
     module, name = getattr(value, "__module__", None), getattr(value, "__name__", "")
-    if module in sys.modules and getattr(sys.modules[module], name, None) is value:
+    if getattr(sys.modules.get(module), name, None) is value:
         return {"known": [module, name]}
     raise TypeError(f"a {type(value).__name__} of the test cannot cross to the program")
 
