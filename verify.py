@@ -19,17 +19,16 @@ In RL the verifier is the reward, and what it wrongly accepts is what the planne
 The trainer, with its gigabytes, threads and CUDA, never forks. Neither a helper nor a program ever holds an expected
 value: there is nothing to steal and no marker to forge. A pass needs right values and a normal end.
 
-Threat model: programs written by a language model under reward pressure. Stopped: changing the user's files, reading
-them, the environment and processes, signals, network, new processes, floods of output, memory, CPU and wall time. Files
-can be written in /dev/shm only, 16 MB of them, where user namespaces are allowed. A kernel without Landlock (gVisor,
-older than 5.13) leaves the user's files readable and refuses all writing; a line on stderr says so. NOT stopped: bugs of
-the kernel, timing channels, reading Python's own files. A program may say that it failed when it did not, and see the
-inputs of all its stdin tests; a helper that a test takes from the program (HumanEval/32 calls its `poly`) is the
-program's. A test that unpickles what a program returned gives it the judge.
+Threat model: programs written by a language model under reward pressure. Stopped: changing or reading the user's files,
+the environment, other processes, signals, network, floods of output, memory, CPU and wall time. Where user namespaces
+are allowed, 16 MB of files can be written in /dev/shm. A kernel without Landlock (gVisor, older than 5.13) leaves the
+user's files readable and refuses all writing; a line on stderr says so. NOT stopped: bugs of the kernel, timing
+channels, reading Python's own files. A program sees the inputs of all its stdin tests, and a function that a test takes
+from the program (HumanEval/32 calls its `poly`) is the program's.
 
 Refused, though some honest program needs it: packages beyond the standard library, processes, sockets, and in asserts
-operators between objects of the program (==, +, in), a context manager that hides an exception, functions of the test
-as arguments (builtins and those of MODULES may cross), the program's own exception classes.
+operators between objects of the program (==, +, in), the end of a `with`, its exception classes, and functions or
+iterators of the test as arguments (builtins and functions of MODULES may cross).
 """
 from __future__ import annotations
 
@@ -48,7 +47,6 @@ import ctypes
 import datetime
 import decimal
 import gc
-import itertools
 import json
 import math
 import operator
@@ -130,7 +128,7 @@ _JOINED = set("mm cm km mg kg ml mL in ft lb lbs oz hr hrs min mins sec mph kmh 
 _SHORT = _JOINED | set("""kph rpm pcs yd yds mi sq cu gb mb kb tb ms ns kw kj kn mw hz rs usd eur gbp inr cny jpy kgs kms
     mls cds dvds tvs pt pts qt gal yr yrs tbsp tsp bc ad ce a is he we it of in on at by as an so if us to no be do go per
     and she her his the""".split())
-_PRODUCT = re.compile(r"[a-d]+|[h-n]+|[p-t]+|[u-z]+|[^aeiouy]+")  # abc, xyz: three letters, yet no word
+_PRODUCT = re.compile(r".{1,2}|[a-d]{3,4}|[h-n]{3,4}|[p-t]{3,4}|[u-z]{3,4}|[^aeiouy]{3,4}")  # abc, xyz are no words
 _NO_NUMBER = re.compile("[\u0370-\u03ff]|[十百千万萬亿億兆半打负負천만억](?![克米])")     # Greek letters, other digits
 _WORD = re.compile(r"(?:(?<=[0-9])([^\W\d_]+)|(?<![\\\w^/(*√])[^\W\d_]+(?:[-'’/][^\W\d_]+)*)(?:\^-?[1-3])?(?![\w^(\[{'\"]|\.\w)[!?:]?")
 # Who says one side of a line does not say another of it: 5 am is not 5 pm, nor are 5 km 5 m.
@@ -152,14 +150,14 @@ _SYMBOL = "[A-Za-zπ∞θαβγφλμσω]"
 _ARGUMENT = r"\s*(?:\{([^{}]*)\}|([0-9]|SYMBOL))"                # of a TeX command
 
 
-def _rules(table: str) -> list:
+def _rules(table):
     """A line is a pattern, an arrow and what replaces it (␣ is a blank)."""
     table = table.replace("ARGUMENT", _ARGUMENT).replace("SYMBOL", _SYMBOL).replace("DECIMAL", _DECIMAL)
     pairs = [line.split(" =>") for line in table.strip().split("\n")]
     return [(re.compile(pattern.strip(), re.DOTALL), new.strip().replace("␣", " ")) for pattern, new in pairs]
 
 
-def _rewrite(text: str, rules: list) -> str:
+def _rewrite(text, rules):
     for pattern, new in rules:
         text = pattern.sub(new, text)
     return text
@@ -189,7 +187,6 @@ _DISPLAY = re.compile(r"(?<!\\)\\\[((?:[^\\]|\\[^\[\]]){0,1000}?)\\\]|\$\$([^$]{
 # Signs and abbreviations as words. A dollar without a partner is money; two of them enclose a formula.
 _SPOKEN = _rules(r"""
     \b([ap])\.\s?m\b => \1m
-    \b([ab])\.\s?([cd])\b => \1\2
     (?<=[0-9])(?=(?:mm|cm|km|mg|kg|ml|am|pm|hr|min|sec|mph)\b) => ␣
     \\\$|^\$(?=[^$]*$) => ␣dollar␣
     °\s?C\b => ␣celsius␣
@@ -208,10 +205,6 @@ _TYPOGRAPHY = _rules(r"""
     ([₀₁₂₃₄₅₆₇₈₉]+) => _{\1}
     \b([ap])\.\s?m\b => \1m
     (?:^|\s)~\s?(?=\$?[0-9]) => ␣≈
-    ㎝ => cm
-    ㎞ => km
-    ㎏ => kg
-    ㎡ => m^2
     \.{2,}|\\[lc]?dots(?![a-z]) => …
     \{,\}(?=[0-9]{3}) => ,
     (?<=[0-9A-Za-z)])\*\*(?=[0-9A-Za-z(]) => ^
@@ -229,28 +222,19 @@ _TYPOGRAPHY = _rules(r"""
     \\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mh]box|operatorname|emph|underline)\s*\{((?:[^{}]|\{[^{}]*\})*)\} => ␣\1␣
     \\[dtc]frac(?![a-z]) => \\frac
     (?:\^\s*)?(?:\{\s*)?(?:\\(?:circ|degree)(?![a-z])|°)(?:\s*\})?(?:\s*[CF]\b)? => ␣degrees␣
-    \\pi(?![a-z])|\bpi\b => π
-    \\infty(?![a-z])|\binfinity\b => ∞
+    \bpi\b => π
+    \binfinity\b => ∞
     \+\s*∞ => ∞
-    \\sqrt(?![a-z])|\bsqrt\b => √
-    \\(?:leq?|leqslant)(?![a-z])|<= => ≤
-    \\(?:geq?|geqslant)(?![a-z])|>= => ≥
-    \\neq?(?![a-z])|!= => ≠
-    \\lt(?![a-z]) => <
-    \\gt(?![a-z]) => >
-    \\(?:emptyset|varnothing)(?![a-z])|⦃\s*⦄ => ∅
-    \\angle(?![a-z]) => ∠
-    \\(?:times|cdot)(?![a-z]) => *
-    \\cup(?![a-z]) => ∪
-    \\cap(?![a-z]) => ∩
-    \\in(?![a-z]) => ∈
-    \\pm(?![a-z]) => ±
-    \\theta(?![a-z]) => θ
-    \\alpha(?![a-z]) => α
-    \\beta(?![a-z]) => β
+    \bsqrt\b => √
+    <= => ≤
+    >= => ≥
+    != => ≠
+    ⦃\s*⦄ => ∅
     == => =
     \s+([\^_]) => \1
     (\\[A-Za-z]+|[}\]√])\s+(?=\{) => \1""")
+_COMMANDS = dict(zip("""pi infty sqrt le leq leqslant ge geq geqslant ne neq lt gt emptyset varnothing angle times cdot
+    cup cap in pm theta alpha beta""".split(), "π∞√≤≤≤≥≥≥≠≠<>∅∅∠**∪∩∈±θαβ"))
 _BRACES = _rules(r"""
     √\s*\[\s*(\w+)\s*\]ARGUMENT => √[\1](\2\3)
     √\s*(?:\{([^{}]*)\}|([0-9]+(?:\.[0-9]+)?|SYMBOL)) => √(\1\2)
@@ -280,11 +264,10 @@ def extract_answer(text: str) -> str | None:
     r"""The final answer of a solution, as written; None when there is none.
 
     The last marker with a value wins: \boxed{x}, <answer>x</answer>, '#### x', 'answer is x', 'Answer: x' (to the end of
-    the line or sentence); mere words after one ("the answer is reasonable") count only when no other has a value. After
-    a box only a bare value counts: "the answer would be 30 if" is about the answer. Without a marker it is the last
-    number of the last line that is not empty, with the words behind it, so a bare ' 24' works. Guesses side by side ("3
-    or 4", two boxes in one sentence) come back as they stand, and equal no number. What stands in <think>, or in a box
-    that nothing closes, is no answer. Time is linear in the text.
+    the line or sentence). Words after one ("the answer is reasonable") count only when no other has a value; after a box
+    only a bare value counts. Without a marker it is the last number of the last line, with the words behind it. Guesses
+    side by side ("3 or 4", two boxes in one sentence) come back as they stand, and equal no number. Text in <think>, or
+    in a box that is not closed, is not an answer. Time is linear in the text.
     """
     text = _said(text)
     marked = _marked(text)
@@ -319,13 +302,13 @@ def math_equal(prediction: str | None, reference: str) -> bool:
     return said.name in ("", wanted.name or said.name) and wanted.lead <= said.lead and said.value == wanted.value
 
 
-def _said(text: str) -> str:
+def _said(text):
     """What follows the last closed thought, without layout; a displayed formula becomes one line."""
     text = _rewrite(re.split(r"</think\w*>", text)[-1], _LAYOUT)
     return _DISPLAY.sub(lambda match: f"${' '.join(''.join(filter(None, match.groups())).split())}$", text)
 
 
-def _marked(text: str) -> str | None:
+def _marked(text):
     """The marked answer of a text; None without one, '' where the text ends in a thought or a box that nothing closes."""
     text, thinks, _ = text.partition("<think")
     boxes = list(_BOX.finditer(text))[-2:]
@@ -359,12 +342,12 @@ def _marked(text: str) -> str | None:
     return _marked(_rewrite(contents[-1][:MAX_ANSWER + 1], _UNWRAP)) or contents[-1]
 
 
-def _without_dashes(line: str) -> str:
-    """A line of prose without its bullet and the dashes after words, which are no minus signs; in TeX all are."""
+def _without_dashes(line):
+    """A line of prose without the dashes after words, which are not minus signs; in TeX all are."""
     return line if re.search(r"[$\\]", line) else _DASH.sub(r"\1 ", line)
 
 
-def _last_number(line: str) -> str | None:
+def _last_number(line):
     """The last number of a line, with two words on either side where they make something else of it (4 dozen)."""
     line = _BULLET.sub("", line)
     numbers = list(_NUMBER.finditer(line))[-2:]
@@ -378,15 +361,16 @@ def _last_number(line: str) -> str | None:
     return phrase if _number(phrase) is None else line[start:end].strip()
 
 
-def _clean(text: str) -> str:
+def _clean(text):
     r"""One spelling: no typography, currency or layout; \frac{a}{b} is a/b, \sqrt3 is √(3), x^{2} is x^2, \leq is ≤."""
+    text = re.sub(r"\\([A-Za-z]+)", lambda command: _COMMANDS.get(command[1], command[0]), text)
     text = _rewrite(text, _TYPOGRAPHY).translate(_CHARACTERS)
     for _ in range(8):                                            # from the innermost braces outwards
         text = _rewrite(text, _BRACES)
     return _rewrite(text, _BRACKETS).lstrip(" *`'\"").rstrip(" *`'\".,;:")
 
 
-def _words(text: str) -> set[str]:
+def _words(text):
     """The words of a text without case, and each without the s of a plural."""
     words = re.findall(r"[^\W\d_]+", text.casefold())
     return {*words, *(word.rstrip("s") for word in words)}
@@ -400,7 +384,7 @@ class _Answer(NamedTuple):
     lead: frozenset = frozenset()
 
 
-def _value(text: str) -> _Answer:
+def _value(text):
     """Of a number its value; of x = 2 * 3 = 6 the last side, if the first is a name, a sum of names or a calculation,
     and those between are calculations; else one spelling of the text."""
     if re.fullmatch(r"\([^(),]*\)", text):
@@ -418,13 +402,13 @@ def _value(text: str) -> _Answer:
     return _Answer(_as_text(text))
 
 
-def _is_calculation(text: str) -> bool:
+def _is_calculation(text):
     """Whether a side of an equation is a number or arithmetic, perhaps with units or in a sentence."""
     rest = _WORD.sub(_drop, _rewrite(text, _SIDES))
     return not _NOT_UNITS & _words(text) and re.fullmatch(r"[0-9\s.+*/()%÷^√π-]*", rest) is not None
 
 
-def _as_text(text: str) -> str:
+def _as_text(text):
     option = _OPTION.fullmatch(text)
     text = " ".join((option[1] if option else text).casefold().split())
     text = _rewrite(text, _LISTS)
@@ -438,7 +422,7 @@ def _as_text(text: str) -> str:
     return match[1] if is_unit and not _NUMBER.fullmatch(match[1]) else text
 
 
-def _number(text: str) -> _Answer | None:
+def _number(text):
     """The one number of a text that otherwise holds but words: its unit after it, perhaps a sentence around it."""
     match = _NUMBER.fullmatch(_WORD.sub(_drop, text).strip(" ,.:;\""))
     found = match and _NUMBER.search(text)
@@ -451,16 +435,16 @@ def _number(text: str) -> _Answer | None:
     return _Answer(str(value), lead=frozenset(lead - _CURRENCIES))
 
 
-def _spell(match: re.Match) -> str:
+def _spell(match):
     value = _rational(match)
     return match[0] if value is None else f"{match[1] or ''}{abs(value)}"
 
 
-def _sort(match: re.Match) -> str:
+def _sort(match):
     return f"⦃{sorted(set(re.findall(r'[(][^()]*[)]|[^,⦃⦄]+', match[0])))}⦄"
 
 
-def _rational(match: re.Match) -> Fraction | None:
+def _rational(match):
     if len(match[0]) > MAX_NUMBER:
         return None
     value, divisor, whole = (Fraction((match[i] or default).replace(",", "").strip("()"))
@@ -470,14 +454,13 @@ def _rational(match: re.Match) -> Fraction | None:
     return (whole + value / divisor) * (-1 if match[1] == "-" else 1)
 
 
-def _drop(match: re.Match) -> str:
+def _drop(match):
     """A blank for a word that is but a word."""
     for word in re.findall(r"[^\W\d_]+", match[0]):
         name = word.casefold()
-        short = word in _AFTER or name in _SHORT or name > "\u2e80"
-        if match[1]:                                              # joined to a number: 5cm
-            short = word in _JOINED or name > "\u2e80"
-        if not short and (match[1] or len(name) < 3 or len(name) < 5 and _PRODUCT.fullmatch(name)):
+        joined = match[1]                                         # to a number: 5cm
+        known = word in _JOINED if joined else word in _AFTER or name in _SHORT
+        if not known and name < "\u2e80" and (joined or _PRODUCT.fullmatch(name)):
             return match[0]
     return " "
 
@@ -489,7 +472,9 @@ OUTCOMES = ("compile_error", "timeout", "memory", "runtime_error", "failed_test"
 _FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})(?![`~])([^`\n]*)(?:\n|(?=`))(.*?)"
                     r"(?:(?<=\n)\1? {0,3}\2[`~]*[ \t]*$|(?<=[^\s`~])\2[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _PYTHON = re.compile(r"\W*(?:[\w/.]*\.py|i?python[0-9.]*|py[0-9.]*)(?![-\w])", re.IGNORECASE)
-_CODE = re.compile(r"\s*(?:(?:import|from|def|class|for|while|if|with)\b.* |[A-Za-z_][\w.]*(?:\(| = )).*")  # on the fence's line
+# Code on the fence's own line: ```python print(1)
+_BEGUN = re.compile(r"^([ \t]*`{3}(?:i?python[0-9.]*|py)?)[ \t]*"
+                    r"(?=(?:import|from|def|class|for|while|if|with)\b.* |[A-Za-z_][\w.]*(?:\(| = ))", re.MULTILINE)
 _OUTPUT = re.compile(r"\s*(?:>>>|\$ |Traceback|(?:pip3?|python3?|bash|cd) |[\[({0-9-]|['\"](?!['\"]{2}))")
 _DEFINES = re.compile(r"^(?:async +def +|def +|class +|(?=\w+ *= *lambda\b))(\w+)", re.MULTILINE)
 _READS = re.compile(r"\binput\(|\bstdin\b|\bopen\(0|\bos\.read\(")
@@ -498,17 +483,15 @@ _READS = re.compile(r"\binput\(|\bstdin\b|\bopen\(0|\bos\.read\(")
 def code_blocks(text: str) -> list[str]:
     """The fenced blocks (``` or ~~~; unclosed: to the end) that may be the program, in their order, never none: those
     tagged as Python; else those without a tag that look like code; else all; else the text. CRLF becomes LF."""
-    text = re.sub(rf"(?:\s*(?:{_TOKEN})){{1,9}}\s*\Z", "", text.lstrip("\ufeff").replace("\r\n", "\n"))
+    text = re.sub(rf"(?:\s*(?:{_TOKEN})){{1,9}}\s*\Z", "", text.replace("\r\n", "\n"))
     if text.lstrip().startswith("<think"):
         text = re.split(r"</think\w*>", text)[-1] if "</think" in text else ""
     found = {2: [], 1: [], 0: []}                                 # the likeliest first
-    for _, _, info, body in _FENCE.findall(text):
-        tag = _PYTHON.match(info)
-        begun = _CODE.match(info, tag.end() if tag else 0)
-        code = textwrap.dedent(body).lstrip("\ufeff")
-        code = f"{begun[0].strip()}\n{code}" if begun else code
+    for _, _, info, body in _FENCE.findall(_BEGUN.sub(r"\1\n", text)):
+        tagged = _PYTHON.match(info)
         plain = not info.strip() and re.search(r"[=(]|\bimport\b", body) and not _OUTPUT.match(body)
-        found[2 if tag or begun else bool(plain)] += [code.removesuffix("\n")] * bool(code.strip())
+        if body.strip():
+            found[2 if tagged else bool(plain)].append(textwrap.dedent(body).removesuffix("\n"))
     return found[2] or found[1] or found[0] or [text.split("\n```")[0]]
 
 
@@ -518,13 +501,13 @@ def extract_code(text: str) -> str:
     return _choose(code_blocks(text), [])
 
 
-def _choose(blocks: list[str], tests: list[dict]) -> str:
+def _choose(blocks, tests):
     """The last of the blocks that define most of what the asserts mention; of equal ones one that reads input, else one
     that defines anything: others show how to call it, or its cost."""
     asserts = "\n".join(test.get("assert", "") for test in tests)
     asked = set(re.findall(r"\w+", asserts)) - set(_DEFINES.findall(asserts))
 
-    def merit(block: str) -> tuple:
+    def merit(block):
         defined = set(_DEFINES.findall(block))
         return len(defined & asked), bool(_READS.search(block)), bool(defined)
     return max(reversed(blocks), key=merit)
@@ -572,9 +555,8 @@ _RUNS_CODE = set("exec compile pickle marshal shelve importlib builtins subproce
 
 
 def check_tests(tests: list[dict], where: str = "tests") -> None:
-    """Refuses the tests of one problem that cannot be judged, when it enters. ValueError names the test: a wrong type
-    or key, no valid Python, no assert, a module beyond the standard library, a lambda for the program, and what would run
-    code that a program returned."""
+    """Refuses tests that cannot be judged, when a problem enters. ValueError names the test: a wrong type or key, no valid
+    Python, no assert, a module beyond the standard library, a lambda for the program, what would run returned code."""
     if not isinstance(tests, (list, tuple)):
         raise ValueError(f"{where} must be a list of tests, not {type(tests).__name__}")
     for j, test in enumerate(tests):
@@ -587,20 +569,20 @@ def check_tests(tests: list[dict], where: str = "tests") -> None:
             raise ValueError(f"{where}[{j}]['assert'] cannot be judged: {error}") from None
 
 
-def _check_statement(tree: ast.Module) -> None:
+def _check_statement(tree):
     nodes = list(ast.walk(tree))
-    used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    modules = [node.names[0].name for node in nodes if isinstance(node, ast.Import)]
-    modules += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
-    modules = {name.partition(".")[0] for name in modules}
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = {(getattr(node, "module", None) or node.names[0].name).partition(".")[0] for node in imports}
     if not modules <= sys.stdlib_module_names:
         raise ValueError(f"no {', '.join(modules)}: the standard library is all that programs and tests have")
-    if _RUNS_CODE & (used | modules):
-        raise ValueError(f"with {min(_RUNS_CODE & (used | modules))} it might run what a program returned")
-    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    handed = {call.func.id for call in calls if any(isinstance(argument, ast.Lambda) for argument in call.args)}
-    if handed - {*dir(builtins), *(getattr(node, "name", "") for node in nodes)}:
-        raise ValueError(f"it hands a lambda to {min(handed)}, which cannot cross to the program")
+    dangerous = _RUNS_CODE & modules.union(getattr(node, "id", "") for node in nodes)
+    if dangerous:
+        raise ValueError(f"with {min(dangerous)} it might run what a program returned")
+    own = {*dir(builtins), *(getattr(node, "name", "") for node in nodes)}
+    for call in nodes:
+        takes_lambda = isinstance(call, ast.Call) and any(isinstance(argument, ast.Lambda) for argument in call.args)
+        if takes_lambda and getattr(call.func, "id", "print") not in own:
+            raise ValueError(f"it hands a lambda to {call.func.id}, which cannot cross to the program")
     if tree.body and not any(isinstance(node, ast.Assert) for node in nodes):
         raise ValueError("there is no assert in it")
 
@@ -610,17 +592,16 @@ def run_programs(programs: list[str | list[str]], tests: list[list[dict]], *, ti
     """Runs programs[i] against tests[i]; one Verdict per program. Equal jobs run once. Safe to call from threads.
 
     programs   the text of each, or all its code_blocks; the standard library is all that they can import
-    tests      {"input", "output"}: a run with that stdin, whose stdout must have the same whitespace-separated tokens
-               (of two decimals with a point a relative 1e-6 is the same) and which must end normally; {"assert"}:
-               statements that see the program's names and MODULES; those of one program share one run, in which it is
-               not __main__. What expects nothing (a blank output, an assert that asks the program for nothing) does
-               not count.
-    timeout    CPU seconds per run. Wall time: half a second, the timeout, and five times the CPU time used so far, so
-               that a sleeper ends soon and a busy machine decides nothing. No test is run after a timeout.
+    tests      {"input", "output"}: a run with that stdin, which must end normally and print the same tokens between
+               blanks (decimals with a point: within a relative 1e-6); {"assert"}: statements that see the program's
+               names and MODULES; those of one program share one run, in which it is not __main__. A blank output, or
+               an assert that asks the program for nothing, does not count.
+    timeout    CPU seconds per run. Wall time: 0.5 s + timeout + 5 * the CPU time used so far, so that a sleeper ends
+               soon and a busy machine decides nothing. No test is run after a timeout.
     memory_mb  address space in MiB, about 40 of which are the interpreter's
     workers    helpers at a time; default: one per core, of which processes of torchrun have an equal share
     fail_fast  the first failed test ends a program: right where only Verdict.ok counts, and faster
-    ValueError names a bad test (check_tests); SandboxError where no helper can be started.
+    ValueError names a bad test (check_tests); SandboxError or OSError where no helper can be started.
     """
     from concurrent.futures import ThreadPoolExecutor              # here: helpers are lighter without
     jobs = []
@@ -634,7 +615,7 @@ def run_programs(programs: list[str | list[str]], tests: list[list[dict]], *, ti
     return [verdicts[repr(job)] for job in jobs]
 
 
-def _cores() -> int:
+def _cores():
     """Cores of this process: a container may have a quota, and torchrun says how many processes share the machine."""
     cores = os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):                # no such file; without a quota it is "max"
@@ -644,32 +625,32 @@ def _cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def _judge(program: str, tests: list[dict], limits: dict) -> Verdict:
+def _judge(program, tests, limits):
     stdin = [test for test in tests if test.get("output", "").strip()]
     asserts = [test["assert"].strip() for test in tests if test.get("assert", "").strip()]
     results = _run_stdin(program, stdin, limits)
     if asserts and not (results and _is_over(results[-1], limits)):
         results += _run_asserts(program, asserts, limits)
     outcomes, total = [outcome for outcome, _ in results], len(stdin) + len(asserts)
-    worst = min(outcomes, key=OUTCOMES.index, default="no_tests")
-    detail = results[outcomes.index(worst)][1] if outcomes else ""
-    detail = detail and f"test {outcomes.index(worst) + 1} of {total}: {detail}"
+    by_outcome = sorted(enumerate(results, 1), key=lambda result: OUTCOMES.index(result[1][0]))
+    number, (worst, detail) = by_outcome[0] if results else (0, ("no_tests", ""))
+    detail = detail and f"test {number} of {total}: {detail}"
     detail = detail.encode("ascii", "backslashreplace")[:500].decode()
     return Verdict(worst, outcomes.count("passed"), total - outcomes.count("no_tests"), detail)
 
 
-def _is_over(result: list, limits: dict) -> bool:
+def _is_over(result, limits):
     """Whether the other tests need not run: after a timeout they would only cost the same again."""
     failed = result[0] not in ("passed", "no_tests")
     return result[0] in ("timeout", "compile_error") or failed and limits["fail_fast"]
 
 
-def _run_stdin(program: str, tests: list[dict], limits: dict) -> list[list]:
+def _run_stdin(program, tests, limits):
     """Results [outcome, detail] of stdin tests, fewer where the rest need not run.
 
-    First all are played one after the other in one process, the cost of a single one, in little time, since loops that
-    never end will cost it again. A right output is a pass, however it came about, and the first test had a process of
-    its own. Any other failure is no result, since a test may be spoiled by one before it: it gets its own process."""
+    First all are played in one process, at the cost of one, in little time, since endless loops will cost it again. A
+    right output is a pass, and the first test had a process of its own. Another that failed may have been spoiled by one
+    before it: it gets its own process."""
     together = _play(program, tests, limits | {"timeout": limits["timeout"] / 8}) if 1 < len(tests) <= 16 else []
     results = []
     for i, test in enumerate(tests):
@@ -680,7 +661,7 @@ def _run_stdin(program: str, tests: list[dict], limits: dict) -> list[list]:
     return results
 
 
-def _play(program: str, tests: list[dict], limits: dict) -> list[list]:
+def _play(program, tests, limits):
     """Results of stdin tests that share a process; none where it is not known in which of them it ended badly."""
     wanted = [_bytes(test["output"]) for test in tests]
     contents = [content for test in tests for content in (_bytes(test["input"]), b"")]
@@ -689,20 +670,20 @@ def _play(program: str, tests: list[dict], limits: dict) -> list[list]:
         return [end] if len(tests) == 1 else []
     results = []
     for right, said in zip(wanted, files[1::2]):
-        pairs = itertools.zip_longest(said.split(), right.split(), fillvalue=b"")
-        same = all(itertools.starmap(_same, pairs))
+        tokens, expected = said.split(), right.split()
+        same = len(tokens) == len(expected) and all(map(_same, tokens, expected))
         results.append(end if same else ["failed_test", f"expected {right[:80]!r}, printed {said[:80]!r}"])
     return results
 
 
-def _bytes(text: str) -> bytes:
+def _bytes(text):
     return text.encode("utf-8", "surrogatepass")
 
 
 _POINT = re.compile(rb"(?!-0*\.0*(?:e|$))-?[0-9]{1,200}\.[0-9]{1,200}(?:e[-+]?[0-9]{1,2})?")
 
 
-def _same(said: bytes, wanted: bytes) -> bool:
+def _same(said, wanted):
     """Exact, but for decimals where both have a point: programs print them in several ways."""
     if said == wanted:
         return True
@@ -710,7 +691,7 @@ def _same(said: bytes, wanted: bytes) -> bool:
     return len(decimals) == 2 and math.isclose(*decimals, rel_tol=1e-6)
 
 
-def _run_asserts(program: str, asserts: list[str], limits: dict) -> list[list]:
+def _run_asserts(program, asserts, limits):
     """Results of asserts: the judge reports a line for each that it has done."""
     end, (_, report) = _run(program, [_bytes(json.dumps(asserts)), b""], 6000 * len(asserts), limits | {"asserts": True})
     results = [json.loads(line) for line in report.splitlines()]
@@ -723,19 +704,19 @@ def _run_asserts(program: str, asserts: list[str], limits: dict) -> list[list]:
     return results + [end] * (1 if end[0] == "timeout" else len(asserts) - len(results))
 
 
-def _run(program: str, contents: list[bytes], longest: int, limits: dict) -> tuple[list, list[bytes]]:
+def _run(program, contents, longest, limits):
     """One run with files of these contents -> how the program ended [outcome, detail], and what the files hold then: of
     each enough to compare it with `longest` bytes."""
     reply, (_, errors, *files) = _ask(limits, [_bytes(program), b"", *contents], keep=65536 + 4 * longest)
     detail = errors[-400:].decode("utf-8", "replace").rpartition("\n")[2][:200]
     code = reply["code"]
-    if reply["late"] or reply["cpu"] > limits["timeout"] or code == -signal.SIGPROF:
+    if reply["late"] or code == -signal.SIGPROF:
         return ["timeout", f"over {limits['timeout']} s of CPU, or it waited for as long"], files
     outcome = _STATUS.get(code, "runtime_error")
     return [outcome, "" if outcome == "passed" else detail or f"ended with status {code}"], files
 
 
-def _ask(job: dict, contents: list[bytes], keep: int) -> tuple[dict, list[bytes]]:
+def _ask(job, contents, keep):
     """Lets a helper do a job on files of these contents -> its reply, and the first `keep` bytes of each file then. A
     helper that is lost (the kernel was out of memory, someone killed it) says nothing about the program: others try."""
     idle = _idle.setdefault(os.getpid(), [])                      # a fork of this process has helpers of its own
@@ -752,18 +733,16 @@ def _ask(job: dict, contents: list[bytes], keep: int) -> tuple[dict, list[bytes]
                 helper = Helper()
             try:
                 reply = helper.ask(job, [file.fileno() for file in files])
-            except BaseException as error:
+            except OSError:
                 helper.close()
-                if isinstance(error, OSError):
-                    continue
-                raise
+                continue
             idle.append(helper)
             return reply, [os.pread(file.fileno(), keep, 0) for file in files]
     if not contents[0]:
         raise SandboxError(f"{_ATTEMPTS} helpers died in a row; the first may have said why on stderr")
     layers()                                                      # helpers live, but not with this program
     said = f"{_ATTEMPTS} helpers died with it in a row".encode()
-    return {"code": 1, "cpu": 0, "late": False}, [b"", said] + [b""] * (len(contents) - 2)
+    return {"code": 1, "late": False}, [b"", said] + [b""] * (len(contents) - 2)
 
 
 # ---------------------------------------------------------------- helpers, seen from the trainer
@@ -772,8 +751,8 @@ WALLS = {"seccomp": "processes, signals, sockets, ptrace, chmod: all calls but s
          "landlock": "the user's files and /proc (Linux 5.13); without it no file can be written, but files can be read"}
 _ATTEMPTS = 10                                                    # helpers for one run, each after the loss of the last
 _PATIENCE = 30                                                    # seconds beyond a run until a helper counts as hung
-_without: set[str] = set()                                        # walls to leave out, for tests
-_idle: dict[int, list] = {}                                       # process id -> helpers that wait
+_without = set()                                                  # walls to leave out, for tests
+_idle = {}                                                        # process id -> helpers that wait
 _warned = threading.Lock()                                        # taken once, never released
 _FILE = os.path.abspath(__file__)
 
@@ -788,14 +767,12 @@ class Helper:
         command = [sys.executable, "-s", "-S", "-B", _FILE, "helper", *_without]
         environment = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "TZ": "UTC", "LD_BIND_NOW": "1",
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
-        try:                                                      # Ctrl-C is for the trainer
-            self.process = subprocess.Popen(command, env=environment, cwd="/", stdin=theirs, stdout=subprocess.DEVNULL,
-                                            start_new_session=True)
-        except OSError as error:
-            raise SandboxError(f"no helper can be started with {sys.executable}: {error}") from None
+        # A session of its own: Ctrl-C is for the trainer.
+        self.process = subprocess.Popen(command, env=environment, cwd="/", stdin=theirs, stdout=subprocess.DEVNULL,
+                                        start_new_session=True)
         theirs.close()
 
-    def ask(self, job: dict, files: list[int]) -> dict:
+    def ask(self, job, files):
         """Sends a job and descriptors, returns the reply. OSError for a helper that is dead or hangs."""
         self.channel.settimeout(7 * job["timeout"] + _PATIENCE)
         socket.send_fds(self.channel, [json.dumps(job).encode()], files)
@@ -810,7 +787,7 @@ class Helper:
             print(f"verify.py: the sandbox runs without {' and '.join(missing)}", file=sys.stderr)
         return reply
 
-    def close(self) -> None:
+    def close(self):
         self.channel.close()
         self.process.kill()
         self.process.wait()
@@ -833,7 +810,7 @@ def serve() -> None:
     builtins.exit = builtins.quit = sys.exit                      # honest programs use them, -S leaves them out
     for name in (*MODULES, "statistics", "typing"):
         __import__(name)                                          # once here, not in every fork
-    sys.path[:] = [path for path in sys.path if path.startswith(sys.base_prefix)]
+    del sys.path[0]                                               # the folder of this file
     sys.argv[:] = ["program.py"]
     sys.set_int_max_str_digits(0)
     for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGXCPU, signal.SIGCHLD):
@@ -862,7 +839,7 @@ def serve() -> None:
         channel.send(json.dumps(reply | {"walls": [name for name in walls if walls[name] is not None]}).encode())
 
 
-def _work(job: dict, files: list[int], walls: dict) -> dict:
+def _work(job, files, walls):
     """A run in new processes; closes the files. The judge comes first, and its files are closed before the program
     starts, which shall not find them."""
     program, errors, *others = files
@@ -879,10 +856,10 @@ def _work(job: dict, files: list[int], walls: dict) -> dict:
         os.close(fd)
     ended, late = _wait({judge, child}, job["timeout"])
     code, cpu = ended[child]
-    return {"code": code, "cpu": cpu, "late": late}
+    return {"code": code, "late": late or cpu > job["timeout"]}
 
 
-def _wait(pids: set[int], timeout: float) -> tuple[dict, bool]:
+def _wait(pids, timeout):
     """Waits for children, and kills them when they wait too long -> {pid: (exit code, CPU seconds)}, whether late."""
     started, ended, late = time.monotonic(), {}, False
     while running := pids - ended.keys():
@@ -898,7 +875,7 @@ def _wait(pids: set[int], timeout: float) -> tuple[dict, bool]:
     return ended, late
 
 
-def _spawn(job: dict, walls: dict, link: int | None, errors: int, work) -> int:
+def _spawn(job, walls, link, errors, work):
     """Forks a child that puts up the walls, then works. Descriptor 3 is its link to the judge or the program."""
     helper, pid = os.getpid(), os.fork()
     if pid:
@@ -925,24 +902,24 @@ def _spawn(job: dict, walls: dict, link: int | None, errors: int, work) -> int:
         os._exit(1)
 
 
-def _fail(status: int, error: BaseException, write=os.write, leave=os._exit) -> None:
+def _fail(status, error, write=os.write, leave=os._exit):
     """Ends a program. (Bound now: it may have replaced them.)"""
     write(2, f"\n{_describe(error)}".encode("utf-8", "replace"))
     leave(_MEMORY if isinstance(error, MemoryError) and status == 1 else status)
 
 
-def _describe(error: BaseException) -> str:
+def _describe(error):
     try:
         return " ".join(f"{type(error).__name__}: {error}"[:200].split())
     except BaseException:                                         # a __str__ of the program
         return type(error).__name__
 
 
-def _read_file(fd: int) -> str:
+def _read_file(fd):
     return os.pread(fd, os.fstat(fd).st_size, 0).decode("utf-8", "surrogatepass")
 
 
-def _load(source: int, name: str) -> tuple[types.CodeType, dict]:
+def _load(source, name):
     """A program's code, and the names of the new, empty module in which it shall run."""
     try:
         code = compile(_read_file(source).lstrip("\ufeff"), "<program>", "exec", dont_inherit=True)
@@ -953,7 +930,7 @@ def _load(source: int, name: str) -> tuple[types.CodeType, dict]:
     return code, module.__dict__
 
 
-def _play_tests(source: int, files: list[int]) -> None:
+def _play_tests(source, files):
     """The program as __main__, once for each pair of files, stdin and stdout, and what Python does at its end."""
     leave = os._exit
     plain = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n", "closefd": False}
@@ -986,7 +963,7 @@ def _play_tests(source: int, files: list[int]) -> None:
     leave(0)
 
 
-def _flush(stream) -> None:
+def _flush(stream):
     with contextlib.suppress(ValueError):                         # it is closed, or was detached
         stream.flush()
 
@@ -1006,7 +983,7 @@ _DATA = {int: lambda value: [hex(value), 16], complex: lambda value: [value.real
 _DATA |= dict.fromkeys((bytes, bytearray, tuple, set, frozenset, collections.deque), lambda value: [list(value)])
 _DATA |= dict.fromkeys((decimal.Decimal, Fraction, range, datetime.datetime, datetime.date, datetime.time,
                         datetime.timedelta), lambda value: list(value.__reduce__()[1]))
-_KINDS = {kind.__name__: kind for kind in (iter, *_DATA)}
+_KINDS = {kind.__name__: kind for kind in _DATA}
 _METHODS = set().union(*map(dir, (str, bytes, list, dict, set, tuple, int, float)))
 
 
@@ -1025,28 +1002,27 @@ def _encode(value, other):
     return other(value)
 
 
-def _decode(line: bytes, find):
+def _decode(line, find):
     """The value; `find` makes what is no data, of its kind and arguments."""
-    def make(parts: dict):
+    def make(parts):
         [(kind, arguments)] = parts.items()
         return _KINDS[kind](*arguments) if kind in _KINDS else find(kind, *arguments)
     return json.loads(line, object_hook=make)
 
 
-def _mutable(what, *arguments) -> list:
+def _mutable(what, *arguments):
     """The arguments that a call may change, as it is seen outside."""
     args, kwargs = arguments[1:] if what == "call" else ((), {})
     return [value for value in (*args, *kwargs.values()) if isinstance(value, (list, dict, set, collections.deque))]
 
 
-# What a test may do with an object; those after `exit` only with one of a class that the test names.
+# What a test may do with an object; those after `enter` only with one of a class that the test names.
 _OPERATIONS = {"call": lambda target, args, kwargs: target(*args, **kwargs), "get": getattr, "set": setattr,
                "iter": iter, "next": next, "enter": lambda target: target.__enter__(),
-               "exit": lambda target: target.__exit__(None, None, None),
                "len": len, "str": str, "repr": repr, "bool": bool, "getitem": operator.getitem}
 
 
-def _answer_asserts(source: int) -> None:
+def _answer_asserts(source):
     """The program as a module, then its answers to the judge until that closes the link."""
     leave, kept = os._exit, {}                                    # the objects that the judge knows, by number
     code, names = _load(source, "program")
@@ -1059,7 +1035,7 @@ def _answer_asserts(source: int) -> None:
     def find(kind, *where):
         return kept[where[0]] if kind == "object" else getattr(sys.modules[where[0]], where[1])
 
-    def answer(request: bytes) -> list:
+    def answer(request):
         try:
             what, *arguments = _decode(request, find)
             value = operations[what](*arguments)
@@ -1106,15 +1082,13 @@ class _Object:
         return not self._trust or self._ask(0, "bool", self)
 
     def __exit__(self, *_):
-        self._ask(0, "exit", self)                                # it cannot hide that an assert failed
+        """The program is not told, so it cannot hide that an assert failed."""
 
-    def _refuse(self, *_):
+    def __eq__(self, other):
         raise TypeError("objects of a program cannot be compared")
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
 
-
-def _method(name: str):
+def _method(name):
     def method(self, *args):
         if not self._trust and name not in ("iter", "next", "enter"):
             raise TypeError(f"an object that a function returned is not asked for {name}")
@@ -1143,14 +1117,14 @@ class _Scope(dict):
         return self.ask(2 * name[:1].isupper(), "name", name)
 
 
-def _evaluate(text: str, *_):
-    """eval for what a program returned: literals, and arithmetic of bounded size. ValueError."""
-    if re.fullmatch(r"[-+*/%(). 0-9]{1,200}", text) and not re.search(r"\*\*.*\*\*|\*\*[^0-9]*(?:[0-9]{4}|\()", text):
+def _evaluate(text, *_):
+    """eval for what a program returned: literals, and arithmetic without powers."""
+    if re.fullmatch(r"(?!.*\*\*)[-+*/%(). 0-9]{1,200}", text):
         return eval(text, {"__builtins__": {}})
     return ast.literal_eval(text)
 
 
-def _check_asserts(tests: int, report: int, theirs: int) -> None:
+def _check_asserts(tests, report, theirs):
     """The judge: runs each statement, reports a line [outcome, detail]. It holds the asserts and none of the program."""
     os.close(theirs)                                              # else the link would not end with the program
     program = socket.socket(fileno=3).makefile("rwb")
@@ -1189,14 +1163,12 @@ def _check_asserts(tests: int, report: int, theirs: int) -> None:
 
 def _outgoing(value):
     """What crosses to the program of an argument that is no data: the number of one of its objects, the name of a
-    function or class that it has too, the items of an iterator."""
+    function or class that it has too."""
     if type(value) is _Object:
         return {"object": [value._number]}
     module, name = getattr(value, "__module__", None), getattr(value, "__name__", "")
-    if module in sys.modules and getattr(sys.modules[module], name, None) is value:
+    if getattr(sys.modules.get(module), name, None) is value:
         return {"known": [module, name]}
-    if hasattr(value, "__next__"):
-        return {"iter": [[_encode(item, _outgoing) for item in itertools.islice(value, 10_000)]]}
     raise TypeError(f"a {type(value).__name__} of the test cannot cross to the program")
 
 
@@ -1234,14 +1206,14 @@ _READABLE = (os.path.dirname(os.__file__), sys.base_prefix + "/lib", "/lib", "/l
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
-def _limit(kind: int, value: int) -> None:
+def _limit(kind, value):
     """A resource limit for good, unless there is a lower one already."""
     hard = resource.getrlimit(kind)[1]
     value = min(value, hard) if hard >= 0 else value
     resource.setrlimit(kind, (value, value))
 
 
-def _own_scratch() -> bool:
+def _own_scratch():
     """A /dev/shm of this process and its children, where user namespaces are allowed: its files end with the helper."""
     uid, gid = os.getuid(), os.getgid()
     if libc.unshare(0x10000000 | 0x00020000) != 0:                # a user and a mount namespace
@@ -1255,7 +1227,7 @@ def _own_scratch() -> bool:
         b"tmpfs", b"/dev/shm", b"tmpfs", 14, f"size={_SCRATCH},nr_inodes=50".encode())
 
 
-def _landlock(scratch: bool) -> int | None:
+def _landlock(scratch):
     """Rules under which a process opens nothing but libraries, four devices, and files in its own /dev/shm; None where
     the kernel has no Landlock."""
     abi = libc.syscall(444, None, 0, 1)
@@ -1272,7 +1244,7 @@ def _landlock(scratch: bool) -> int | None:
     return rules
 
 
-def _seccomp(may_write: bool) -> ctypes.Array | None:
+def _seccomp(may_write):
     """A filter (BPF) which refuses every system call but _CALLS; None where it has no table."""
     if os.uname().machine not in _ARCHITECTURES:
         return None
@@ -1293,7 +1265,7 @@ def _seccomp(may_write: bool) -> ctypes.Array | None:
     return ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
 
 
-def _put_up(landlock: int | None, seccomp: ctypes.Array | None) -> None:
+def _put_up(landlock, seccomp):
     """Walls off this process for good. What both ask of a plain user is PR_SET_NO_NEW_PRIVS; root, whose rights would
     lift limits, loses all rights."""
     failed = libc.prctl(38, 1, 0, 0, 0)

@@ -59,58 +59,114 @@ def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
 
 
-@pytest.mark.parametrize("prediction, reference", [
-    ("24", "24"), (" 24", "24"), ("24.0", "24"), ("+24", "24"), ("007", "7"), ("5.", "5"), (".5", "0.5"), ("-.5", "-1/2"),
-    ("1,234", "1234"), ("1,234,567", "1234567"), ("1000", "1,000.00"), (r"1{,}234", "1234"), (r"1\,234", "1234"),
-    (r"1\,234\,567", "1234567"), (f"1{THIN}234", "1234"), ("1,\\!000", "1000"), ("１２３", "123"),  # full-width digits
-    ("-$5", "-5"), ("$-5$", "-5"), ("- 5", "-5"), ("\u22125", "-5"), ("$1,234.50", "1234.5"), (r"\$1,000", "1000"),
-    ("USD 5", "5"), ("Rs. 500", "500"), ("5 dollars", "5"), ("€5.50", "5.5"), ("5 €", "5"), ("2.50 dollars", "$2.5"),
-    ("50%", "50"), (r"50\%", "50"), ("50 percent", "50"), ("24 coins left", "24"), (r"24\text{ cm}", "24"), ("5cm", "5"),
-    ("5 m", "5"), ("42 m/s", "42"), ("5 cm^2", "5"), (r"5\text{ cm}^2", "5"), ("5 cm²", "5"), ("90°", "90"),
-    (r"90^\circ", "90"), ("1/2 cup", "0.5"), ("5 pounds.", "5"), ("x = 24", "24"), ("x=5", "5"),
-    ("0.5", "1/2"), ("2/6", "1/3"), ("2/4", "1/2"), (r"\frac{1}{2}", ".5"), (r"\dfrac{3}{4}", "0.75"), (r"\tfrac34", ".75"),
-    (r"-\dfrac12", "-0.5"), (r"\frac{-3}{4}", "-.75"), (r"-\frac{3}{4}", "-.75"),
-    ("1 1/2", "1.5"), ("-1 1/2", "-1.5"), (r"1\frac{1}{2}", "1.5"), (r"1 \frac12", "3/2"), (r"-1\frac{1}{2}", "-3/2"),
-    ("1e3", "1000"), ("1.5e3", "1500"), ("1e-3", "0.001"), (r"1.5 \times 10^3", "1500"), (r"1.5\times10^{3}", "1500"),
-    ("2 x 10^-3", "0.002"), (r"3\cdot 10^{2}", "300"), ("1e400", "10e399"), ("9" * 399, "9" * 399 + ".0"),
-    ("(1, 2)", "(1,2)"), (r"\left(1, \frac{1}{2}\right)", "(1, 0.5)"), ("[0,1)", "[0, 1)"), ("(-\\infty, 2]", "(-\\infty,2]"),
-    (r"\{1,2\}", r"\{2, 1\}"), (r"\{1,2\}", "{1.0,2}"), ("{(1,2),(3,4)}", "{(3,4),(1,2)}"), ("1, 2", "1,2"), ("(5)", "5"),
-    ("Yes", "yes"), (r"\text{Yes}", "yes"), ("(B)", "b"), (r"\text{(B)}", "B"), ("x+1", "x + 1"), ("New  York", "new york"),
-    ("$24$", "24"), (r"\(42\)", "42"), ("**42**", "42"), (r"\boxed{24}", "... so it is 24\n#### 24"), ("3:30", "3:30"),
-    ("the answer is 24.", "24"), (r"\boxed{Answer: 24}", "24"), ("the answer is 42, because 6*7=42", "42"),
-    ("24 or 25", "24 or 25"), ("first 41, then 43.\nThe answer is 42", "42"), ("\\boxed{41}? No.\nAnswer: 42", "42"),
-])
-def test_equal_answers(prediction, reference):
-    assert math_equal(prediction, reference)
-    assert math_equal(reference, prediction)
+EQUAL = [
+    ("24", "24"), (".5", "0.5"), (r"1{,}234", "1234"), (r"1\,234", "1234"), ("1,\\!000", "1000"), ("-$5", "-5"),
+    ("$-5$", "-5"), ("$1,234.50", "1234.5"), ("USD 5", "5"), ("€5.50", "5.5"), ("5 €", "5"), ("2.50 dollars", "$2.5"),
+    (r"50\%", "50"), (r"24\text{ cm}", "24"), ("5cm", "5"), (r"5\text{ cm}^2", "5"), ("5 cm²", "5"), ("90°", "90"),
+    ("x = 24", "24"), (r"\frac{1}{2}", ".5"), (r"\dfrac{3}{4}", "0.75"), (r"\tfrac34", ".75"),
+    (r"\frac{-3}{4}", "-.75"), (r"-\frac{3}{4}", "-.75"), ("1e-3", "0.001"), (r"1.5 \times 10^3", "1500"),
+    (r"1.5\times10^{3}", "1500"), ("2 x 10^-3", "0.002"), ("(1, 2)", "(1,2)"),
+    (r"\left(1, \frac{1}{2}\right)", "(1, 0.5)"), (r"\{1,2\}", r"\{2, 1\}"), (r"\{1,2\}", "{1.0,2}"),
+    ("{(1,2),(3,4)}", "{(3,4),(1,2)}"), ("1, 2", "1,2"), ("(5)", "5"), ("Yes", "yes"), (r"\text{Yes}", "yes"),
+    ("(B)", "b"), (r"\text{(B)}", "B"), ("x+1", "x + 1"), ("New  York", "new york"),
+    (r"\boxed{24}", "... so it is 24\n#### 24"), ("3:30", "3:30"), ("the answer is 24.", "24"),
+    ("24 or 25", "24 or 25"), ('f(3) = 9', '9'), ('x \\in [1, 4)', '[1,4)'), ('x\\in\\{1,2\\}', '\\{1,2\\}'),
+    ('3 and 4', '3, 4'), ('\\frac{\\sqrt{5}}{3}', '\\frac{\\sqrt5}{3}'), ('5³', '5^3'), ('√7', '\\sqrt{7}'),
+    ('x>=4', 'x \\ge 4'), ('\\frac{3}{-4}', '-3/4'), ('\\frac{-3}{-4}', '3/4'), ('option B', 'B'), ('B.', 'B'),
+    ('101_{2}', '101_2'), ('101₂', '101_2'), ('5\\pi \\text{ cm}^2', '5\\pi'), ('5π square meters', '5\\pi'),
+    ('2\\sqrt{3} units', '2\\sqrt{3}'), ('\\displaystyle\\frac{7}{8}', '7/8'), ('\\textbf{36}', '36'),
+    ('m + n + p = 40', '40'), ('12 ÷ 4 = 3', '3'), ('$130 - $60 = $70', '70'), ('a profit of $70', '70'),
+    ('3 million', '3 million'), ('\\begin{bmatrix}1\\\\2\\end{bmatrix}', '\\begin{pmatrix}1 \\\\ 2\\end{pmatrix}'),
+    ('\\begin{pmatrix}\\frac12\\\\2\\end{pmatrix}', '\\begin{pmatrix} 0.5 \\\\2 \\end{pmatrix}'), ('{{7}}', '7'),
+    ('e^{-x}', 'e^{-x}'), ('x**2', 'x^2'), ('\\left\\{3,4\\right\\}', '\\{4,3\\}'), ('y = 2x+1', 'y=2x+1'),
+    ("12 o'clock", "12 o'clock"), ('(3,-2)', '\\left(3,-2\\right)'), ('\\dfrac{\\pi}{3}', 'π/3'), ('y=x^{2}', 'y = x²'),
+    ('\\frac{x+1}{2}', '(x+1)/2'), ('20\\,\\mathrm{m/s^2}', '20'), ('\\sqrt{2}+1', '\\sqrt2 + 1'),
+    ('\\left(\\frac{3}{2}, 4\\right)', '(1.5, 4)'), ("\\frac{50}{3}\\%", "\\frac{50}{3}"),
+    ("(-\\infty, +\\infty)", "(-\\infty,\\infty)"), ("\\ln{5}", "\\ln 5"), ("\\cos(x)", "\\cos x"),
+    ("7\\cdot\\sqrt5", "7\\sqrt{5}"), ("3\\cdot\\pi", "3\\pi"), ("-(3/4)", "-0.75"),
+    ("-\\left(\\frac{3}{4}\\right)", "-3/4"), ("\\{ \\}", "\\varnothing"), ("x=-2 or x=2", "$x=-2$ or $x=2$"),
+    ("\\begin{pmatrix}3\\\\4\\\\\\end{pmatrix}", "\\begin{pmatrix}3\\\\4\\end{pmatrix}"),
+]
 
 
-@pytest.mark.parametrize("prediction, reference", [
-    ("24", "25"), ("-5", "5"), ("1,2", "12"), ("12,34", "1234"), ("1,23", "123"), ("1.000.000", "1000000"), ("1 234", "1234"),
-    ("50%", "0.5"), ("0.3333", "1/3"), ("0.333333333333333333", "1/3"), ("0.0000001", "0"), ("0.1", "0.10000000000000001"),
-    ("3 or 4", "3"), ("3 or 4", "4"), ("24 or more", "24"), ("42 43", "42"), ("42 43", "43"), ("#### 42 43", "42"),
-    ("#### 42 43", "43"), ("41, 42, 43", "42"), ("3-4", "3"), ("3-4", "4"), ("between 3 and 4", "3"), ("3, maybe 4", "3"),
-    (r"\boxed{3} \boxed{4}", "3"), (r"\boxed{3} \boxed{4}", "4"), (r"\boxed{3} or \boxed{4}", "4"), ("x=5 or x=6", "5"),
-    ("not 5", "5"), ("about 5", "5"), ("", ""), (" ", " "), ("", "0"), (None, "24"), (None, ""),
-    ("24!", "24"), ("3!", "6"), ("2^3", "8"), ("10^3", "1000"), ("5²", "25"), ("5²", "52"), ("5+3", "8"), ("2*3", "6"),
-    ("5 - 3", "5"), ("5x10", "5"), ("2x", "2"), ("2 x", "2"), (r"2\pi", "2"), ("2 pi", "2"), ("3 million", "3"), ("4 dozen", "4"),
-    ("2 1 2", "2.5"), ("1 3/2", "2.5"), (r"2\frac{1}{2}", "21/2"), ("1/0", "0"), (r"\frac{1}{0}", "0"), ("inf", "1e999"),
-    ("(1,2)", "(2,1)"), ("(0,1)", "[0,1]"), ("{1,2}", "(1,2)"), ("1,2", "(1,2)"), ("[1,2", "[1,2]"), ("no", "yes"),
-    ("9" * 801, "9" * 801 + ".0"), ("1e4010", "10e4009"), ("0." + "3" * 5000, "0." + "3" * 5000),
-    ("twenty", "20"), ("\u0662\u0664", "24"),  # arabic digits
-])
-def test_different_answers(prediction, reference):
-    assert not math_equal(prediction, reference)
-    assert prediction is None or not math_equal(reference, prediction)
+def test_equal_answers():
+    assert [pair for pair in EQUAL if not math_equal(*pair)] == []
 
 
-@pytest.mark.parametrize("guesses", [
-    "3 or 4", "4 or 3", "3 apples or 4 apples", "so 3, 4", "3 4", "3-4", "3 to 4", "3 & 4", "3; 4", "maybe 3 or maybe 4",
-    r"\boxed{3} \boxed{4}", r"\boxed{4}, \boxed{3}", "#### 3 4", "#### 4 or 3", "The answer is 3 or 4.", "Answer: 3, 4",
-])
-def test_hedges_match_nothing(guesses):
-    """The way from the executor's output to the reward: extract, then compare."""
-    assert not math_equal(extract_answer(guesses), "3") and not math_equal(extract_answer(guesses), "4")
+DIFFERENT = [
+    ("24", "25"), ("-5", "5"), ("1,2", "12"), ("1.000.000", "1000000"), ("3 or 4", "3"), ("2x", "2"),
+    ("24 or more", "24"), ('7 or so', '7'), ("#### 42 43", "42"), ("41, 42, 43", "42"), ("5 - 3", "5"),
+    ("between 3 and 4", "3"), ('5 and 6', '5'), ("3, maybe 4", "3"), (r"\boxed{3} \boxed{4}", "3"),
+    (r"\boxed{3} or \boxed{4}", "4"), ("x=5 or x=6", "5"), ('2x=10', '10'), ("not 5", "5"), ("3 million", "3"),
+    ("about 5", "5"), ("- 24 apples", "-24"), ("", ""), (" ", " "), ("5²", "25"), ("2 x", "2"), ('3 K', '3'),
+    ("2 pi", "2"), ("1 3/2", "2.5"), ("1/0", "0"), (r"2\frac{1}{2}", "21/2"), (r"\frac{1}{0}", "0"), ("inf", "1e999"),
+    ("twenty", "20"), ("(1,2)", "(2,1)"), ("(0,1)", "[0,1]"), ("{1,2}", "(1,2)"), ('{1,2}', '1,2'), ("no", "yes"),
+    ("9" * 801, "9" * 801 + ".0"), ("1e4010", "10e4009"), ('52_7', '52_8'), ("\u0662\u0664", "24"), ('2/pi', '2'),
+    ('7 am', '7 pm'), ('44 BC', '44 AD'), ('3 degrees below zero', '3'), ('y=3', 'x=3'), ('5 cents', '$5'),
+    ('x=2, y=3', 'x=3, y=2'), ('y=2, x=3', 'x=2,y=3'), ('√3', '3'), ('2√3', '2'), ('\\frac{1}{2}3', '1/23'),
+    ('2^{3x}', '2^3 x'), ('x ≤ 3', 'x < 3'), ('x≥3', 'x≤3'), ('x^21', 'x^2 1'),
+    ('\\begin{pmatrix}1\\\\2\\end{pmatrix}', '\\begin{pmatrix}1&2\\end{pmatrix}'),
+    ('\\begin{pmatrix}1\\\\2\\end{pmatrix}', '\\begin{vmatrix}1\\\\2\\end{vmatrix}'), ('5, yes', '5, no'),
+    ('2*7=15', '14'), ('x\\frac{-1}{2}', 'x-1/2'), ('2^{\\frac12}', '2^1/2'), ('π', '3.14'), ('∞', '-∞'),
+    ('-∞', '\\infty'), ('{{1,2}}', '\\{1,2\\}'), ('5 percent', '0.05'), ('ab -1', '-1'), ('n = 5k', '5'),
+    ('x=5 or 6', '5'), ('C', 'D'), ('CD', 'C'), ('AB', 'A'), ('(3)(4)', '12'), ('2 sqrt 3', '2'), ('$7M', '7'),
+    ('P(A)=0.5', 'P(B)=0.5'), ('x_1=3', 'x_2=3'), ('f(2)=7', 'f(3)=7'), ('\\overline{12}', '12'),
+    ('0.\\overline{3}', '0.3'), ('0.333...', '0.333'), ('12...', '12'), ("8, yes", "8"), ("8, four", "8"),
+    ("(x,y)=(1,2) or (x,y)=(5,6)", "(5,6)"), ("2*4=8 or 9", "8"),
+]
+
+
+def test_different_answers():
+    assert [pair for pair in DIFFERENT if math_equal(*pair)] == []
+
+
+# The way from the executor's output to the reward: extract, then compare.
+ANSWERS = [
+    ('So \\boxed{9}. The answer is elegant.', '9'), ('#### 9\nThe answer is fully consistent.', '9'),
+    ('#### 18\n#### Explanation\nwe add 3 and 4', '18'),
+    ('\\boxed{18}\n\nThe final answer is in \\boxed{} above', '18'), ('#### 6*4 = 24', '24'),
+    ('Answer: a+b = 3+4 = 7', '7'), ('Answer: Tom has 7 pens left', '7'), ('The answer is option D.', 'D'),
+    ('\\boxed{\\text{The answer is 7}}', '7'), ('Final answer - 24', '24'), ('Answer:\n* 24', '24'),
+    ('<think>\\boxed{5} hmm</think>\nSo the total is 6.', '6'), ('The answer is $2\\sqrt{3}$ cm.', '2\\sqrt{3}'),
+    ('Thus, the perimeter is $12$.', '12'), ('The answer is: **C**', 'C'), ('The answer is (C).', 'C'),
+    ('#### 2*7 = 14 apples', '14'), ('#### $18', '18'), ('The answer is\n\n$$\\frac{3}{4}$$', '3/4'),
+    ('So the total cost is $18 + $5 = $23.', '23'), ('She makes 9 * 2 = $<<9*2=18>>18 every day', '18'),
+    ('\\boxed{12 \\text{ apples}}', '12'), ('\\boxed{x=12}', '12'), ('\\boxed{\\$12}', '12'),
+    ('#### Step 3: Sum up\n5+6=11\nSo 11 apples.', '11'), ('The answer is $\\boxed{\\frac{3}{4}}$.', '0.75'),
+    ('\\boxed 8', '8'), ('The answer is in the box: \\boxed{8}', '8'), ('Answer: \\(8\\)', '8'),
+    ('Answer: \\[8\\]', '8'), ('Answer: $8$ apples', '8'), ("<answer>\\(\\frac{3}{11}\\)</answer>", "3/11"),
+    ("<answer>She has 58 left.</answer>", "58"), ("it is 58<|eot_id|>", "58"), ("The answer is 58</s>", "58"),
+    ("**Answer**:\n\n$$\n2\\sqrt{7}\n$$\n", "2\\sqrt7"), ("Hence\n$$\n\\frac{3}{11}\n$$", "3/11"),
+    ("The answer is\n\\[ x = 58. \\]", "58"), ("Answer: so they pay 8 * 7.25 = $58 in total", "58"),
+    ("#### x = 5,800", "5800"), ("The answer is $N = 1{,}058$.", "1058"), ("The answer is $3\\pi - 58$.", "3\\pi-58"),
+    ("\\boxed{58}\n\nNote: the answer would be 60 if he had not paid.", "58"),
+]
+
+
+def test_the_answer_of_a_text():
+    assert [pair for pair in ANSWERS if not math_equal(extract_answer(pair[0]), pair[1])] == []
+
+
+NO_ANSWERS = [
+    ('Answer: 7, which is 2 more than 5', '7'), ('The answer is 7 and also 8', '7'), ('Final answer - 24', '-24'),
+    ('#### - 24', '24'), ('\\boxed{5}\nLet me check \\boxed{6', '6'), ('so 12. The answer is \\boxed{12', '12'),
+    ('<think>the answer is 5', '5'), ('<think>\\boxed{5} hmm</think>\nSo the total is 6.', '5'),
+    ('There are 3 million', '3'), ('so y = 3x', '3'), ('= 2^3', '3'), ('it is about 7', '7'),
+    ('The area is \\sqrt{16}', '16'), ('Answer: (C) 24', 'C'), ('Thus x = 5 and y = 6.', '6'),
+    ('The answers are 5 and 6', '6'), ('the temperature is 5 degrees below zero', '5'),
+    ('Answer: 5 degrees below zero', '-5'), ('The answer is unknown.', '5'),
+    ('I got 12. Wait, the answer is not 12.', '12'), ('The answer is 12 (not 13).', '12'),
+    ('\\boxed{12}\\boxed{13}', '13'), ('The answer is 8!', '8'), ("It is 5 m", "5 km"),
+    ("The answer is $8\\pi - 16$.", "8\\pi 16"), ("Answer: n=2 or n=5", "5"), ("\\boxed{x=2 \\text{ or } x=5}", "5"),
+    ("Answer: x=2; x=5", "5"), ("Answer: x=2 and x=5", "5"), ("Answer: x=2 x=5", "5"),
+    ("\\boxed{58}\n\nNote: the answer would be 60 if he had not paid.", "60"),
+    ("First $$58$$ and then\n$$\n60\n$$", "58"), ("<answer>5 or 8</answer>", "8"), ("3 or 4", "4"),
+    ("3 apples or 4 apples", "4"), ("so 3, 4", "4"), ("3 4", "4"), ("3 to 4", "4"), ("#### 4 or 3", "4"),
+]
+
+
+def test_not_the_answer_of_a_text():
+    assert [pair for pair in NO_ANSWERS if math_equal(extract_answer(pair[0]), pair[1])] == []
 
 
 @pytest.mark.parametrize("text", [
@@ -128,162 +184,6 @@ def test_hostile_text_is_quick_and_never_raises(text):
     assert math_equal(extract_answer(text), "24") is False
     math_equal(text, text)
     assert time.process_time() - started < 3
-
-
-# Kinds of public bug reports on answer checkers, with values of our own.
-@pytest.mark.parametrize("prediction, reference", [
-    ('5 more apples', '5'), ('Mia has 12 apples left', '12'), ('f(3) = 9', '9'), ('g(-2)=4', '4'),
-    ('x \\in [1, 4)', '[1,4)'), ('x\\in\\{1,2\\}', '\\{1,2\\}'), ('3 and 4', '3, 4'), ('3, 4 and 5', '3, 4, 5'),
-    ('3, 4, and 5', '3,4,5'), ('\\frac{\\sqrt{5}}{3}', '\\frac{\\sqrt5}{3}'), ('\\tfrac12', '1/2'), ('¾', '3/4'),
-    ('2½', '2.5'), ('5³', '5^3'), ('√7', '\\sqrt{7}'), ('3√2', '3\\sqrt{2}'), ('\\sqrt 2', '\\sqrt{2}'),
-    ('x ≥ 4', 'x\\geq 4'), ('x>=4', 'x \\ge 4'), ('\\frac{3}{-4}', '-3/4'), ('3/(-4)', '-3/4'),
-    ('\\frac{-3}{-4}', '3/4'), ('24 个苹果', '24'), ('250元', '250'), ('15 km/h', '15'), ('3 hours', '3'),
-    ('$12', '12 dollars'), ('\\text{Tuesday}', 'Tuesday'), ('option B', 'B'), ('(D)', 'D'), ('B.', 'B'),
-    ('101_{2}', '101_2'), ('101₂', '101_2'), ('5\\pi \\text{ cm}^2', '5\\pi'), ('5π square meters', '5\\pi'),
-    ('2\\sqrt{3} units', '2\\sqrt{3}'), ('\\displaystyle\\frac{7}{8}', '7/8'), ('\\textbf{36}', '36'),
-    ('\\mathbf{36}', '36'), ('p+q=37', '37'), ('m + n + p = 40', '40'), ('12 ÷ 4 = 3', '3'),
-    ('$130 - $60 = $70', '70'), ('70 dollars profit', '70'), ('a profit of $70', '70'), ('3,000,000', '3000000'),
-    ('x = -4', 'x=-4'), ('-4', 'x = -4'), ('7 pm', '7 pm'), ('7', '7 pm'), ('3 million', '3 million'),
-    ('\\begin{bmatrix}1\\\\2\\end{bmatrix}', '\\begin{pmatrix}1 \\\\ 2\\end{pmatrix}'),
-    ('\\begin{pmatrix}\\frac12\\\\2\\end{pmatrix}', '\\begin{pmatrix} 0.5 \\\\2 \\end{pmatrix}'), ('{{7}}', '7'),
-    ('90 degrees', '90°'), ('12%', '12 percent'), ('2^{10}', '2^10'), ('e^{-x}', 'e^{-x}'), ('x**2', 'x^2'),
-    ('\\left\\{3,4\\right\\}', '\\{4,3\\}'), ('(0, ∞)', '(0,\\infty)'), ('[2,\\infty)', '[2, ∞)'), ('1⁄2', '1/2'),
-    ('10 1/2', '10.5'), ('50 mph', '50'), ('5 kilograms', '5 kg'), ('The answer is 5', '5'), ('12 square feet', '12'),
-    ('12 sq ft', '12'), ("5'", "5'"), ('3 hours per day', '3'), ('5 in.', '5'), ('45^{\\circ}', '45'),
-    ('12 students', '12'), ('12 bags of rice', '12'), ('\\frac{2\\sqrt{3}}{3}', '2√3/3'), ('\\$18.00', '18'),
-    ('18 dollars.', '18'), ('7 days', '7'), ('she needs 7 more days', '7'), ('It takes 7 days.', '7'),
-    ('5x+3', '5x + 3'), ('y = 2x+1', 'y=2x+1'), ('2x+1', 'y=2x+1'), ('1.5 hours', '1.5'),
-    ("12 o'clock", "12 o'clock"), ('\\{-1, 3\\}', '\\{3,-1\\}'), ('(3,-2)', '\\left(3,-2\\right)'), ('5 tbsp', '5'),
-    ('6 ways', '6'), ('120 cubic centimeters', '120'), ('5 apples each', '5'), ('\\dfrac{\\pi}{3}', 'π/3'),
-    ('10\\%', '10'), ('y=x^{2}', 'y = x²'), ('-3/4', '-\\frac34'), ('15 minutes', '15 min'),
-    ('$\\frac{1}{3}$', '1/3'), ('\\frac{x+1}{2}', '(x+1)/2'), ('20\\,\\mathrm{m/s^2}', '20'),
-    ('7\\,\\text{cm}', '7 centimeters'), ('14:30', '14:30'), ('\\sqrt{2}+1', '\\sqrt2 + 1'), ('3.0 × 10^8', '3e8'),
-    ('A', 'a'), ('\\left(\\frac{3}{2}, 4\\right)', '(1.5, 4)'), ('No', 'no'), ('48 ㎝', '48'),
-])
-def test_spellings_and_units_that_mean_the_same(prediction, reference):
-    assert math_equal(prediction, reference)
-
-
-@pytest.mark.parametrize("prediction, reference", [
-    ('5 hundredths', '5'), ('7 thirds', '7'), ('3 halves', '3'), ('5 lakh', '5'), ('2 gross', '2'), ('2 theta', '2'),
-    ('2\\theta', '2'), ('3 abc', '3'), ('4 xyz', '4'), ('5 ab', '5'), ('2/pi', '2'), ('1/x', '1'), ('7 am', '7 pm'),
-    ('44 BC', '44 AD'), ('a loss of 5', 'profit of 5'), ('5 fewer', '5 more'), ('3 below zero', '3'),
-    ('3 degrees below zero', '3'), ('y=3', 'x=3'), ('5 km', '5 m'), ('5 cm', '5 mm'), ('5 cents', '5 dollars'),
-    ('5 cents', '$5'), ('24万', '24'), ('3 kilo dozens', '3'), ('x=2, y=3', 'x=3, y=2'), ('y=2, x=3', 'x=2,y=3'),
-    ('12 dollars and 50 cents', '12'), ('52_7', '52_8'), ('√3', '3'), ('\\frac{1}{2}3', '1/23'), ('2^{3x}', '2^3 x'),
-    ('x ≤ 3', 'x < 3'), ('x≥3', 'x≤3'), ('[1,2]', '(1,2)'),
-    ('\\begin{pmatrix}1\\\\2\\end{pmatrix}', '\\begin{pmatrix}1&2\\end{pmatrix}'),
-    ('\\begin{pmatrix}1\\\\2\\end{pmatrix}', '\\begin{vmatrix}1\\\\2\\end{vmatrix}'), ('June 5', 'July 5'),
-    ('5, yes', '5, no'), ('about 7', '7'), ('at least 7', '7'), ('not 7', '7'), ('7 or so', '7'), ('2*7=15', '14'),
-    ('2x=10', '10'), ('x^2=9', '9'), ('1/2x', '1/2'), ('5!', '5'), ('5 squared', '5'), ('-5', '5'), ('3k', '3'),
-    ('3M', '3'), ('3 K', '3'), ('half of 12', '12'), ('12 and a half', '12'), ('x\\frac{-1}{2}', 'x-1/2'),
-    ('2^{\\frac12}', '2^1/2'), ('x^21', 'x^2 1'), ('2i', '2'), ('3+4i', '3'), ('1:2', '12'), ('3rd', '3'),
-    ('1st', '1'), ('12e', '12'), ('0x10', '16'), ('5 feet 3 inches', '5'), ('1 in 5', '5'),
-    ('1 out of 5', '5'), ('π', '3.14'), ('∞', '-∞'), ('-∞', '\\infty'), ('{1,2}', '1,2'), ('(1,2,3)', '(1,2)'),
-    ('{{1,2}}', '\\{1,2\\}'), ('5 percent', '0.05'), ('3 + 4', '7'), ('ab -1', '-1'), ('n = 5k', '5'), ('5n', '5'),
-    ('√(16)', '4'), ('x=5 or 6', '5'), ('5 ± 2', '5'), ('5 pm', '5 am'), ('twice 5', '5'), ('minus 5', '5'),
-    ('negative 5', '5'), ('5 over 6', '5'), ('log 5', '5'), ('ln 2', '2'), ('sin 30', '30'), ('10^6', '10'),
-    ('6e', '6'), ('five', '5'), ('C', 'D'), ('CD', 'C'), ('AB', 'A'), ('3(x+1)', '3'), ('(3)(4)', '12'),
-    ('4(5)', '4'), ('5 mod 7', '5'), ('5|6', '5'), ('5 μ', '5'), ('5 ohm alpha', '5'), ('2 sqrt 3', '2'),
-    ('2√3', '2'), ('7 billion dollars', '7'), ('7bn', '7'), ('$7M', '7'), ('7k', '7'), ('1e400000', '1'),
-    ('5 dozen eggs', '5'), ('5 and 6', '5'), ('5/0', '5'), ('1 1', '1'), ('-(-5)', '-5'), ('--5', '-5'), ('−5', '5'),
-    ('5 south', '5 north'), ('P(A)=0.5', 'P(B)=0.5'), ('x_1=3', 'x_2=3'), ('f(2)=7', 'f(3)=7'),
-    ('\\overline{12}', '12'), ('0.\\overline{3}', '0.3'), ('0.333...', '0.333'), ('12...', '12'), ('0.3̅', '0.3'),
-    ('5 billionths', '5'), ('5‰', '5'), ('5 basis points', '5'), ('10 3', '10'), ('10/3/2', '10/3'),
-    ("- 24 apples", "-24"), ("- 24 apples", "24"),
-])
-def test_what_makes_another_number_of_it(prediction, reference):
-    assert not math_equal(prediction, reference) and not math_equal(reference, prediction)
-
-
-@pytest.mark.parametrize("text, reference", [
-    ('So \\boxed{9}. The answer is elegant.', '9'), ('#### 9\nThe answer is fully consistent.', '9'),
-    ('#### 18\n#### Explanation\nwe add 3 and 4', '18'),
-    ('\\boxed{18}\n\nThe final answer is in \\boxed{} above', '18'), ('#### 6*4 = 24', '24'),
-    ('Answer: a+b = 3+4 = 7', '7'), ('Answer: Tom has 7 pens left', '7'), ('The answer is option D.', 'D'),
-    ('\\boxed{\\text{The answer is 7}}', '7'), ('Final answer - 24', '24'), ('Answer:\n\n- 24 apples', '24'),
-    ('Answer:\n* 24', '24'), ('The answer is -24', '-24'), ('Answer: –24', '-24'),
-    ('<think>\\boxed{5} hmm</think>\nSo the total is 6.', '6'), ('The answer is $2\\sqrt{3}$ cm.', '2\\sqrt{3}'),
-    ('Thus, the perimeter is $12$.', '12'), ('The answer is: **C**', 'C'), ('The answer is (C).', 'C'),
-    ('#### 2*7 = 14 apples', '14'), ('#### $18', '18'), ('#### 18 dollars per day', '18'), ('#### Answer\n18', '18'),
-    ('## Final Answer\n\n**18**', '18'), ('The answer is 1,000.', '1000'), ('The answer is 3.5.', '3.5'),
-    ('The answer is\n\n$$\\frac{3}{4}$$', '3/4'), ('答案是 24', '24'), ('答案：24个', '24'),
-    ('So the total cost is $18 + $5 = $23.', '23'), ('She makes 9 * 2 = $<<9*2=18>>18 every day', '18'),
-    ('\\boxed{12 \\text{ apples}}', '12'), ('\\boxed{x=12}', '12'), ('\\boxed{\\$12}', '12'),
-    ('The answer is therefore 12.', '12'), ('#### Step 3: Sum up\n5+6=11\nSo 11 apples.', '11'),
-    ('### Final Answer\n11', '11'), ('The answer is $\\boxed{\\frac{3}{4}}$.', '0.75'), ('\\boxed 8', '8'),
-    ('\\boxed8', '8'), ('The answer is in the box: \\boxed{8}', '8'), ('Hence 8 apples remain. #### 8', '8'),
-    ('A: 8', '8'), ('**Answer: 8**', '8'), ('Answer: \\(8\\)', '8'), ('Answer: \\[8\\]', '8'),
-    ('Answer: $8$ apples', '8'), ('The answer is 8 because 4*2=8', '8'), ('The answer is 8, since 4*2=8', '8'),
-    ('total = 8 apples, right?', '8'),
-])
-def test_the_answer_of_a_text(text, reference):
-    assert math_equal(extract_answer(text), reference)
-
-
-@pytest.mark.parametrize("text, reference", [
-    ('Answer: 7, which is 2 more than 5', '7'), ('The answer is 7 and also 8', '7'), ('Final answer - 24', '-24'),
-    ('#### - 24', '24'), ('\\boxed{5}\nLet me check \\boxed{6', '6'), ('so 12. The answer is \\boxed{12', '12'),
-    ('<think>the answer is 5', '5'), ('<think>\\boxed{5} hmm</think>\nSo the total is 6.', '5'),
-    ('\\boxed{7}\n<think>\nmaybe 8', '8'), ('There are 3 million', '3'), ('It has 4 dozen.', '4'), ('so y = 3x', '3'),
-    ('= 2^3', '3'), ('it is about 7', '7'), ('The area is \\sqrt{16}', '16'), ('Answer: (C) 24', 'C'),
-    ('Thus x = 5 and y = 6.', '6'), ('The answers are 5 and 6', '6'),
-    ('the temperature is 5 degrees below zero', '5'), ('Answer: 5 degrees below zero', '-5'),
-    ('The answer is unknown.', '5'), ('I got 12. Wait, the answer is not 12.', '12'),
-    ('The answer is 12, not 13.', '12'), ('The answer is 12 (not 13).', '12'), ('\\boxed{12}\\boxed{13}', '13'),
-    ('Answer: 8 (4 per box)', '8'), ('The answer is 8!', '8'),
-])
-def test_not_the_answer_of_a_text(text, reference):
-    assert not math_equal(extract_answer(text), reference)
-
-
-# Faults that were found in public, by kind; values of our own.
-@pytest.mark.parametrize("text, reference", [
-    ("<answer>58</answer>", "58"), ("<think>x</think>\n<answer>\n  1,058\n</answer>\n", "1058"), ("<answer>1</answer> <answer>2</answer>", "2"),
-    ("<answer>\\(\\frac{3}{11}\\)</answer>", "3/11"), ("<answer>She has 58 left.</answer>", "58"), ("<answer>\\boxed{x = 58}</answer>", "58"),
-    ("<answer>58", "58"), ("\\boxed{57}\n<answer>58</answer>", "58"), ("it is 58<|eot_id|>", "58"), ("The answer is 58</s>", "58"),
-    ("#### 58<|endoftext|>", "58"), ("Answer: 58<｜end▁of▁sentence｜>", "58"),
-    ("The final answer is:\n\\[\n58\n\\]", "58"), ("**Answer**:\n\n$$\n2\\sqrt{7}\n$$\n", "2\\sqrt7"), ("Hence\n$$\n\\frac{3}{11}\n$$", "3/11"),
-    ("Answer:\n```\n58\n```", "58"), ("The answer is\n\\[ x = 58. \\]", "58"),
-    ("Answer: so they pay 8 * 7.25 = $58 in total", "58"), ("Answer: 29+29=58 pens", "58"), ("#### x = 5,800", "5800"),
-    ("The answer is $N = 1{,}058$.", "1058"), ("Answer: she walks 3*4 = 12 miles", "12"),
-    ("The answer is - 58.", "-58"), ("Answer: $- 58$", "-58"), ("The answer is $3\\pi - 58$.", "3\\pi-58"), ("Answer:\n- 58", "58"),
-    ("\\boxed{58}\n\nNote: the answer would be 60 if he had not paid.", "58"), ("\\boxed{58}. The answer is plausible for 2 people.", "58"),
-    ("\\boxed{58}\nWait, no.\n**Answer: 60**", "60"), ("\\boxed{58}\nSo the final answer is 60.", "60"),
-    ("draft \\boxed{5}\n### Again\n\\boxed{58}", "58"), ("He needs 58 - that is all.", "58"), ("The answer is 58, so they win.", "58"),
-])
-def test_answers_that_used_to_be_refused(text, reference):
-    assert math_equal(extract_answer(text), reference)
-
-
-@pytest.mark.parametrize("text, reference", [
-    ("It is 5 m", "5 km"), ("They meet at 7 am", "7 pm"), ("So she waits 5 min.", "5 hours"), ("#### - 58", "58"), ("The answer is - 58.", "58"),
-    ("The answer is $8\\pi - 16$.", "8\\pi 16"), ("Answer: n=2 or n=5", "5"), ("\\boxed{x=2 \\text{ or } x=5}", "5"),
-    ("Answer: x=2; x=5", "5"), ("Answer: x=2 and x=5", "5"), ("Answer: x=2 x=5", "5"), ("Answer: y = 3z = 6", "6"),
-    ("\\boxed{58}\n\nNote: the answer would be 60 if he had not paid.", "60"), ("\\boxed{58}. One might say that the answer is 60.", "60"),
-    ("First $$58$$ and then\n$$\n60\n$$", "58"), ("<answer>58</answer> <answer>60</answer>", "58"), ("<answer>5 or 8</answer>", "8"),
-])
-def test_answers_that_used_to_be_accepted(text, reference):
-    assert not math_equal(extract_answer(text), reference)
-
-
-@pytest.mark.parametrize("prediction, reference", [
-    ("\\frac{50}{3}\\%", "\\frac{50}{3}"), ("(-\\infty, +\\infty)", "(-\\infty,\\infty)"), ("\\ln{5}", "\\ln 5"), ("\\cos(x)", "\\cos x"),
-    ("7\\cdot\\sqrt5", "7\\sqrt{5}"), ("3\\cdot\\pi", "3\\pi"), ("12\\pi \\text{ in}^3", "12\\pi"), ("-(3/4)", "-0.75"),
-    ("-\\left(\\frac{3}{4}\\right)", "-3/4"), ("\\{ \\}", "\\varnothing"), ("x=-2 or x=2", "$x=-2$ or $x=2$"), ("3 May", "3 May"),
-    ("\\begin{pmatrix}3\\\\4\\\\\\end{pmatrix}", "\\begin{pmatrix}3\\\\4\\end{pmatrix}"),
-])
-def test_spellings_of_tex(prediction, reference):
-    assert math_equal(prediction, reference) and math_equal(reference, prediction)
-
-
-@pytest.mark.parametrize("prediction, reference", [
-    ("0.7 repeating", "0.7"), ("0.7 recurring", "0.7"), ("8 grand", "8"), ("3 May", "3 June"), ("far from 8", "8"), ("nowhere near 8", "8"),
-    ("8, yes", "8"), ("8, four", "8"), ("8; nine", "8"), ("8 score", "8"), ("close to 8", "8"), ("x=-8 or x=8", "8"),
-    ("x=8 or x=-8", "-8"), ("(x,y)=(1,2) or (x,y)=(5,6)", "(5,6)"), ("8", "x=-8 or x=8"), ("5 km", "5 square miles"), ("2*4=8 or 9", "8"),
-])
-def test_words_that_change_a_value(prediction, reference):
-    assert not math_equal(prediction, reference)
 
 
 PIECES = r"""\boxed{ \fbox{ } { \frac \dfrac \sqrt [ ] ( ) ^ _ 12 3.5 1,234 - #### $ \$ % \text{ apples x = and or , ; <think> </think>
@@ -307,34 +207,36 @@ def test_fuzzed_texts(count):
 
 # ---------------------------------------------------------------- code blocks
 
-@pytest.mark.parametrize("text, code", [
+COMPLETIONS = [
     ("x = 1", "x = 1"), ("```python\nx = 1\n```", "x = 1"), ("```py\nx = 1\n```\nbye", "x = 1"),
-    ("~~~python3\nx = 1\n~~~", "x = 1"), ("```python3\nx = 1\n```", "x = 1"),
-    ("```\na\n```\nor\n```\nb\n```", "b"), ("hi\n```python\nx = 1\ny = 2", "x = 1\ny = 2"),
-    ("```\r\nx\r\ny\r\n```\r\n", "x\ny"),
-    ("\ufeffx = 1", "x = 1"), ("\ufeff```\n\ufeffx = 1\n```", "x = 1"), ("~~~\n```\n~~~", "```"),
-    ("````\n```\n````", "```"),
-    ("x = 1\n```\n", "x = 1"), ("```\na\n```\n```", "a"),
-    ("1. so\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y"),
-    ("print('```')", "print('```')"), ("", ""),
+    ("~~~python3\nx = 1\n~~~", "x = 1"), ("```python3\nx = 1\n```", "x = 1"), ("```\na\n```\nor\n```\nb\n```", "b"),
+    ("hi\n```python\nx = 1\ny = 2", "x = 1\ny = 2"), ("```\r\nx\r\ny\r\n```\r\n", "x\ny"), ("~~~\n```\n~~~", "```"),
+    ("````\n```\n````", "```"), ("x = 1\n```\n", "x = 1"), ("```\na\n```\n```", "a"),
+    ("1. so\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y"), ("print('```')", "print('```')"), ("", ""),
     ("```python\nx = 1\n```\nOutput:\n```\n17\n```", "x = 1"), ("```python\nx = 1\n```\n```text\ny = 2\n```", "x = 1"),
     ("```py\nx = 1\n```\nRun:\n```sh\npython a.py\n```", "x = 1"), ("```\nx = 1\n```\n```\n[1, 2]\n```", "x = 1"),
     ("```\nx = 1\n```\n```\n$ python a.py\n```", "x = 1"), ("```\nx = 1\n```\n```\n>>> x\n1\n```", "x = 1"),
-    ("```python\nx = 1\n```\n**Expected output:**\n```\ny = 2\n```", "x = 1"), ("```python\nx = 1\n```\n```markdown\n# y\n```", "x = 1"),
+    ("```python\nx = 1\n```\n**Expected output:**\n```\ny = 2\n```", "x = 1"),
+    ("```python\nx = 1\n```\n```markdown\n# y\n```", "x = 1"),
     ("```python\nx = 1\n```\n```\nHello World\n```", "x = 1"), ("```python\nx = 1\n```\n```\n4 5 6\n```", "x = 1"),
-    ("```python\nx = 1\n```\n```\nhello\n```", "x = 1"), ("```python\nx = 1\n```\n```\n# Notes\n\nsome words here\n```", "x = 1"),
-    ("```cpp\nint x;\n```\n```py\nx = 1\n```", "x = 1"), ("```python\nx = 1\n```\n```cpp\nint x;\n```", "x = 1"), ("```json\n{}\n```", "{}"),
-    ("```python import sys\nprint(1)\n```", "import sys\nprint(1)"), ("```print(1)\n```", "print(1)"),
-    ('```python title="a.py"\nx = 1\n```', "x = 1"), ("```{.python .numberLines}\nx = 1\n```", "x = 1"),
-    ("```python\nx = 1```", "x = 1"), ("```python\nx = 1\nprint(x)```\nDone.", "x = 1\nprint(x)"), ("```python print(5)```", "print(5)"),
+    ("```python\nx = 1\n```\n```\nhello\n```", "x = 1"),
+    ("```python\nx = 1\n```\n```\n# Notes\n\nsome words here\n```", "x = 1"),
+    ("```cpp\nint x;\n```\n```py\nx = 1\n```", "x = 1"), ("```python\nx = 1\n```\n```cpp\nint x;\n```", "x = 1"),
+    ("```json\n{}\n```", "{}"), ("```python import sys\nprint(1)\n```", "import sys\nprint(1)"),
+    ("```print(1)\n```", "print(1)"), ('```python title="a.py"\nx = 1\n```', "x = 1"),
+    ("```{.python .numberLines}\nx = 1\n```", "x = 1"), ("```python\nx = 1```", "x = 1"),
+    ("```python\nx = 1\nprint(x)```\nDone.", "x = 1\nprint(x)"), ("```python print(5)```", "print(5)"),
     ("```Python3.11\nx = 1\n```", "x = 1"), ("```main.py\nx = 1\n```\n```\n5\n```", "x = 1"),
     ("```python\ndef f(a):\n    return a\n```\nExample:\n```python\nprint(f(2))\n```", "def f(a):\n    return a"),
     ("```python\ndef f(a):\n    return a\n```\nBetter:\n```python\ndef f(a):\n    return 2 * a\n```", "def f(a):\n    return 2 * a"),
     ('```python\ndef f():\n    """Say\n\n    ```\n    f()\n    ```\n    """\n    return 5\n```', 'def f():\n    """Say\n\n    ```\n    f()\n    ```\n    """\n    return 5'),
-    ("```python\nx = 1\n```<|im_end|>", "x = 1"), ("<think>\n```python\nx = 0\n```\n", ""), ("<think>\n```python\nx = 0\n```\n</think>\nx = 1", "\nx = 1"),
-])
-def test_extract_code(text, code):
-    assert extract_code(text) == code
+    ("```python\nx = 1\n```<|im_end|>", "x = 1"), ("<think>\n```python\nx = 0\n```\n", ""),
+    ("<think>\n```python\nx = 0\n```\n</think>\nx = 1", "\nx = 1"),
+]
+
+
+def test_extract_code():
+    assert [(text, extract_code(text)) for text, code in COMPLETIONS if extract_code(text) != code] == []
 
 
 def test_the_block_that_the_tests_ask_for():
@@ -366,46 +268,47 @@ def test_exec_score(outcome, passed, total, binary, rate, coderl, hybrid):
 SUM = "print(sum(map(int, input().split())))"
 
 
-@pytest.mark.parametrize("program", [
-    SUM,
-    "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))",
-    "print(sum(map(int, open(0).read().split())))",
-    "print(sum(map(int, open('/dev/stdin').read().split())))",
+SUMS = [
+    SUM, "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))",
+    "print(sum(map(int, open(0).read().split())))", "print(sum(map(int, open('/dev/stdin').read().split())))",
     "import os\n" + SUM + "\nimport sys\nsys.stdout.flush()\nos._exit(0)",
     f"if __name__ == '__main__':\n    {SUM}\n    exit()",
-    "import sys, threading\nthreading.stack_size(1 << 28)\nsys.setrecursionlimit(10**6)\n"
-    "def f(n): return n and f(n - 1)\ndef main(): f(20000); " + SUM + "\nthreading.Thread(target=main).start()",
+    "import sys, threading\nthreading.stack_size(1 << 28)\nsys.setrecursionlimit(10**6)\n" "def f(n): return n and f(n - 1)\ndef main(): f(20000); " + SUM + "\nthreading.Thread(target=main).start()",
     "import sys, functools\nsys.setrecursionlimit(10**5)\n@functools.lru_cache(None)\ndef f(n): return n and f(n - 1)\nf(9000)\n" + SUM,
     "out = open(1, 'w')\nout.write(str(sum(map(int, input().split()))))",
     "import os, sys\nsys.stdout = open(os.devnull, 'w')\nsys.stdout.write('x')\nsys.stdout = sys.__stdout__\n" + SUM,
     "import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'x')\nopen('a.txt', 'w').write('x')\nopen('a.txt').read()\n" + SUM,
     "import asyncio\nasync def main(): " + SUM + "\nasyncio.run(main())",
     "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as p: list(p.map(abs, [1, 2]))\n" + SUM,
-    # The end of a program is Python's own.
-    "import sys, os\nfrom io import BytesIO, IOBase\nclass Fast(IOBase):\n    def __init__(self): self.kept = BytesIO(); self.write = lambda t: self.kept.write(t.encode())\n"
-    "    def flush(self): os.write(1, self.kept.getvalue()); self.kept = BytesIO()\nsys.stdout = Fast()\n" + SUM,
+    "import sys, os\nfrom io import BytesIO, IOBase\nclass Fast(IOBase):\n    def __init__(self): self.kept = BytesIO(); self.write = lambda t: self.kept.write(t.encode())\n" "    def flush(self): os.write(1, self.kept.getvalue()); self.kept = BytesIO()\nsys.stdout = Fast()\n" + SUM,
     "import os, sys\nclass Bare:\n    text = ''\n    def write(self, t): self.text += t\n    def flush(self): os.write(1, self.text.encode()); self.text = ''\nsys.stdout = Bare()\n" + SUM,
     "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.detach(), encoding='ascii')\n" + SUM,
     "import io, sys, atexit\nkept = sys.stdout = io.StringIO()\natexit.register(lambda: sys.__stdout__.write(kept.getvalue()))\n" + SUM,
     "import threading, time\nx = input()\nthreading.Thread(target=lambda: (time.sleep(.05), print(sum(map(int, x.split()))))).start()",
     "import bz2, lzma, sqlite3, ssl, zlib\n" + SUM,
     "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').write('x')\n" + SUM,
-    "import pickle\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    n: int\n"
-    "print(pickle.loads(pickle.dumps(A(sum(map(int, input().split()))))).n)",
+    "import pickle\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    n: int\n" "print(pickle.loads(pickle.dumps(A(sum(map(int, input().split()))))).n)",
     "\ufeff" + SUM, SUM + "\r\n", "# -*- coding: latin-1 -*-\n" + SUM,
-], ids=lambda program: program[:40])
-def test_honest_stdin_programs(program):
-    verdict, alone = run(program, io("1 2 3\n", " 6 \n\n"), io("4", "4"), io("5 5\n", "10")), run(program, io("5 5", "10"))
-    assert verdict.ok and verdict.total == 3 and alone.ok, verdict
+]
 
 
-@pytest.mark.parametrize("printed, wanted, ok", [
-    ("3.1622776601683795", "3.16227766", True), ("0.0", "0.00", True), ("1.0000001", "1.0", True), ("1.5e-07", "0.00000015", True),
-    ("1.00001", "1.0", False), ("3", "3.0", False), ("10000001", "10000000", False), ("-0.0", "0.0", False), ("0.1", "-0.1", False),
-    ("1.2.3", "1.2.30", False), ("nan", "nan", True), ("1.0 2.0", "1.0", False), ("[1.0]", "[1.00]", False), ("9" * 300 + ".0", "9" * 299 + "8.0", False),
-])
-def test_tokens_on_stdout(printed, wanted, ok):
-    assert run(f"print({printed!r})", io("", wanted)).ok == ok
+def test_honest_stdin_programs():
+    together = [io("1 2 3\n", " 6 \n\n"), io("4", "4"), io("5 5\n", "10")]
+    verdicts = run_programs(SUMS * 2, [together] * len(SUMS) + [[io("5 5", "10")]] * len(SUMS))
+    assert [pair for pair in zip(SUMS * 2, verdicts) if not pair[1].ok] == []
+
+
+TOKENS = [
+    ("3.1622776601683795", "3.16227766", True), ("0.0", "0.00", True), ("1.0000001", "1.0", True),
+    ("1.5e-07", "0.00000015", True), ("1.00001", "1.0", False), ("3", "3.0", False), ("10000001", "10000000", False),
+    ("-0.0", "0.0", False), ("0.1", "-0.1", False), ("1.2.3", "1.2.30", False), ("nan", "nan", True),
+    ("1.0 2.0", "1.0", False), ("[1.0]", "[1.00]", False), ("9" * 300 + ".0", "9" * 299 + "8.0", False),
+]
+
+
+def test_tokens_on_stdout():
+    verdicts = run_programs([f"print({said!r})" for said, _, _ in TOKENS], [[io("", right)] for _, right, _ in TOKENS])
+    assert [row for row, verdict in zip(TOKENS, verdicts) if verdict.ok != row[2]] == []
 
 
 def test_several_tests_cost_one_process_when_all_pass(monkeypatch):
@@ -437,44 +340,6 @@ def test_one_bad_test_of_several(program, outcome, passed):
     tests = [io("1 2", "3"), io("1", "1")] + [io("", "0")] * (program[-4:] == "pass") + [io("4", "4"), io("", "0")]
     verdict = run(body + program, *tests, timeout=0.3)
     assert (verdict.outcome, verdict.passed, verdict.total) == (outcome, passed, len(tests))
-
-
-@pytest.mark.parametrize("program, statement", [
-    ("def f(x): return x + 1", "assert f(1) == 2"),
-    ("def f(x): return x > 0", "assert f(1) is True and not f(-1) and f(2)"),
-    ("def f(x): return x / 3", "assert abs(f(1) - 1 / 3) < 1e-6"),
-    ("def f(x): return x / 3", "import math\nassert math.isclose(f(1), 1 / 3)"),
-    ("def f(x): return (1, 'a', None, 2.5, b'x', {1: [2]}, {3}, frozenset([4]), 1j, True)",
-     "assert f(0) == (1, 'a', None, 2.5, b'x', {1: [2]}, {3}, frozenset([4]), 1j, True)"),
-    ("def f(x, y=0): return x - y", "assert f(y=1, x=2) == 1 and f(*[5], **{'y': 1}) == 4"),
-    ("def f(x): return 10 ** x", "assert f(5000) == 10 ** 5000"),      # above Python's limit for decimal text
-    ("def f(x): return float('inf') if x else float('nan')", "assert f(1) == float('inf') and f(0) != f(0)"),
-    ("def f(x): return '\\ud800\\x00'", "assert f(0) == '\\ud800\\x00'"),
-    ("from collections import Counter, OrderedDict, defaultdict, namedtuple\nP = namedtuple('P', 'a b')\n"
-     "def f(x): return [Counter(x), OrderedDict(a=1), defaultdict(int, b=2), P(1, 2)]",
-     "assert f('aab') == [{'a': 2, 'b': 1}, {'a': 1}, {'b': 2}, (1, 2)]"),
-    ("def f(x): return map(str, range(x))", "assert list(f(3)) == ['0', '1', '2']"),
-    ("def sum(a, b): return a + b", "assert sum(10, 15) == 25"),       # MBPP/126 names its function like a builtin
-    ("LIMIT = 5\nif __name__ == '__main__': LIMIT = int(input())", "assert LIMIT == 5"),
-    ("def f(x):\n    if x < 0: raise ValueError('no')", "try:\n    f(-1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'"),
-    ("def f(x):\n    x.append(1)\n    return x", "assert f([0]) == [0, 1]"),
-    ("import sys\ndef f(x):\n    for _ in range(300): print('debug ' * 10**4)\n    sys.stderr.write('noise')\n    return sys.stdin.read()", "assert f(1) == ''"),
-    ("class Solution:\n    def f(self, s): heapq.heapify(s); return [s[0], math.gcd(4, 6), deque(s), Counter(s)[3]]",
-     "from collections import deque\nassert Solution().f([3]) == [3, 2, deque([3]), 1]"),
-    ("def f(s): return str(int(s) + 1)", "assert f('9' * 4999) == '1' + '0' * 4999"),
-    ("def f(x, kind): return [v for v in x if type(v) is kind]", "assert f((4, 7.7, 'a'), int) == [4] and f([2.5], float) == [2.5]"),
-    ("def f(g, *a): return g(*a)", "assert f(max, [1, 3]) == 3 and f(operator.add, 2, 3) == 5 and f(math.sqrt, 9) == 3"),
-    ("def f(x): return list(x)", "assert f(iter([1, 2])) == [1, 2] and f(map(str, [1])) == ['1'] and f(range(3)) == [0, 1, 2]"),
-    ("def primes():\n    n = 1\n    while True:\n        n += 1\n        if all(n % d for d in range(2, n)): yield n",
-     "g = primes()\nassert [next(g) for _ in range(5)] == [2, 3, 5, 7, 11]"),
-    ("seen = []\ndef f():\n    for i in range(9):\n        seen.append(i)\n        yield i", "g = f(); assert next(g) == 0 and seen == [0]"),
-    ("def f():\n    yield 1\n    raise KeyError('x')", "g = f()\nassert next(g) == 1\ntry:\n    next(g)\n    assert False\nexcept KeyError:\n    pass"),
-    ("import re\ndef f(s): return re.match('a(b)', s)", "assert f('ab').group(1) == 'b' and f('x') is None"),
-    ("def f(): return range(3)", "assert f() == range(3) and list(f()) == [0, 1, 2]"),
-])
-def test_honest_assert_programs(program, statement):
-    verdict = run(program, check(statement))
-    assert verdict == Verdict("passed", 1, 1, "")
 
 
 def test_set_order_and_random_numbers_do_not_change_between_runs_and_helpers():
@@ -554,10 +419,6 @@ def test_verdicts_do_not_depend_on_the_load():
     assert [v.outcome for v in verdicts] == ["passed", "timeout"] * 2
 
 
-def test_a_pass_has_no_detail():
-    assert run("import sys\nprint(1)\nsys.stderr.write('noise')", io("", "1"), io(" ", "1")) == Verdict("passed", 2, 2, "")
-
-
 def test_what_expects_nothing_does_not_count():
     assert run("", io("", ""), io("1", " \n"), check("  ")) == Verdict("no_tests", 0, 0, "")
     assert run("").outcome == "no_tests"
@@ -570,46 +431,30 @@ def test_what_expects_nothing_does_not_count():
 TESTS = [check("assert f(1) == 2"), check("assert f(2) == 3")]
 
 
-@pytest.mark.parametrize("program", [
-    # ending before the asserts
+# An early end, objects that agree with everything, a patched interpreter, forged markers, values that are too much.
+FORGED = [
     "import os; os._exit(0)", "import sys; sys.exit(0)", "exit()", "raise SystemExit", "def f(x): exit()",
     "import os\ndef f(x): os._exit(0)", "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): return 0",
     "import threading, os\nthreading.Timer(0.01, os._exit, [0]).start()\ndef f(x):\n    while 1: pass",
-    # objects that agree with everything
     "class A:\n    def __eq__(self, other): return True\ndef f(x): return A()",
     "class A(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef f(x): return A(0)",
     "class A(str):\n    def __eq__(self, other): return True\ndef f(x): return A()",
-    # patched interpreter
     "import builtins\nbuiltins.exec = lambda *a: None\ndef f(x): return 0",
     "import json\njson.dumps = lambda *a, **k: '[\"passed\", \"\"]'\ndef f(x): return 0",
     "import os\nold = os.write\nos.write = lambda fd, data: old(fd, data.replace(b'failed_test', b'passed'))\ndef f(x): return 0",
-    "import sys\nfor m in list(sys.modules.values()):\n    for n in ('_encode', '_decode', '_answer'):\n"
-    "        if hasattr(m, n): setattr(m, n, lambda *a: ['value', 2])\ndef f(x): return 0",
-    # forged markers on every descriptor, with and without an early end
+    "import sys\nfor m in list(sys.modules.values()):\n    for n in ('_encode', '_decode', '_answer'):\n" "        if hasattr(m, n): setattr(m, n, lambda *a: ['value', 2])\ndef f(x): return 0",
     "import os\nfor fd in range(1, 64):\n    try: os.write(fd, b'[\"passed\", \"\"]\\n' * 9)\n    except OSError: pass\ndef f(x): return 0",
-    "import os\nfor fd in range(1, 64):\n    try: os.write(fd, b'{\"code\": 0, \"cpu\": 0, \"late\": false, \"judged\": 0}')\n"
-    "    except OSError: pass\nos._exit(0)",
+    "import os\nfor fd in range(1, 64):\n    try: os.write(fd, b'{\"code\": 0, \"cpu\": 0, \"late\": false, \"judged\": 0}')\n" "    except OSError: pass\nos._exit(0)",
     "import os\nos.write(3, b'[\"function\"]\\n' + b'[\"value\", true]\\n' * 9)\nwhile True: pass",
     "import os\nos.write(3, b'[\"value\", {\"evil\": 1}]\\n' * 9)\ndef f(x): return 0",
-    # values that are too much
-    "def f(x):\n    a = []\n    a.append(a)\n    return a", "def f(x):\n    a = []\n    for _ in range(10**5): a = [a]\n    return a",
-], ids=lambda program: program[:60])
-def test_forged_passes(program):
-    verdict = run(program, *TESTS, timeout=0.7)
-    assert verdict.passed == 0 and verdict.total == 2 and not verdict.ok
+    "def f(x):\n    a = []\n    a.append(a)\n    return a",
+    "def f(x):\n    a = []\n    for _ in range(10**5): a = [a]\n    return a",
+]
 
 
-@pytest.mark.parametrize("program, statement", [
-    ("def abs(x): return 0\ndef f(x): return 9", "assert abs(f(1) - 1.5) < 1e-6"),
-    ("class math:\n    isclose = lambda *a: True\ndef f(x): return 9", "assert math.isclose(f(1), 1.5)"),
-    ("def set(x): return 0\ndef f(x): return [9]", "assert set(f(1)) == set([1])"),
-    ("def check(c): pass\ndef f(x): return 9", "def check(c):\n    assert c(1) == 1\ncheck(f)"),
-    ("f = 2", "assert f(1) == 2"), ("def f(x): return 10 ** 9", "assert 2 ** f(1) == 2"),
-    ("def f(x): return 10 ** 18", "assert list(range(f(1))) == [1]"),
-])
-def test_the_program_has_no_say_in_the_comparison(program, statement):
-    verdict = run(program, check(statement), timeout=0.5)
-    assert not verdict.ok and verdict.passed == 0
+def test_forged_passes():
+    verdicts = run_programs(FORGED, [TESTS] * len(FORGED), timeout=0.7)
+    assert [pair for pair in zip(FORGED, verdicts) if pair[1].ok or (pair[1].passed, pair[1].total) != (0, 2)] == []
 
 
 @pytest.mark.parametrize("program", [
@@ -636,40 +481,62 @@ STACK = "class Stack:\n    def __init__(self): self.items = []\n    def push(sel
 NODE = "class Node:\n    def __init__(self, val, next=None): self.val, self.next = val, next\n"
 
 
-@pytest.mark.parametrize("program, statement", [
-    ("class Solution:\n    def twoSum(self, nums: List[int], target: int) -> Optional[List[int]]:\n        return [0, 1]",
-     "assert Solution().twoSum([2, 7], 9) == [0, 1]"),
+HONEST = [
+    ("def f(x): return x + 1", "assert f(1) == 2"),
+    ("def f(x): return x > 0", "assert f(1) is True and not f(-1) and f(2)"),
+    ("def f(x): return x / 3", "assert abs(f(1) - 1 / 3) < 1e-6"),
+    ("def f(x): return x / 3", "import math\nassert math.isclose(f(1), 1 / 3)"),
+    ("def f(x): return (1, 'a', None, 2.5, b'x', {1: [2]}, {3}, frozenset([4]), 1j, True)", "assert f(0) == (1, 'a', None, 2.5, b'x', {1: [2]}, {3}, frozenset([4]), 1j, True)"),
+    ("def f(x, y=0): return x - y", "assert f(y=1, x=2) == 1 and f(*[5], **{'y': 1}) == 4"),
+    ("def f(x): return 10 ** x", "assert f(5000) == 10 ** 5000"),
+    ("def f(x): return float('inf') if x else float('nan')", "assert f(1) == float('inf') and f(0) != f(0)"),
+    ("def f(x): return '\\ud800\\x00'", "assert f(0) == '\\ud800\\x00'"),
+    ("from collections import Counter, OrderedDict, defaultdict, namedtuple\nP = namedtuple('P', 'a b')\n" "def f(x): return [Counter(x), OrderedDict(a=1), defaultdict(int, b=2), P(1, 2)]", "assert f('aab') == [{'a': 2, 'b': 1}, {'a': 1}, {'b': 2}, (1, 2)]"),
+    ("def f(x): return map(str, range(x))", "assert list(f(3)) == ['0', '1', '2']"),
+    ("def sum(a, b): return a + b", "assert sum(10, 15) == 25"),
+    ("LIMIT = 5\nif __name__ == '__main__': LIMIT = int(input())", "assert LIMIT == 5"),
+    ("def f(x):\n    if x < 0: raise ValueError('no')", "try:\n    f(-1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'"),
+    ("def f(x):\n    x.append(1)\n    return x", "assert f([0]) == [0, 1]"),
+    ("import sys\ndef f(x):\n    for _ in range(300): print('debug ' * 10**4)\n    sys.stderr.write('noise')\n    return sys.stdin.read()", "assert f(1) == ''"),
+    ("class Solution:\n    def f(self, s): heapq.heapify(s); return [s[0], math.gcd(4, 6), deque(s), Counter(s)[3]]", "from collections import deque\nassert Solution().f([3]) == [3, 2, deque([3]), 1]"),
+    ("def f(s): return str(int(s) + 1)", "assert f('9' * 4999) == '1' + '0' * 4999"),
+    ("def f(x, kind): return [v for v in x if type(v) is kind]", "assert f((4, 7.7, 'a'), int) == [4] and f([2.5], float) == [2.5]"),
+    ("def f(g, *a): return g(*a)", "assert f(max, [1, 3]) == 3 and f(operator.add, 2, 3) == 5 and f(math.sqrt, 9) == 3"),
+    ("def f(x): return list(x)", "assert f(range(3)) == [0, 1, 2]"),
+    ("def primes():\n    n = 1\n    while True:\n        n += 1\n        if all(n % d for d in range(2, n)): yield n", "g = primes()\nassert [next(g) for _ in range(5)] == [2, 3, 5, 7, 11]"),
+    ("seen = []\ndef f():\n    for i in range(9):\n        seen.append(i)\n        yield i", "g = f(); assert next(g) == 0 and seen == [0]"),
+    ("def f():\n    yield 1\n    raise KeyError('x')", "g = f()\nassert next(g) == 1\ntry:\n    next(g)\n    assert False\nexcept KeyError:\n    pass"),
+    ("import re\ndef f(s): return re.match('a(b)', s)", "assert f('ab').group(1) == 'b' and f('x') is None"),
+    ("def f(): return range(3)", "assert f() == range(3) and list(f()) == [0, 1, 2]"),
+    ("class Solution:\n    def twoSum(self, nums: List[int], target: int) -> Optional[List[int]]:\n        return [0, 1]", "assert Solution().twoSum([2, 7], 9) == [0, 1]"),
     (STACK, "s = Stack(); s.push(3); s.push(4); assert s.pop() == 4 and s.pop() == 3"),
     (STACK, "s = Stack()\ntry:\n    s.pop()\n    assert False\nexcept IndexError:\n    pass"),
-    ("class S:\n    def __init__(self): self.a = []\n    def __len__(self): return len(self.a)\n    def add(self, x): self.a.append(x)",
-     "s = S(); s.add(1); assert len(s) == 1 and s.a[0] == 1"),
+    ("class S:\n    def __init__(self): self.a = []\n    def __len__(self): return len(self.a)\n    def add(self, x): self.a.append(x)", "s = S(); s.add(1); assert len(s) == 1 and s.a[0] == 1"),
     ("class V:\n    def __init__(self, x): self.x = x\n    def __repr__(self): return f'V({self.x})'", "v = V(3); assert v.x == 3 and repr(v) == 'V(3)' and str(v) == 'V(3)'"),
-    ("class Set:\n    def __init__(self): self.kept = []\n    def add(self, x): self.kept.append(x)\n    @classmethod\n    def of(cls, *a):\n        s = cls()\n        s.kept += a\n        return s",
-     "s = Set.of(1, 2)\ns.add(3)\nassert s.kept == [1, 2, 3]"),
-    ("class P:\n    def __init__(self): self._x = 1\n    @property\n    def x(self): return self._x\n    @x.setter\n    def x(self, v):\n        if v < 0: raise ValueError\n        self._x = v",
-     "p = P()\np.x = 5\nassert p.x == 5\ntry:\n    p.x = -1\n    assert False\nexcept ValueError:\n    pass"),
+    ("class Set:\n    def __init__(self): self.kept = []\n    def add(self, x): self.kept.append(x)\n    @classmethod\n    def of(cls, *a):\n        s = cls()\n        s.kept += a\n        return s", "s = Set.of(1, 2)\ns.add(3)\nassert s.kept == [1, 2, 3]"),
+    ("class P:\n    def __init__(self): self._x = 1\n    @property\n    def x(self): return self._x\n    @x.setter\n    def x(self, v):\n        if v < 0: raise ValueError\n        self._x = v", "p = P()\np.x = 5\nassert p.x == 5\ntry:\n    p.x = -1\n    assert False\nexcept ValueError:\n    pass"),
     ("class Book:\n    def __init__(self): self.title, self.count = 'T', 3\ndef find(): return Book()", "assert find().title == 'T' and find().count == 3"),
     ("class M:\n    def __enter__(self): return 6\n    def __exit__(self, *a): return False\ndef f(x): return M()", "with f(1) as y:\n    assert y == 6"),
     ("class G:\n    def __getitem__(self, i): return i * 2\n    def __iter__(self): return iter([1, 2])", "g = G(); assert g[3] == 6 and list(g) == [1, 2] and 2 in g"),
-    (NODE + "def rev(n):\n    p = None\n    while n: n.next, p, n = p, n, n.next\n    return p",
-     "n = rev(Node(1, Node(2, Node(3))))\nout = []\nwhile n:\n    out.append(n.val)\n    n = n.next\nassert out == [3, 2, 1]"),
+    (NODE + "def rev(n):\n    p = None\n    while n: n.next, p, n = p, n, n.next\n    return p", "n = rev(Node(1, Node(2, Node(3))))\nout = []\nwhile n:\n    out.append(n.val)\n    n = n.next\nassert out == [3, 2, 1]"),
     (NODE, "a = Node(1)\na.next = Node(2)\na.val = 7\nassert a.val == 7 and a.next.val == 2 and a.next.next is None"),
     ("class M:\n    def __enter__(self): return 5\n    def __exit__(self, *a): return None", "with M() as x:\n    assert x == 5"),
-    ("class It:\n    def __init__(self): self.n = 0\n    def __iter__(self): return self\n    def __next__(self):\n        self.n += 1\n        if self.n > 3: raise StopIteration\n        return self.n",
-     "assert list(It()) == [1, 2, 3]"),
+    ("class It:\n    def __init__(self): self.n = 0\n    def __iter__(self): return self\n    def __next__(self):\n        self.n += 1\n        if self.n > 3: raise StopIteration\n        return self.n", "assert list(It()) == [1, 2, 3]"),
     ("def add(n):\n    def inner(x): return x + n\n    return inner", "assert add(2)(3) == 5"),
     ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n    y: int = 2\ndef f(): return [P(1), P(3)]", "assert [(p.x, p.y) for p in f()] == [(1, 2), (3, 2)]"),
     ("def f(x): x.sort()", "x = [2, 1]; f(x); assert x == [1, 2]"),
     ("def f(x): x[0].append(1); x.clear() if len(x) > 3 else None", "x = [[], 2]; f(x); assert x == [[1], 2]"),
     ("from decimal import Decimal\ndef f(x): return Decimal(x) / 4", "assert f(10) == 2.5 and f(1) == __import__('decimal').Decimal('0.25')"),
     ("from fractions import Fraction\ndef f(x): return Fraction(x, 6)", "from fractions import Fraction\nassert f(3) == Fraction(1, 2) and f(6) == 1"),
-    ("import datetime as d\ndef f(x): return [d.date(2020, 1, x), d.datetime(2020, 1, 2, 3, 4, 5, 6), d.timedelta(days=x), d.time(4)]",
-     "import datetime as d\nassert f(2) == [d.date(2020, 1, 2), d.datetime(2020, 1, 2, 3, 4, 5, 6), d.timedelta(2), d.time(4)]"),
+    ("import datetime as d\ndef f(x): return [d.date(2020, 1, x), d.datetime(2020, 1, 2, 3, 4, 5, 6), d.timedelta(days=x), d.time(4)]", "import datetime as d\nassert f(2) == [d.date(2020, 1, 2), d.datetime(2020, 1, 2, 3, 4, 5, 6), d.timedelta(2), d.time(4)]"),
     ("def f(x): return '[1, (2, -3.5)]'", "import ast\nassert eval(f(1)) == [1, (2, -3.5)] and ast.literal_eval(f(1)) == [1, (2, -3.5)]"),
-    ("def f(x): return '2 ** 5 * 3 - 1'", "assert eval(f(1)) == 95"),
-])
-def test_honest_objects_and_changed_arguments(program, statement):
-    assert run(program, check(statement)) == Verdict("passed", 1, 1, "")
+    ("def f(x): return '2 * 5 * (3 - 1)'", "assert eval(f(1)) == 20"),
+]
+
+
+def test_honest_assert_programs():
+    verdicts = run_programs([program for program, _ in HONEST], [[check(statement)] for _, statement in HONEST])
+    assert [pair for pair in zip(HONEST, verdicts) if pair[1] != Verdict("passed", 1, 1, "")] == []
 
 
 AGREES = ("class A:\n    def __getattr__(self, name): return lambda *a: True\n"
@@ -680,15 +547,28 @@ SPY = "seen = []\nclass Spy:\n    def __sub__(self, other): seen.append(other); 
 ANY = "class Any:\n    def __eq__(self, o): return True\n    __ne__ = __lt__ = __gt__ = __le__ = __ge__ = __contains__ = lambda self, o: True\n    __hash__ = lambda self: 1\n"
 
 
-@pytest.mark.parametrize("program, statement", [
-    # Operators and methods of an object that is no data are not asked, and nothing of the test reaches it.
-    (AGREES + "def f(x): return A()", "assert abs(f(1) - 9.5) < 1e-6"), (AGREES + "def f(x): return A()", "assert 9.5 - f(1) == 0"),
-    (AGREES + "def f(x): return A()", "assert f(1) + 1 == 6"), (AGREES + "def f(x): return A()", "assert float(f(1)) == 5 or int(f(1)) == 5"),
-    (AGREES + "def f(x): return A()", "assert math.isclose(f(1), 5, rel_tol=1e-06)"), (AGREES + "def f(x): return A()", "assert round(f(1), 2) == 5"),
-    (AGREES + "def f(x): return A()", "assert f(1).startswith('x')"), (AGREES + "def f(x): return A()", "assert f(1).issubset({5})"),
-    (AGREES + "def f(x): return A()", "assert f(1).count(5) == True"), (AGREES + "def f(x): return A()", "assert len(f(1)) == 1"),
-    (AGREES + "def f(x): return A()", "assert f(1)[0] == 5"), (AGREES + "def f(x): return A()", "assert str(f(1)) == '5'"),
-    (AGREES + "class S:\n    def f(self, x): return A()", "assert S().f(1).endswith('x')"), (AGREES + "f = A()", "assert f.keys()"),
+# Operators and methods of an object that is no data are not asked, and nothing of the test reaches it.
+LIES = [
+    ("def abs(x): return 0\ndef f(x): return 9", "assert abs(f(1) - 1.5) < 1e-6"),
+    ("class math:\n    isclose = lambda *a: True\ndef f(x): return 9", "assert math.isclose(f(1), 1.5)"),
+    ("def set(x): return 0\ndef f(x): return [9]", "assert set(f(1)) == set([1])"),
+    ("def check(c): pass\ndef f(x): return 9", "def check(c):\n    assert c(1) == 1\ncheck(f)"),
+    ("f = 2", "assert f(1) == 2"), ("def f(x): return 10 ** 9", "assert 2 ** f(1) == 2"),
+    ("def f(x): return 10 ** 18", "assert list(range(f(1))) == [1]"),
+    (AGREES + "def f(x): return A()", "assert abs(f(1) - 9.5) < 1e-6"),
+    (AGREES + "def f(x): return A()", "assert 9.5 - f(1) == 0"),
+    (AGREES + "def f(x): return A()", "assert f(1) + 1 == 6"),
+    (AGREES + "def f(x): return A()", "assert float(f(1)) == 5 or int(f(1)) == 5"),
+    (AGREES + "def f(x): return A()", "assert math.isclose(f(1), 5, rel_tol=1e-06)"),
+    (AGREES + "def f(x): return A()", "assert round(f(1), 2) == 5"),
+    (AGREES + "def f(x): return A()", "assert f(1).startswith('x')"),
+    (AGREES + "def f(x): return A()", "assert f(1).issubset({5})"),
+    (AGREES + "def f(x): return A()", "assert f(1).count(5) == True"),
+    (AGREES + "def f(x): return A()", "assert len(f(1)) == 1"),
+    (AGREES + "def f(x): return A()", "assert f(1)[0] == 5"),
+    (AGREES + "def f(x): return A()", "assert str(f(1)) == '5'"),
+    (AGREES + "class S:\n    def f(self, x): return A()", "assert S().f(1).endswith('x')"),
+    (AGREES + "f = A()", "assert f.keys()"),
     (SPY + "def f(x): return seen[-1] if seen else Spy()", "try:\n    f(1) - 7.25\nexcept TypeError:\n    pass\nassert f(1) == 7.25"),
     (SPY + "def f(x): return seen[-1] if seen else Spy()", "try:\n    7.25 in f(1)\nexcept TypeError:\n    pass\nassert f(1) == 7.25"),
     ("class M:\n    def __enter__(self): return 2\n    def __exit__(self, *a): return True\ndef f(x): return M()", "with f(1) as y:\n    assert y == 3"),
@@ -696,22 +576,27 @@ ANY = "class Any:\n    def __eq__(self, o): return True\n    __ne__ = __lt__ = _
     ("import os\ndef f(x): os.write(3, b'[\"value\", {\"known\": [\"os\", \"_exit\"]}, []]\\n' * 9)", "assert f(1)(0) == 5"),
     ("def f(x): return exec", "assert f(1)('1') == 5"), ("def f(g): return 5", "assert f(type('T', (), {})()) == 5"),
     (ANY + "def f(x): return Any()", "assert f(1) == 5"), (ANY + "def f(x): return Any()", "assert 5 == f(1)"),
-    (ANY + "def f(x): return [Any()]", "assert f(1) == [5]"), (ANY + "def f(x): return {1: Any()}", "assert f(1) == {1: 5}"),
+    (ANY + "def f(x): return [Any()]", "assert f(1) == [5]"),
+    (ANY + "def f(x): return {1: Any()}", "assert f(1) == {1: 5}"),
     ("class A:\n    __class__ = int\n    def __eq__(self, o): return True\ndef f(x): return A()", "assert f(1) == 5"),
     ("class A(list):\n    def __eq__(self, o): return True\n    def __len__(self): return 1\ndef f(x): return A()", "assert f(1) == [5]"),
     ("class A:\n    def __getattr__(self, n): return self\n    def __call__(self, *a): return self\ndef f(x): return A()", "assert f(1).value() == 5"),
     ("class Stack:\n    def push(self, x): pass\n    def pop(self):\n        while True: pass", "s = Stack(); s.push(3); assert s.pop() == 3"),
-    ("def f(x): x[:] = range(10 ** 7)", "x = []; f(x); assert x == [1]"), ("def f(x): x.append(type('A', (), {'__eq__': lambda *a: True})())", "x = []; f(x); assert x == [1]"),
+    ("def f(x): x[:] = range(10 ** 7)", "x = []; f(x); assert x == [1]"),
+    ("def f(x): x.append(type('A', (), {'__eq__': lambda *a: True})())", "x = []; f(x); assert x == [1]"),
     ("class A: pass\ndef f(x): return [A() for _ in range(10 ** 6)]", "assert f(1) == [5]"),
     ("import os\ndef f(x): os.write(3, b'[\"value\", {\"object\": 1}, [[1, 2]]]\\n' * 9)", "x = [2, 1]; f(x); assert x == [1, 2] and f(3) == 5"),
     ("import decimal\nclass D(decimal.Decimal):\n    def __eq__(self, o): return True\ndef f(x): return D(3)", "assert f(1) == 5"),
-    ("def f(x): return '__import__(\"os\")._exit(0)'", "assert eval(f(1)) == 5"), ("def f(x): return '[c for c in (5,)][0]'", "assert eval(f(1)) == 5"),
-    ("def f(x): return '9 ** 9 ** 9'", "assert eval(f(1)) == 5"), ("def f(x): return '9 ** 99999999'", "assert eval(f(1)) == 5"), ("def f(x): return '\"a\" * 10 ** 9'", "assert eval(f(1)) == 5"),
-], ids=lambda value: value[:50])
-def test_objects_that_lie_and_values_that_are_code(program, statement):
-    """None passes, none raises, and the test that follows keeps its chance unless time or memory is gone."""
-    verdict = run(program, check(statement), timeout=0.5)
-    assert verdict.passed == 0 and not verdict.ok and verdict.outcome != "no_tests"
+    ("def f(x): return '__import__(\"os\")._exit(0)'", "assert eval(f(1)) == 5"),
+    ("def f(x): return '[c for c in (5,)][0]'", "assert eval(f(1)) == 5"),
+    ("def f(x): return '9 ** 9 ** 9'", "assert eval(f(1)) == 5"),
+    ("def f(x): return '\"a\" * 10 ** 9'", "assert eval(f(1)) == 5"),
+]
+
+
+def test_objects_that_lie_and_values_that_are_code():
+    verdicts = run_programs([program for program, _ in LIES], [[check(statement)] for _, statement in LIES], timeout=0.5)
+    assert [pair for pair in zip(LIES, verdicts) if pair[1].passed or pair[1].outcome in ("passed", "no_tests")] == []
 
 
 @pytest.mark.parametrize("statement, said", [
@@ -870,12 +755,11 @@ def attack(code, victim):
     path.chmod(0o600)
     for name, value in victim.items():
         code = code.replace(name, str(value))
-    setup, _, last = code.rpartition("def ok(value):\n    if value < 0: raise OSError(ctypes.get_errno())\n") if "def ok" in code else ("", "", code)
-    setup = setup and setup + "def ok(value):\n    if value < 0: raise OSError(ctypes.get_errno())\n"
-    last = last.replace("\n", "\n    ") if setup else last
+    setup, last = (CTYPES, code.removeprefix(CTYPES)) if code.startswith(CTYPES) else ("", code)
+    last = last.replace("\n", "\n    ")
     program = f"{PRELUDE}{setup}try:\n    {last}\n    print('harm')\nexcept (OSError, AssertionError, ValueError): print('refused')"
-    harm, refused = run(program, io("", "harm"), timeout=1), run(program, io("", "refused"), timeout=1)
-    return "harm" if harm.ok else "refused" if refused.ok else refused
+    verdict = run(program, io("", "refused"), timeout=1)
+    return "refused" if verdict.ok else "harm" if "printed b'harm" in verdict.detail else verdict
 
 
 @pytest.mark.parametrize("missing", [(), ("namespaces",), ("landlock",), ("landlock", "namespaces")],
@@ -1104,7 +988,7 @@ def test_without_any_helper_it_raises(monkeypatch, tmp_path, capfd):
                                       (verify, "_FILE", str(tmp_path / "broken.py"), "helpers died")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
-            with pytest.raises(SandboxError, match=said):
+            with pytest.raises((SandboxError, OSError), match=said):
                 run("print(1)", io("", "1"))
     assert "no such luck" in capfd.readouterr().err and run("print(1)", io("", "1")).ok
 
