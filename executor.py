@@ -1297,8 +1297,9 @@ def make_base(s, folder):
     if tiny or s.cold_start:
         lm, options = tiny_training(s, heldout[0].task_type) if tiny else cold_training(s, arguments)
         loss = finetune(lm, batch_size=s.batch_size, warmup=s.warmup, seed=s.seed, progress=progress, **options)
-        lm.model.save_pretrained(folder)
-        lm.tokenizer.save_pretrained(folder)
+        with saying(f"{folder}: cannot be saved"):
+            lm.model.save_pretrained(folder)
+            lm.tokenizer.save_pretrained(folder)
         record |= {"model": ".", "train_loss": loss}
         model = str(folder)
     loaded, tokenizer = load(model, pick_device(s.device), torch.float32 if tiny else None)
