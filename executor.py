@@ -430,7 +430,7 @@ class Executor:
         for problem, trace, K in zip(problems, traces, num_runs, strict=True):
             key = f"alone {self.seed} {problem.problem_id}"
             if trace is not None:
-                sample = seen.get(problem.problem_id, problem.first_sample)
+                sample = seen.get(problem.problem_id, 0)
                 seen[problem.problem_id] = sample + 1
                 key = f"run {self.seed} {rng_key} {problem.problem_id} {sample}"
             keys.append([f"{key} {k}" for k in range(K)])
@@ -611,37 +611,6 @@ def adamw(parameters, lr: float, **options) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=lr, fused=parameters[0].is_cuda, **options)
 
 
-class MuonAdamW:
-    """Muon (github.com/KellerJordan/Muon) for the matrices of the layers, AdamW for embedding and norms. Muon's updates
-    are scaled to the size of AdamW's (arXiv 2502.16982), so both have one learning rate."""
-
-    def __init__(self, model, lr: float):
-        embedding = model.get_input_embeddings().weight
-        matrices = [p for p in model.parameters() if p.dim() == 2 and p is not embedding]
-        rest = [p for p in model.parameters() if p.dim() != 2 or p is embedding]
-        self.parts = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-                      adamw(rest, lr, betas=(0.9, 0.98), weight_decay=0.01)]
-
-    @property
-    def param_groups(self):
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self):
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self):
-        for part in self.parts:
-            part.zero_grad()
-
-    def state_dict(self):
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, saved):
-        for part, state in zip(self.parts, saved):
-            part.load_state_dict(state)
-
-
 def descend(optimizer, lr: float, max_norm: float, where: str) -> float:
     """One optimizer step with the gradient clipped to `max_norm`. Returns the norm before clipping. FloatingPointError
     where it is not finite; the weights are then unchanged."""
@@ -703,19 +672,18 @@ def load_progress(path, model, optimizer, values):
 
 def finetune(lm: LM, sequences: list[tuple[list[int], list[int]]], *, epochs: float, batch_size: int,
              learning_rate: float, warmup: int, seed: int, title: str = "finetune", heldout=(),
-             checkpointing: bool = False, progress: Path | None = None, optimizer=None) -> float:
+             checkpointing: bool = False, progress: Path | None = None) -> float:
     """Supervised training on (ids, labels). labels[t] follows ids[t], or is IGNORE where there is no loss. Batches hold
     sequences of similar length. Linear warm-up, then linear decay to 0. Returns the mean loss of the last tenth.
 
     heldout: sequences whose loss is measured at the start and ten times on the way. Two measurements without a new
     minimum end the training, and the model keeps the weights of the minimum.
     progress: a file written ten times on the way. A stopped training goes on from it, bit for bit. A finished one
-    returns at once.
-    optimizer: AdamW unless given. FloatingPointError for a gradient that is not finite."""
+    returns at once. FloatingPointError for a gradient that is not finite."""
     model = lm.model
     if checkpointing:
         enable_checkpointing(model)
-    optimizer = optimizer or adamw(model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = adamw(model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     total = max(1, round(len(sequences) * epochs / batch_size))
     begin, losses, best, since, weights = load_progress(progress, model, optimizer, (0, [], math.inf, 0, None))
     batches = itertools.islice(training_order(sequences, batch_size, seed), begin, None)
@@ -1218,7 +1186,7 @@ class BaseSettings(data.Options):
     layers: int = option(4, "depth of the tiny model", low=1, only={"model": ("",)})
     sequences: int = option(52000, "of the tiny corpus, one problem each, one epoch", low=1, only={"model": ("",)})
     batch_size: int = option(16, "sequences per step, also of the cold start", low=1)
-    learning_rate: float = option(2e-3, "peak of the tiny model, Muon and AdamW", above=0, only={"model": ("",)})
+    learning_rate: float = option(2e-3, "peak of the tiny model, AdamW", above=0, only={"model": ("",)})
     warmup: int = option(100, "steps of linear warm-up, also of the cold start; then linear decay to 0", low=0)
     seed: int = option(0, "seed of corpus, initial weights, order and the executor runs of the check")
     eval_problems: int = option(300, "held-out problems for the check at the end", low=1)
@@ -1278,8 +1246,7 @@ def tiny_training(s, task_type):
     with saying(f"--hidden {s.hidden}"):
         lm = LM(tiny_model(len(tokenizer), s.hidden, s.layers).to(pick_device(s.device)), tokenizer)
     return lm, {"sequences": [base_sequence(tokenizer, example) for example in corpus], "epochs": 1,
-                "learning_rate": s.learning_rate, "title": "base model",
-                "optimizer": MuonAdamW(lm.model, s.learning_rate)}
+                "learning_rate": s.learning_rate, "title": "base model"}
 
 
 def make_base(s, folder):

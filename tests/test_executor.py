@@ -621,14 +621,13 @@ def test_finetune_stops_early_and_keeps_the_best_weights(words, monkeypatch):
     assert measure() == pytest.approx(first)
 
 
-@pytest.mark.parametrize("kind", ["", "heldout", "Muon"])
+@pytest.mark.parametrize("kind", ["", "heldout"])
 @pytest.mark.parametrize("stop_at", [1, 10])
 def test_a_stopped_training_goes_on_bit_for_bit(words, tmp_path, monkeypatch, stop_at, kind):
     """Weights, optimizer, order of the batches, the minimum of the held-out loss. A finished one returns at once."""
     sequences = [base_sequence(words, BaseExample(f"Mia has {a} .\n", "", False, "Answer:", f" {a}")) for a in range(9)]
     run = lambda progress: finetune(lm, sequences, epochs=9, batch_size=4, learning_rate=3e-3, warmup=2, seed=0,
-                                    heldout=sequences[:2] if kind == "heldout" else (), progress=progress,
-                                    optimizer=executor.MuonAdamW(lm.model, 3e-3) if kind == "Muon" else None)
+                                    heldout=sequences[:2] if kind == "heldout" else (), progress=progress)
     lm = small(words)
     wanted, weights = run(None), copy.deepcopy(lm.model.state_dict())
     saves, save = [], executor.save_progress
