@@ -229,6 +229,17 @@ def test_ground_truth_on_real_text():
     assert data.source_of(problem).right_metric == "calculations_right"
 
 
+@pytest.mark.parametrize("answer, given, others", [
+    ("It is 8 coins", ["8", "so 8 pens", "= $8.00.", "8 coins"], ["18", "8.5", "80", "0.8", "coins"]),
+    ("#### 1,200", ["1200", "$1,200", "1200.00"], ["200", "1,2", "12000"]),
+    ("$5.00", ["5", "$5.00", "5.0 dollars"], ["5.50", "50", "500"]),
+    ("#### 2.50", ["2.50"], ["2", "12.50"]), ("#### 3/4", ["3/4"], ["3", "4"]), ("#### x + 1", ["x + 1"], ["1"])])
+def test_the_final_number_in_a_text(answer, given, others):
+    """InT may not put the answer into a trace, in whatever words the reference gives it."""
+    problem = Problem("g", "mine", "math", "How many?", answer)
+    assert [data.gives_number(problem, text) for text in given + others] == [True] * len(given) + [False] * len(others)
+
+
 @pytest.mark.parametrize("piece", ["1+1=2 ", "1+", "(1", "1%", "1 aa bb cc ", "1=", "-1=", "9", "1 1/2 ", " 1  =  ", "$ ", "\n=\n1"])
 def test_hostile_text_takes_linear_time(piece):
     """A planner may write anything; twice the text must not take four times as long."""
@@ -426,7 +437,7 @@ NEGATIVE = ("negative_bank", 0)
 LINE = json.dumps(group())
 MALFORMED = [
     ("not json", "JSON"), ("{", "JSON"), ("", "JSON"), ("[1]", "object"), ("null", "object"), ("[" * 100_000, "JSON"),
-    (LINE.replace('"1"', '"\\ud83d"'), "surrogates"), ("7" * 6000, "JSON"),
+    ("7" * 6000, "JSON"),
     *[(damage([key], damage), key) for key in ("problem_id", "problem", "reference_solution", "positive_pool",
                                                "negative_bank")],
     (damage(["problem"], 7), "problem"), (damage(["task_type"], ["math"]), "task_type"), (damage(["source"], 3), "source"),
@@ -557,7 +568,7 @@ def test_groups_without_tests_train_a_reward_model_but_no_planner(tmp_path):
     with pytest.raises(UserError, match="g.jsonl: 0 has no tests.*--tests FILE"):
         data.read_problems(path)
     assert len(data.read_problems(path, need_tests=False)) == 4
-    assert len(data.teachable(path, data.read_places(path), 9)) == 3, "a solution that fails its tests is left out"
+    assert len(data.teachable(path, data.read_groups(path), 9)) == 3, "a solution that fails its tests is left out"
 
 
 TIMES_TWO = "```python\nprint(2 * int(input()))\n```"
@@ -586,7 +597,7 @@ def test_tests_in_a_file_of_their_own(tmp_path, capsys):
     for bad, words in (({"problem_id": "x", "tests": [3]}, "tests.jsonl:2: key 'tests'"), ({"problem_id": "x"}, "tests.jsonl:2: key 'tests'")):
         save(tmp_path / "tests.jsonl", [rows[0], bad])
         with pytest.raises(UserError, match=words):
-            data.join_tests(data.read_places(tmp_path / "train.jsonl"), tmp_path / "tests.jsonl")
+            data.join_tests(data.read_groups(tmp_path / "train.jsonl"), tmp_path / "tests.jsonl")
 
 
 # ---------------------------------------------------------------- problems that cannot teach
@@ -599,20 +610,18 @@ def run_groups(tmp_path, train, heldout, *more):
 
 
 def test_problems_that_cannot_teach_are_counted_named_and_left_out(tmp_path, capsys):
-    good, equal = public("math"), public("math", problem_id="equal", problem="e")
-    equal["negative_bank"] = [*good["negative_bank"], {**good["negative_bank"][0], "reasoning": " Sort, then walk.\n"}]
-    groups = [good, equal, good, public("math", problem_id="again"),
-              public("math", problem_id="nothing", problem="n", reference_solution="some words\n####"),
+    good, nothing = public("math"), public("math", problem_id="nothing", problem="n", reference_solution="words\n####")
+    groups = [good, good, nothing,
               public("math", problem_id="digits", problem="d", reference_solution="#### " + "3" * 5000),
               public("math", problem_id="last", problem="l")]
     heldout = [public("math", problem_id="h", problem="h")]
     assert run_groups(tmp_path, groups, heldout) == [good, groups[-1]]
     said = capsys.readouterr().err
-    for words in ("2 left out, a repeat of an earlier line: math-17, again\n", "good one: equal\n",
+    for words in ("1 left out, a repeat of an earlier line: math-17\n",
                   "2 left out, the reference answer has no value: nothing, digits\n"):
-        assert f"train.jsonl: {words}" in said or words in said
+        assert f"train.jsonl: {words}" in said
     shutil.rmtree(tmp_path / "run")
-    for train, words in (([equal], "no group is left"), ([public("math", problem=" h", extra=1)], "1 training problems are also held out")):
+    for train, words in (([nothing], "no group is left"), ([public("math", problem=" h", extra=1)], "1 training problems are also held out")):
         with pytest.raises(UserError, match=words):
             run_groups(tmp_path, train, heldout)
         assert not list(tmp_path.glob("run/*"))
@@ -624,26 +633,25 @@ def test_programs_without_a_meaningful_reward_are_left_out_and_named(tmp_path, c
         return {"task_id": i, "text": f"t{i}", "code": code, "test_list": [test]}
     path = save(tmp_path / "mbpp.jsonl", [row(0, "def f(): return 1", "assert f() == 1"),
                                           row(1, "def f(): return 2", "assert f() == 1"), row(3, "", "assert f() == 1")])
-    assert [g["problem_id"] for g in data.teachable(path, data.read_places(path), 9)] == ["mbpp-0", "mbpp-3"]
+    assert [g["problem_id"] for g in data.teachable(path, data.read_groups(path), 9)] == ["mbpp-0", "mbpp-3"]
     assert "1 left out, the own solution gives failed_test: mbpp-1\n" in capsys.readouterr().err
     save(path, [row(5, "def f(): return 1", "f() == 1")])
-    with pytest.raises(UserError, match="mbpp.jsonl:1: .*; mend the test"):
-        data.teachable(path, data.read_places(path), 9)
+    with pytest.raises(UserError, match="mbpp.jsonl: mbpp-5: .*; mend the test"):
+        data.teachable(path, data.read_groups(path), 9)
 
 
 def test_own_gsm8k_lines_may_be_few(tmp_path, capsys):
     """A file gives what it holds, up to the flags; what cannot teach is named."""
     def row(i, answer=None):
         return {"question": f"{QUESTION} {i}", "answer": answer or f"{solution()}\n#### 68"}
-    rows = [row(0), row(1, f"{solution()}\n####"), row(2), row(2), row(3, "It is 68.\n#### 68"), row(4)]
+    rows = [row(0), row(1, f"{solution()}\n####"), row(2), row(3, "It is 68.\n#### 68"), row(4)]
     train, heldout = save(tmp_path / "train.jsonl", rows), save(tmp_path / "test.jsonl", [row(9)])
     data.main(["--source", "gsm8k", "--negatives", "2", "--data", str(train), "--heldout_data", str(heldout),
                "--run_dir", str(tmp_path / "run")])
     made = {g["problem_id"] for g in data.read_groups(tmp_path / "run/groups/train.jsonl")}
-    assert made == {"gsm8k-train-0", "gsm8k-train-2", "gsm8k-train-5"}
+    assert made == {"gsm8k-train-0", "gsm8k-train-2", "gsm8k-train-4"}
     said = capsys.readouterr().err
-    for words in ("no value: gsm8k-train-1\n", "earlier line: gsm8k-train-3\n", "calculation: gsm8k-train-4\n",
-                  "gives 3 train groups of the 3000"):
+    for words in ("no value: gsm8k-train-1\n", "calculation: gsm8k-train-3\n", "gives 3 train groups of the 3000"):
         assert words in said
     with pytest.raises(UserError, match="lower --negatives"):
         data.main(["--source", "gsm8k", "--negatives", "60", "--data", str(train), "--heldout_data", str(heldout),
