@@ -26,7 +26,6 @@ import gzip
 import hashlib
 import itertools
 import json
-import math
 import operator
 import os
 import random
@@ -112,7 +111,7 @@ class Source:
         return self.perturb(problem, problem.reference_reasoning, kind, rng)
 
 
-SOURCES: dict[tuple[str, str], Source] = {}      # (source, task_type): filled in sections 4 and 5
+SOURCES = {}                                     # {(source, task_type): Source}, filled in sections 4 and 5
 
 
 def source_of(problem: Problem) -> Source:
@@ -143,12 +142,9 @@ def rm_text(problem: Problem, reasoning: str) -> str:
 
 
 def extract_reasoning(completion: str) -> str:
-    """The trace in a planner's completion: from the first opening tag to the first closing tag after it.
-
-    Without an opening tag the trace begins where the completion does. Without a closing tag, usually because the
-    completion was cut at the token limit, it ends where the completion does. Text outside the tags is dropped, but its
-    tokens were sampled and get gradient like all others. What a thinking model writes before "</think>" is dropped too.
-    """
+    """The trace in a planner's completion: from the first opening tag to the first closing tag after it. Where a tag
+    is missing, as in a completion that was cut, the trace begins or ends with the completion. Text outside of the tags,
+    and what a thinking model writes before "</think>", is dropped."""
     if completion.lstrip().startswith("<think>") and "</think>" not in completion:
         return ""                                                 # cut while thinking: there is no trace yet
     after_thinking = completion.rpartition("</think>")[2]
@@ -230,7 +226,7 @@ def intervention_prompt(problem: Problem, reasoning: str) -> str:
                                                     trace=numbered)
 
 
-def parse_intervention(completion: str) -> tuple[int, str] | None:
+def parse_intervention(completion: str):
     """(number of the first wrong step, its replacement), (0, "") for "none"; None for anything else."""
     match = re.fullmatch(r"\s*(?:none\.?|(\d{1,6}) ?: ?(\S[^\n]*?))\s*", completion)
     return match and (int(match[1] or 0), match[2] or "")
@@ -251,7 +247,7 @@ def splice(problem: Problem, reasoning: str, index: int, step: str = "") -> str:
     return reasoning[:end] + (gap if end and step else "") + step
 
 
-def check_trace(problem: Problem, reasoning: str) -> tuple[bool, bool] | None:
+def check_trace(problem: Problem, reasoning: str):
     """(right, leak). right: every step is right and in its place (tiny world), or every stated calculation is true
     (GSM8K). leak: the trace gives the final result away. None where this is unknown: in other text, and without a
     reference trace in the tiny world."""
@@ -381,9 +377,9 @@ def domain_of(group):
     """"math" or "code", by the names in its rubrics. Without traces by key 'task_type', which in public groups may be a
     kind of problem ("algorithm") instead. None if neither tells."""
     names = {name for trace in group["positive_pool"] + group["negative_bank"] for name in trace["rubric"]}
-    shared = {task: len(names.intersection(DIMENSIONS[task])) for task in DIMENSIONS}
-    if shared["math"] != shared["code"]:
-        return max(shared, key=shared.get)
+    for task_type in DIMENSIONS:
+        if DIMENSIONS[task_type][0] in names:
+            return task_type
     return group["task_type"] if group.get("task_type") in DIMENSIONS else None
 
 
@@ -415,7 +411,7 @@ _GROUP = {"problem_id": "a text", "problem": "a text", "reference_solution": "a 
           "tests": (*_MAYBE, _TESTS)}
 _RUBRIC = {task: dict.fromkeys(names, "an integer 0..4") | {"total": "a number 0..1"}
            for task, names in DIMENSIONS.items()}
-_MBPP = {"code": "a text", "test_list": ["a text"], "test_imports": ("missing", ["a text"])}
+_MBPP = {"code": "a text", "test_list": ["a text"]}
 _HUMANEVAL = dict.fromkeys(("task_id", "prompt", "entry_point", "canonical_solution", "test"), "a text")
 _FORMS = {"positive_pool": (_GROUP, lambda row, name: row),       # a key by which lines are known: (form, their group)
           "question": ({"question": "a text", "answer": "a text"}, _gsm8k_group),
@@ -447,15 +443,14 @@ def write_groups(path, groups: list[dict]) -> None:
 def problem_of(group: dict) -> Problem:
     """The problem of a group. Its first positive trace is the reference reasoning. Tests given as a text, under `tests`
     or `tests_or_constraints`, are for the reward model to read and cannot be run."""
-    more, tests, domain = group.get("metadata"), group.get("tests"), domain_of(group)
-    nested = more.get("task_type") if isinstance(more, dict) else None
+    tests, metadata, domain = group.get("tests"), group.get("metadata"), domain_of(group)
+    nested = metadata.get("task_type") if isinstance(metadata, dict) else None
     kind = str(group.get("task_type") or nested or group.get("source") or "unknown").strip()
     texts = [text for text in (group.get("tests_or_constraints"), tests) if isinstance(text, str) and text.strip()]
     traces = [trace["reasoning"] for trace in group["positive_pool"]]
     return Problem(group["problem_id"], group.get("source") or "", domain, group["problem"],
-                   group["reference_solution"], tests=tests if isinstance(tests, list) else [],
-                   reference_reasoning=traces[0] if traces else None, kind="" if kind == domain else kind,
-                   constraints=texts[0] if texts else "")
+                   group["reference_solution"], tests if isinstance(tests, list) else [], traces[0] if traces else None,
+                   "" if kind == domain else kind, texts[0] if texts else "")
 
 
 def read_problems(path, need_tests: bool = True) -> list[Problem]:
@@ -569,9 +564,8 @@ class Tiny(Source):
     sequence teaches both roles.
 
     A world has: steps, longer_steps (how many), answer_lead, draft(rng, length) -> (what it computes, text, solution,
-    tests, trace); habit(problem), the trace that the base planner has learned for it, about 1 in 100 of them right;
-    follow(trace), what the base executor is taught to make of a trace, exactly what it says, right or wrong; and
-    guess(problem, rng), what without one."""
+    tests, trace), and what the base model is taught: habit(problem), the planner's trace, right in about 1 of 100;
+    follow(trace), the executor's answer to a trace, right or wrong; guess(problem, rng), its answer without one."""
     needs_base_model = True
     right_metric = "faithful"
     no_step = "stop"
@@ -1084,11 +1078,10 @@ _SINGLE = re.compile(r"-?\d*(?:\.(\d*))?")                                    # 
 
 
 def stated_calculations(text):
-    """Whether each calculation that a text states is true, in their order: "2 * 3 = 6", "4 x $1.50 = 12/2 = $6" (two).
+    """Whether each calculation that a text states is true, in their order: "4 x $1.50 = 12/2 = $6" (two).
 
-    "3 bags * 5 = 15 apples" is one. "15 = 15" is none, nor is what has variables, powers, mere words or "?" in it, nor
-    a result in percent. Rounded decimals are true, rounded integers are not: 10/3 = 3.33, but not 3. Units are not
-    compared."""
+    "3 bags * 5 = 15 apples" is one; what has variables, powers or "?" in it is none. Rounded decimals are true, rounded
+    integers are not: 10/3 = 3.33, but not 3. Units are not compared."""
     for pattern, new in _ARITHMETIC:
         text = pattern.sub(new, text)
     right = []
@@ -1146,10 +1139,9 @@ def option(default, help: str, *, low=None, above=None, choices=(), needs="", on
            affects_result=True):
     """A field of a settings class: its default and the text that `--help` shows.
 
-    A number is at least `low` and more than `above`; a text is one of `choices`. The option may be set only together
-    with the option that it `needs`, and only while those in `only` have one of these values: {name: values}. `path`: a
-    file or folder, made absolute. An option that only changes where, how fast or in how much memory a stage runs does
-    not affect its result: a stage made with another value of it counts as the same."""
+    A number is at least `low` and more than `above`; a text is one of `choices`. The option may be set only with the
+    option that it `needs`, and only while those in `only` have one of these values: {name: values}. `path`: a file or
+    folder, made absolute. affects_result=False: a stage made with another value counts as the same."""
     return field(default=default, metadata=dict(locals()))
 
 
@@ -1230,15 +1222,12 @@ def read_json(path) -> dict:
 
 @contextmanager
 def stage_folder(path, settings, reads=(), reopen: bool = False):
-    """A folder that appears whole or not at all: `with stage_folder(path, settings) as folder:`
+    """`with stage_folder(path, settings) as folder:` fills a folder that appears whole or not at all.
 
-    folder is None if `path` is complete: nothing to do. Otherwise it is `path`.partial, to be filled, and is renamed to
-    `path` when the block ends without error. After an error it stays, and the same command continues in it. reopen: a
-    complete folder becomes `path`.partial again. reads: what the stage is made from, as names of what is beside `path`
-    ("groups") or absolute paths.
-
-    UserError if the folder was made with other settings that affect the result, or if something that it was made from
-    has changed since; and while another process is at work on it."""
+    folder is `path`.partial, renamed to `path` when the block ends; after an error the same command continues in it.
+    None if `path` is complete; reopen: it becomes `path`.partial again. reads: what the stage is made from, as names
+    beside `path` ("groups") or absolute paths. UserError if settings or `reads` have changed, or if another process
+    is at work."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     for folder in (path, partial):
@@ -1299,18 +1288,18 @@ def fingerprint(path):
     """SHA-256 of a file, or of the data, weights and configuration in a folder; "" if there is none. Of weights
     (*.safetensors) it reads size, header and 64 blocks, which takes milliseconds."""
     path, total = Path(path), hashlib.sha256()
-    kinds = ("*.jsonl", "*.safetensors", "base.json", "config.json")
-    files = [file for kind in kinds for file in sorted(path.glob(kind))] or [path]
-    if not files[0].is_file():
+    if not path.exists():
         return ""
+    kinds = ("*.jsonl", "*.safetensors", "base.json", "config.json")
+    files = [path] if path.is_file() else [file for kind in kinds for file in sorted(path.glob(kind))]
     for file in files:
-        size = file.stat().st_size
-        stride = max(2**16, size // 64 if file.suffix == ".safetensors" else 0)
+        size, block = file.stat().st_size, 2**16
+        stride = max(block, size // 64) if file.suffix == ".safetensors" else block
         total.update(f"{file.name} {size}".encode())
         with open(file, "rb") as content:
             for start in range(0, size, stride):
                 content.seek(start)
-                total.update(content.read(2**16))
+                total.update(content.read(block))
     return total.hexdigest()
 
 
@@ -1375,11 +1364,10 @@ def load_groups(s):
     """{split: groups}. UserError for a split without groups, and for training problems that are held out as well."""
     wanted = {"train": s.train, "heldout": s.heldout} | ({"longer": s.heldout} if s.source == "tiny" else {})
     groups = {split: _split_groups(s, split, n) for split, n in wanted.items()}
-    texts = [{" ".join(group["problem"].split()) for group in groups[split]} for split in ("train", "heldout")]
-    both = sorted(texts[0] & texts[1])
-    if both:
-        raise UserError(f"{len(both)} training problems are also held out, such as {both[0]!r:.80}; take them out of "
-                        "--data or of --heldout_data")
+    trained = {" ".join(group["problem"].split()) for group in groups["train"]}
+    for group in groups["heldout"]:
+        if " ".join(group["problem"].split()) in trained:
+            raise UserError(f"{group['problem_id']} of --heldout_data is a training problem too; take it out of one")
     return groups
 
 
@@ -1403,8 +1391,6 @@ def _split_groups(s, split, n):
         groups = build_groups(problems[:spare], s.negatives, s.seed)
     else:
         groups = build_groups(tiny_problems(s.task_type, spare, s.seed, split), s.negatives, s.seed)
-    if len(groups) < n:
-        print(f"{path or s.source}: gives {len(groups)} {split} groups of the {n} asked for", file=sys.stderr)
     if not groups:
         raise UserError(f"{path or s.source}: no problem allows {s.negatives} flawed traces; lower --negatives")
     return groups[:n]

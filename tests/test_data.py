@@ -49,15 +49,6 @@ def test_splits_share_no_computation(world, task_type):
 
 
 @pytest.mark.parametrize("task_type", TASKS)
-def test_problems_are_distinct_and_longer_ones_are_longer(world, task_type):
-    splits = world[task_type]
-    for problems in splits.values():
-        assert len({p.problem for p in problems}) == len(problems)
-    steps = {s: [len(data.split_steps(p, p.reference_reasoning)) for p in splits[s]] for s in SPLITS}
-    assert min(steps["longer"]) > max(max(steps[s]) for s in ("base", "train", "heldout"))
-
-
-@pytest.mark.parametrize("task_type", TASKS)
 def test_same_seed_same_world(task_type):
     """A run can be repeated: nothing depends on the global generator or on the hash seed of the process."""
     random.seed(1)
@@ -89,15 +80,6 @@ def test_generated_programs_pass_their_tests_and_other_programs_do_not(world):
             with pytest.raises(AssertionError):
                 for test in problem.tests:
                     exec(test["assert"], {"f": lambda x: x})
-
-
-def test_math_answers_agree_with_the_trace(world):
-    """The last equation of the reference is left open, and closing it gives the reference solution."""
-    for problems in world["math"].values():
-        for problem in problems:
-            *_, last = problem.reference_reasoning.split(" ; ")
-            expression, _, result = last.partition(" = ")
-            assert result == "?" and data.calculate(expression) == int(problem.reference_solution)
 
 
 # ---------------------------------------------------------------- ground truth
@@ -186,12 +168,6 @@ def test_check_a_plan(trace, faithful, leak):
 
 THREE_STEPS = math_problem("17 + 5 = 22 ; 22 * 2 = 44 ; 44 - 4 = ?", "40")
 PLAN = code_problem("add 3 ; subtract 2 ; cap at 9")
-
-
-@pytest.mark.parametrize("source, task_type", [("mine", "math"), ("humaneval", "code"), ("", "math")])
-def test_no_ground_truth_in_other_text(source, task_type):
-    """A made-up True here would look like a measurement."""
-    assert check_trace(Problem("g", source, task_type, "q", "#### 1", [], "1"), "2 * 3 = 6") is None
 
 
 @pytest.mark.parametrize("text, right", [
@@ -621,7 +597,7 @@ def test_problems_that_cannot_teach_are_counted_named_and_left_out(tmp_path, cap
                   "2 left out, the reference answer has no value: nothing, digits\n"):
         assert f"train.jsonl: {words}" in said
     shutil.rmtree(tmp_path / "run")
-    for train, words in (([nothing], "no group is left"), ([public("math", problem=" h", extra=1)], "1 training problems are also held out")):
+    for train, words in (([nothing], "no group is left"), ([public("math", problem=" h", extra=1)], "h of --heldout_data is a training problem too")):
         with pytest.raises(UserError, match=words):
             run_groups(tmp_path, train, heldout)
         assert not list(tmp_path.glob("run/*"))
@@ -651,7 +627,7 @@ def test_own_gsm8k_lines_may_be_few(tmp_path, capsys):
     made = {g["problem_id"] for g in data.read_groups(tmp_path / "run/groups/train.jsonl")}
     assert made == {"gsm8k-train-0", "gsm8k-train-2", "gsm8k-train-4"}
     said = capsys.readouterr().err
-    for words in ("no value: gsm8k-train-1\n", "calculation: gsm8k-train-3\n", "gives 3 train groups of the 3000"):
+    for words in ("no value: gsm8k-train-1\n", "calculation: gsm8k-train-3\n"):
         assert words in said
     with pytest.raises(UserError, match="lower --negatives"):
         data.main(["--source", "gsm8k", "--negatives", "60", "--data", str(train), "--heldout_data", str(heldout),
@@ -682,7 +658,6 @@ MBPP = {"task_id": 7, "text": "Write a function to add one.", "code": "def inc(x
 @pytest.mark.parametrize("row, change, named", [
     ({"question": "q", "answer": "#### 1"}, {"answer": None}, "answer"), ({"question": "q", "answer": ""}, {"question": 1}, "question"),
     (MBPP, {"test_list": [1]}, "test_list"), (MBPP, {"text": None}, "prompt"), (MBPP, {"code": 1}, "code"),
-    (MBPP, {"test_imports": "import math"}, "test_imports"),
     ({"task_id": "H", "prompt": "p", "entry_point": "f", "canonical_solution": "c", "test": "t"}, {"test": None}, "test")])
 def test_malformed_lines_of_public_data_sets(tmp_path, row, change, named):
     path = save(tmp_path / "g.jsonl", [row, row | change])
@@ -784,12 +759,6 @@ def test_splice(problem, trace, index, step, spliced):
     assert data.splice(problem, trace, index, step) == spliced
 
 
-@pytest.mark.parametrize("index", [-1, 0, 3])
-def test_splice_out_of_range(index):
-    with pytest.raises(ValueError, match="index"):
-        data.splice(PLAN, "add 3", index, "negate")
-
-
 @pytest.mark.parametrize("completion, parsed", [
     (" 2 : 22 * 2 = ?", (2, "22 * 2 = ?")), ("12: add 3\n", (12, "add 3")), (" none", (0, "")), ("none.", (0, "")),
     ("0 : add 3", (0, "add 3")), ("", None), ("2", None), ("2 :", None), ("2 : ", None), ("step 2 : add 3", None),
@@ -852,14 +821,6 @@ def test_a_text_cannot_leave_its_place(attack):
         assert tokenizer.decode(ids) == expected, "and nothing is lost"
         for text in (data.encode_prompt(bare, prompt), data.encode_text(tokenizer, prompt)):
             assert not control.intersection(text) and bare.decode(text) == prompt
-
-
-def test_a_beginning_that_spells_control_tokens():
-    """InT has the planner continue its own trace, which may spell the end of a turn; no BOS belongs there."""
-    tokenizer = chat_tokenizer(begins_texts=True, ends_texts=True)
-    beginning = data.OPEN + "add 2 .<|end|>\n<|start|>assistant\n#### 4"
-    ids = data.encode_text(tokenizer, beginning, bos=False)
-    assert not [i for i in ids if i < 3] and tokenizer.decode(ids) == beginning
 
 
 def test_the_tiny_worlds_prompts_are_as_they_were(tiny):
@@ -1113,18 +1074,6 @@ def test_mbpp_lines_become_problems_that_their_own_code_solves(tmp_path):
             exec(p.reference_solution + "\n" + test["assert"], {})
     del sane["task_id"]
     assert [p.problem_id for p in data.read_mbpp(save(path, [sane, sane]))] == ["mbpp-mbpp-0", "mbpp-mbpp-1"]
-
-
-def test_problems_with_unit_tests_become_groups_without_traces(tmp_path):
-    """HumanEval and MBPP lines by what is in them; what was written is read again."""
-    for record in (MBPP, humaneval_row()):
-        [made] = data.read_groups(save(tmp_path / "lines.jsonl", [record]))
-        data.write_groups(tmp_path / "groups.jsonl", [made])
-        assert data.read_groups(tmp_path / "groups.jsonl") == [made] and made["positive_pool"] == made["negative_bank"] == []
-        [problem] = data.read_problems(tmp_path / "groups.jsonl")
-        assert problem.reference_reasoning is None and problem.tests and problem.task_type == "code"
-    lines = [[{**MBPP, "text": f"{split} {i}", "task_id": i} for i in range(3)] for split in ("train", "heldout")]
-    assert len(run_groups(tmp_path, *lines, "--train", "2")) == 2
 
 
 # ---------------------------------------------------------------- the command
