@@ -212,13 +212,13 @@ def true_tokenizer(tokenizer, folder):
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def split_steps(problem: Problem, reasoning: str) -> list[str]:
+def split_steps(problem, reasoning):
     """The steps of a trace: equations or plan steps in the tiny world, else sentences and lines."""
     parts = re.split(source_of(problem).step_end, reasoning)
     return [part.strip() for part in parts if part.strip()]
 
 
-def intervention_prompt(problem: Problem, reasoning: str) -> str:
+def intervention_prompt(problem, reasoning):
     """Problem, reference reasoning and the planner's own numbered trace. The completion is the number of the first
     wrong step and one replacement, or "none"."""
     numbered = "\n".join(f"{i} : {step}" for i, step in enumerate(split_steps(problem, reasoning), 1))
@@ -226,13 +226,13 @@ def intervention_prompt(problem: Problem, reasoning: str) -> str:
                                                     trace=numbered)
 
 
-def parse_intervention(completion: str):
+def parse_intervention(completion):
     """(number of the first wrong step, its replacement), (0, "") for "none"; None for anything else."""
     match = re.fullmatch(r"\s*(?:none\.?|(\d{1,6}) ?: ?(\S[^\n]*?))\s*", completion)
     return match and (int(match[1] or 0), match[2] or "")
 
 
-def splice(problem: Problem, reasoning: str, index: int, step: str = "") -> str:
+def splice(problem, reasoning, index, step=""):
     """The first `index` - 1 steps of a trace unchanged, then `step` if it is not empty. `index` counts from 1 and may
     be one past the last step; ValueError for any other."""
     steps = split_steps(problem, reasoning)
@@ -247,14 +247,14 @@ def splice(problem: Problem, reasoning: str, index: int, step: str = "") -> str:
     return reasoning[:end] + (gap if end and step else "") + step
 
 
-def check_trace(problem: Problem, reasoning: str):
+def check_trace(problem, reasoning):
     """(right, leak). right: every step is right and in its place (tiny world), or every stated calculation is true
     (GSM8K). leak: the trace gives the final result away. None where this is unknown: in other text, and without a
     reference trace in the tiny world."""
     return source_of(problem).check_trace(problem, reasoning)
 
 
-def gives_number(problem: Problem, text: str) -> bool:
+def gives_number(problem, text):
     """Whether the final answer of a math problem stands in a text: 1200 of "1,200 coins" also as $1,200 or 1200.00."""
     answer = verify.extract_answer(problem.reference_solution) or problem.reference_solution
     number = re.sub(r"^\$|,|(?<=\d)(?:\.0+)?(?: [A-Za-z].*)?$", "", answer)
@@ -803,7 +803,7 @@ class TinyCode(Tiny):
         return str(values), f"{text} .", _program(step.show(LINE) for step in steps), tests, render_plan(steps)
 
     def told(self, problem):
-        """Plan steps in the order in which the problem's text names them."""
+        """The plan steps in the order told."""
         wordings = re.findall(r"(?:\. |all that , )((?!after|before)[^.]+) (?=\.)", problem.problem)
         return [_TOLD[wording] for wording in wordings]
 
@@ -1169,7 +1169,7 @@ class Options:
                 object.__setattr__(self, f.name, os.path.abspath(value))
 
 
-def parse_settings(cls, argv: list[str], prog: str):
+def parse_settings(cls, argv, prog):
     """An instance of the settings class `cls` from command-line flags, one flag per option."""
     parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
     for f in dataclasses.fields(cls):
@@ -1178,7 +1178,7 @@ def parse_settings(cls, argv: list[str], prog: str):
     return cls(**vars(parser.parse_args(argv)))
 
 
-def run_command(main, argv=None) -> None:
+def run_command(main, argv=None):
     """Runs `main(argv)`. What a user can mend (flags, files, the disk, a diverged training, the sandbox) becomes one
     line on stderr and exit code 2; anything else keeps its traceback. Ctrl-C and SIGTERM end it with code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -1206,13 +1206,13 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path, text: str) -> None:
+def write_atomic(path, text):
     """Writes a text file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_bytes(text.encode())
 
 
-def read_json(path) -> dict:
+def read_json(path):
     """The object in a JSON file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -1221,7 +1221,7 @@ def read_json(path) -> dict:
 
 
 @contextmanager
-def stage_folder(path, settings, reads=(), reopen: bool = False):
+def stage_folder(path, settings, reads=(), reopen=False):
     """`with stage_folder(path, settings) as folder:` fills a folder that appears whole or not at all.
 
     folder is `path`.partial, renamed to `path` when the block ends; after an error the same command continues in it.
@@ -1396,7 +1396,7 @@ def _split_groups(s, split, n):
     return groups[:n]
 
 
-def main(argv) -> None:
+def main(argv):
     """The command: writes RUN_DIR/groups/*.jsonl."""
     settings = parse_settings(DataSettings, argv, "data.py")
     groups = Path(settings.run_dir) / "groups"

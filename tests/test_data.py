@@ -140,14 +140,8 @@ TWO_STEPS = "17 + 5 = 22 ; 22 * 2 = ?"
 ])
 def test_check_a_chain(trace, faithful, leak):
     assert check_trace(math_problem(TWO_STEPS, "44"), trace) == (faithful, leak)
-
-
-def test_chains_with_a_subtraction():
-    """Its operands do not commute; and a computation may pass through its result on the way."""
-    problem = math_problem("30 - 12 = 18 ; 18 + 5 = ?", "23")
-    assert check_trace(problem, "12 - 30 = 18 ; 18 + 5 = ?") == (False, False)
-    problem = math_problem("20 + 5 = 25 ; 25 - 5 = 20 ; 20 + 5 = ?", "25")
-    assert check_trace(problem, problem.reference_reasoning) == (True, False)
+    passes = math_problem("20 + 5 = 25 ; 25 - 5 = 20 ; 20 + 5 = ?", "25")     # through its result on the way
+    assert check_trace(passes, passes.reference_reasoning) == (True, False)
 
 
 @pytest.mark.parametrize("trace, faithful, leak", [
@@ -379,22 +373,6 @@ def test_built_groups(world, task_type, tmp_path):
     assert all(data.problem_of(g) == by_id[g["problem_id"]] for g in read)
 
 
-def test_groups_round_trip_with_unknown_keys(tmp_path):
-    """The public data set has keys that we do not know; reading and writing must not lose, round or reorder them."""
-    one = group(metadata={"null": None, "float": 0.1 + 0.2, "big": 2 ** 60, "nested": [[], {"ü": "\n\t\u0000"}]}, zz=1, aa=True)
-    one["positive_pool"][0]["annotator"] = "x"
-    one["negative_bank"][0]["rubric"]["comment"] = "late"
-    two = group(problem_id="b", positive_pool=[], negative_bank=[])
-    del two["tests"]
-    first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
-    data.write_groups(first, [one, two])
-    read = data.read_groups(first)
-    assert read == [one, two] and [list(g) for g in read] == [list(one), list(two)]
-    data.write_groups(second, read)
-    assert first.read_bytes() == second.read_bytes()
-    assert data.problem_of(two).tests == [] and data.problem_of(two).reference_reasoning is None
-
-
 def damage(path, value):
     """A group with `value` at `path`; the key removed for `damage`."""
     record = group()
@@ -446,23 +424,17 @@ def test_files_that_cannot_be_read(tmp_path, content, words):
         data.read_groups(tmp_path / "g.jsonl")
 
 
-def written(groups, form):
-    lines = "".join(json.dumps(g, ensure_ascii=False) + "\n" for g in groups)
-    return {"lines": lines.encode(), "lines with a mark": b"\xef\xbb\xbf" + lines.encode(), "gz": gzip.compress(lines.encode()),
-            "windows": lines.replace("\n", "\r\n").encode(), "array": json.dumps(groups).encode(),
-            "indented array": json.dumps(groups, indent=2).encode(), "array with a mark": b"\xef\xbb\xbf" + json.dumps(groups).encode(),
-            "array gz": gzip.compress(json.dumps(groups, indent=1).encode())}[form]
-
-
-@pytest.mark.parametrize("form", ["lines", "lines with a mark", "gz", "windows", "array", "indented array",
-                                  "array with a mark", "array gz"])
+@pytest.mark.parametrize("form", ["lines", "lines with a mark", "windows", "indented array", "array gz"])
 def test_every_form_of_file_gives_the_same_records(tmp_path, form):
-    groups = [group(problem="Zoë\u2028 [1]"), group(problem_id="b", zz=[1, {"y": None}])]
-    (tmp_path / "g").write_bytes(written(groups, form))
+    groups = [group(problem="Zoë\u2028 [1]"), group(problem_id="b", zz=[1, {"y": None, "float": 0.1 + 0.2}])]
+    lines = "".join(json.dumps(g, ensure_ascii=False) + "\n" for g in groups).encode()
+    array = json.dumps(groups, indent=2).encode()
+    (tmp_path / "g").write_bytes({"lines": lines, "lines with a mark": b"\xef\xbb\xbf" + lines, "indented array": array,
+                                  "windows": lines.replace(b"\n", b"\r\n"), "array gz": gzip.compress(array)}[form])
     read = data.read_groups(tmp_path / "g")
     assert read == groups and [list(g) for g in read] == [list(g) for g in groups]
     data.write_groups(tmp_path / "again.jsonl", read)
-    assert (tmp_path / "again.jsonl").read_bytes() == written(groups, "lines")
+    assert (tmp_path / "again.jsonl").read_bytes() == lines
 
 
 # ---------------------------------------------------------------- groups as they are published
@@ -520,7 +492,6 @@ def test_a_group_that_we_built_reads_as_its_problem_does():
     assert data.problem_of(made) == problem
     assert data.rm_text(problem, "t") == data.rm_text(data.problem_of(made), "t") == (
         f"<task>math</task>\n<type>math</type>\n<problem>\n{QUESTION}\n</problem>\n<reasoning>\nt\n</reasoning>")
-
 
 
 def test_neither_rubrics_nor_task_type_say_what_a_group_is(tmp_path):
