@@ -21,14 +21,13 @@ step it broke, so the tiny world has ground truth. The flaws are less varied in 
 
 import argparse
 import dataclasses
+import fcntl
 import gzip
 import hashlib
 import itertools
 import json
-import math
 import operator
 import os
-import platform
 import random
 import re
 import shutil
@@ -44,11 +43,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import verify
-
-try:
-    import fcntl
-except ImportError:                              # Windows
-    fcntl = None
 
 # ------------------------------------------------------------------------------- 1. Problem, and what each role reads
 
@@ -117,7 +111,7 @@ class Source:
         return self.perturb(problem, problem.reference_reasoning, kind, rng)
 
 
-SOURCES: dict[tuple[str, str], Source] = {}      # (source, task_type): filled in sections 4 and 5
+SOURCES = {}                                     # {(source, task_type): Source}, filled in sections 4 and 5
 
 
 def source_of(problem: Problem) -> Source:
@@ -148,12 +142,9 @@ def rm_text(problem: Problem, reasoning: str) -> str:
 
 
 def extract_reasoning(completion: str) -> str:
-    """The trace in a planner's completion: from the first opening tag to the first closing tag after it.
-
-    Without an opening tag the trace begins where the completion does. Without a closing tag, usually because the
-    completion was cut at the token limit, it ends where the completion does. Text outside the tags is dropped, but its
-    tokens were sampled and get gradient like all others. What a thinking model writes before "</think>" is dropped too.
-    """
+    """The trace in a planner's completion: from the first opening tag to the first closing tag after it. Where a tag
+    is missing, as in a completion that was cut, the trace begins or ends with the completion. Text outside of the tags,
+    and what a thinking model writes before "</think>", is dropped."""
     if completion.lstrip().startswith("<think>") and "</think>" not in completion:
         return ""                                                 # cut while thinking: there is no trace yet
     after_thinking = completion.rpartition("</think>")[2]
@@ -164,7 +155,7 @@ def extract_reasoning(completion: str) -> str:
 CUT = "\0cut\0"
 
 
-def cut_tokens(tokenizer, text: str) -> str:
+def cut_tokens(tokenizer, text):
     """The text with CUT after the first letter of every added token that it spells.
 
     Hazard: a trace that spells "<|im_end|>" would end its own turn, and could answer in the executor's place. Encoded
@@ -174,7 +165,7 @@ def cut_tokens(tokenizer, text: str) -> str:
     return re.sub(f"(?={'|'.join(spelled)}).", rf"\g<0>{CUT}", text, flags=re.DOTALL) if spelled else text
 
 
-def encode_pieces(tokenizer, pieces: list[str]) -> list[int]:
+def encode_pieces(tokenizer, pieces):
     """Token ids of the pieces of a text, without BOS and EOS."""
     encoded = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces]
     return list(itertools.chain(*encoded))
@@ -221,13 +212,13 @@ def true_tokenizer(tokenizer, folder):
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def split_steps(problem: Problem, reasoning: str) -> list[str]:
+def split_steps(problem, reasoning):
     """The steps of a trace: equations or plan steps in the tiny world, else sentences and lines."""
     parts = re.split(source_of(problem).step_end, reasoning)
     return [part.strip() for part in parts if part.strip()]
 
 
-def intervention_prompt(problem: Problem, reasoning: str) -> str:
+def intervention_prompt(problem, reasoning):
     """Problem, reference reasoning and the planner's own numbered trace. The completion is the number of the first
     wrong step and one replacement, or "none"."""
     numbered = "\n".join(f"{i} : {step}" for i, step in enumerate(split_steps(problem, reasoning), 1))
@@ -235,13 +226,13 @@ def intervention_prompt(problem: Problem, reasoning: str) -> str:
                                                     trace=numbered)
 
 
-def parse_intervention(completion: str) -> tuple[int, str] | None:
+def parse_intervention(completion):
     """(number of the first wrong step, its replacement), (0, "") for "none"; None for anything else."""
     match = re.fullmatch(r"\s*(?:none\.?|(\d{1,6}) ?: ?(\S[^\n]*?))\s*", completion)
     return match and (int(match[1] or 0), match[2] or "")
 
 
-def splice(problem: Problem, reasoning: str, index: int, step: str = "") -> str:
+def splice(problem, reasoning, index, step=""):
     """The first `index` - 1 steps of a trace unchanged, then `step` if it is not empty. `index` counts from 1 and may
     be one past the last step; ValueError for any other."""
     steps = split_steps(problem, reasoning)
@@ -256,17 +247,18 @@ def splice(problem: Problem, reasoning: str, index: int, step: str = "") -> str:
     return reasoning[:end] + (gap if end and step else "") + step
 
 
-def check_trace(problem: Problem, reasoning: str) -> tuple[bool, bool] | None:
+def check_trace(problem, reasoning):
     """(right, leak). right: every step is right and in its place (tiny world), or every stated calculation is true
     (GSM8K). leak: the trace gives the final result away. None where this is unknown: in other text, and without a
     reference trace in the tiny world."""
     return source_of(problem).check_trace(problem, reasoning)
 
 
-def gives_number(problem: Problem, text: str) -> bool:
-    """Whether the final answer of a math problem stands in a text: 1200 also as $1,200 or 1200.00."""
-    answer = (verify.extract_answer(problem.reference_solution) or problem.reference_solution).replace(",", "")
-    return re.search(rf"(?<![\d.]){re.escape(answer)}(?:\.0+)?(?!\d|\.\d)", text.replace(",", "")) is not None
+def gives_number(problem, text):
+    """Whether the final answer of a math problem stands in a text: 1200 of "1,200 coins" also as $1,200 or 1200.00."""
+    answer = verify.extract_answer(problem.reference_solution) or problem.reference_solution
+    number = re.sub(r"^\$|,|(?<=\d)(?:\.0+)?(?: [A-Za-z].*)?$", "", answer)
+    return re.search(rf"(?<![\d.]){re.escape(number)}(?:\.0+)?(?!\d|\.\d)", text.replace(",", "")) is not None
 
 
 DIMENSIONS = {"math": ("problem_understanding", "solution_strategy", "step_coherence", "calculation_correctness",
@@ -274,7 +266,7 @@ DIMENSIONS = {"math": ("problem_understanding", "solution_strategy", "step_coher
               "code": ("task_understanding", "plan_quality", "step_coherence", "action_support", "non_leakage")}
 
 
-def rubric(task_type: str, *grades) -> dict:
+def rubric(task_type, *grades):
     """Labels 0..4 in the order of DIMENSIONS, then the total 0..1."""
     return dict(zip((*DIMENSIONS[task_type], "total"), grades))
 
@@ -321,7 +313,7 @@ def build_groups(problems: list[Problem], negatives_per_group: int, seed: int) -
     return groups
 
 
-def group_of(problem: Problem, bank: dict[str, str] = {}) -> dict:
+def group_of(problem, bank={}):
     """The group of a problem: its reference trace, if it has one, and flawed ones {trace: kind}."""
     task_type, good = problem.task_type, problem.reference_reasoning
     positives = [] if good is None else [{"reasoning": good, "rubric": rubric(task_type, 4, 4, 4, 4, 4, 1.0)}]
@@ -334,12 +326,9 @@ def group_of(problem: Problem, bank: dict[str, str] = {}) -> dict:
 
 # ------------------------------------------------------------------------------- 3. files
 
-LEAVES = {"a text": lambda value: isinstance(value, str),
-          "a list": lambda value: isinstance(value, list),
-          "an object": lambda value: isinstance(value, dict),
-          "an integer 0..4": lambda value: type(value) is int and 0 <= value <= 4,
-          "a number 0..1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
-          "missing": lambda value: value is None}
+LEAVES = {"a text": [str], "a list": [list], "an object": [dict], "missing": [type(None)], "an integer 0..4": [int],
+          "a number 0..1": [int, float]}
+HIGHEST = {"an integer 0..4": 4, "a number 0..1": 1}
 
 
 def check_form(value, form, where):
@@ -351,7 +340,7 @@ def check_form(value, form, where):
             with suppress(UserError):
                 return check_form(value, other, where)
     kind = {list: "a list", dict: "an object"}.get(type(form), form)
-    if not LEAVES[kind](value):
+    if type(value) not in LEAVES[kind] or kind in HIGHEST and not 0 <= value <= HIGHEST[kind]:
         raise UserError(f"{where} must be {kind}, is {value!r:.60}")
     if kind == "a list":
         value, form = dict(enumerate(value)), dict(enumerate(form * len(value)))
@@ -360,7 +349,7 @@ def check_form(value, form, where):
             check_form(value.get(key), part, f"{where}: key {key!r}")
 
 
-def read_records(path, form: dict) -> list[tuple[str, dict]]:
+def read_records(path, form):
     """(place, record) for every object of a file: JSON lines (place FILE:LINE) or one array (FILE:ELEMENT), gzipped or
     not. UserError names file, line and key of anything malformed; nothing is skipped."""
     where, records = str(path), []
@@ -376,7 +365,6 @@ def read_records(path, form: dict) -> list[tuple[str, dict]]:
             where = f"{path}:{number}"
             record = json.loads(line)
             check_form(record, form, where)
-            json.dumps(record, ensure_ascii=False).encode()       # half a surrogate pair could not be written again
             records.append((where, record))
     except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
         raise UserError(f"{where}: not JSON lines ({error}); mend or delete it") from None
@@ -385,13 +373,13 @@ def read_records(path, form: dict) -> list[tuple[str, dict]]:
     return records
 
 
-def domain_of(group: dict) -> str | None:
+def domain_of(group):
     """"math" or "code", by the names in its rubrics. Without traces by key 'task_type', which in public groups may be a
     kind of problem ("algorithm") instead. None if neither tells."""
     names = {name for trace in group["positive_pool"] + group["negative_bank"] for name in trace["rubric"]}
-    shared = {task: len(names.intersection(DIMENSIONS[task])) for task in DIMENSIONS}
-    if shared["math"] != shared["code"]:
-        return max(shared, key=shared.get)
+    for task_type in DIMENSIONS:
+        if DIMENSIONS[task_type][0] in names:
+            return task_type
     return group["task_type"] if group.get("task_type") in DIMENSIONS else None
 
 
@@ -423,7 +411,7 @@ _GROUP = {"problem_id": "a text", "problem": "a text", "reference_solution": "a 
           "tests": (*_MAYBE, _TESTS)}
 _RUBRIC = {task: dict.fromkeys(names, "an integer 0..4") | {"total": "a number 0..1"}
            for task, names in DIMENSIONS.items()}
-_MBPP = {"code": "a text", "test_list": ["a text"], "test_imports": ("missing", ["a text"])}
+_MBPP = {"code": "a text", "test_list": ["a text"]}
 _HUMANEVAL = dict.fromkeys(("task_id", "prompt", "entry_point", "canonical_solution", "test"), "a text")
 _FORMS = {"positive_pool": (_GROUP, lambda row, name: row),       # a key by which lines are known: (form, their group)
           "question": ({"question": "a text", "answer": "a text"}, _gsm8k_group),
@@ -431,24 +419,20 @@ _FORMS = {"positive_pool": (_GROUP, lambda row, name: row),       # a key by whi
           "canonical_solution": (_HUMANEVAL, _humaneval_group)}
 
 
-def read_places(path) -> list[tuple[str, dict]]:
-    """`read_groups` with the place of every group, FILE:LINE."""
+def read_groups(path) -> list[dict]:
+    """TraceLift-Groups as they are, unknown keys included; or GSM8K, MBPP or HumanEval lines as groups without flawed
+    traces, which serve every reward but the reward model's. UserError names file, line and key."""
     first = read_records(path, "an object")[0][1]
     form, make = _FORMS[next((key for key in _FORMS if key in first), "positive_pool")]
-    rows, stem = read_records(path, form), Path(path).name.partition(".")[0]
-    groups = [(where, make(row, f"{stem}-{i}")) for i, (where, row) in enumerate(rows)]
-    for where, group in groups:
+    groups, stem = [], Path(path).name.partition(".")[0]
+    for i, (where, row) in enumerate(read_records(path, form)):
+        group = make(row, f"{stem}-{i}")
         domain = domain_of(group)
         if domain is None:
             raise UserError(f"{where}: neither its rubrics nor key 'task_type' say whether this is math or code")
         check_form(group, dict.fromkeys(("positive_pool", "negative_bank"), [{"rubric": _RUBRIC[domain]}]), where)
+        groups.append(group)
     return groups
-
-
-def read_groups(path) -> list[dict]:
-    """TraceLift-Groups as they are, unknown keys included; or GSM8K, MBPP or HumanEval lines as groups without flawed
-    traces, which serve every reward but the reward model's. UserError names file, line and key."""
-    return [group for _, group in read_places(path)]
 
 
 def write_groups(path, groups: list[dict]) -> None:
@@ -459,15 +443,14 @@ def write_groups(path, groups: list[dict]) -> None:
 def problem_of(group: dict) -> Problem:
     """The problem of a group. Its first positive trace is the reference reasoning. Tests given as a text, under `tests`
     or `tests_or_constraints`, are for the reward model to read and cannot be run."""
-    more, tests, domain = group.get("metadata"), group.get("tests"), domain_of(group)
-    nested = more.get("task_type") if isinstance(more, dict) else None
+    tests, metadata, domain = group.get("tests"), group.get("metadata"), domain_of(group)
+    nested = metadata.get("task_type") if isinstance(metadata, dict) else None
     kind = str(group.get("task_type") or nested or group.get("source") or "unknown").strip()
     texts = [text for text in (group.get("tests_or_constraints"), tests) if isinstance(text, str) and text.strip()]
     traces = [trace["reasoning"] for trace in group["positive_pool"]]
     return Problem(group["problem_id"], group.get("source") or "", domain, group["problem"],
-                   group["reference_solution"], tests=tests if isinstance(tests, list) else [],
-                   reference_reasoning=traces[0] if traces else None, kind="" if kind == domain else kind,
-                   constraints=texts[0] if texts else "")
+                   group["reference_solution"], tests if isinstance(tests, list) else [], traces[0] if traces else None,
+                   "" if kind == domain else kind, texts[0] if texts else "")
 
 
 def read_problems(path, need_tests: bool = True) -> list[Problem]:
@@ -489,7 +472,7 @@ def read_gsm8k(path) -> list[Problem]:
 read_mbpp = read_humaneval = read_gsm8k
 
 
-def join_tests(groups: list[tuple[str, dict]], path) -> None:
+def join_tests(groups, path):
     """Gives code groups the tests of another file, with rows {problem_id, tests: [{input, output, is_reward_test}]}. If
     a row has the flag `is_reward_test`, only the tests that bear it count; at most 8. Groups without a row get none."""
     tests_of = {}
@@ -497,24 +480,24 @@ def join_tests(groups: list[tuple[str, dict]], path) -> None:
         flagged = any("is_reward_test" in test for test in row["tests"])
         tests = [test for test in row["tests"] if test.get("is_reward_test") or not flagged]
         tests_of.setdefault(row["problem_id"], []).extend(tests)
-    for _, group in groups:
+    for group in groups:
         if domain_of(group) == "code":
             if isinstance(group.get("tests"), str):               # the reward model goes on reading it
                 group.setdefault("tests_or_constraints", group["tests"])
             group["tests"] = tests_of.get(group["problem_id"], [])[:8]
 
 
-def teachable(path, groups: list[tuple[str, dict]], n: int, need: str = "") -> list[dict]:
+def teachable(path, groups, n, need=""):
     """The first `n` groups of a file that can teach. The others are counted and named on stderr, one line per reason.
     need: "tests" or "trace". UserError for tests that verify.py refuses, and if no group is left."""
     left_out, kept, seen = {}, [], set()                          # left_out: {reason: problem_ids}
-    for where, group in groups:
-        name, content = group["problem_id"], json.dumps({**group, "problem_id": ""}, sort_keys=True)
+    for group in groups:
+        name = group["problem_id"]
         try:
-            reason = "a repeat of an earlier line" if seen & {name, content} else _why_not(group, need)
+            reason = "a repeat of an earlier line" if name in seen else _why_not(group, need)
         except ValueError as error:
-            raise UserError(f"{where}: {error}; mend the test or delete this line") from None
-        seen |= {name, content}
+            raise UserError(f"{path}: {name}: {error}; mend the test or delete this line") from None
+        seen.add(name)
         if reason:
             left_out.setdefault(reason, []).append(name)
         else:
@@ -531,10 +514,7 @@ def teachable(path, groups: list[tuple[str, dict]], n: int, need: str = "") -> l
 def _why_not(group, need):
     """Why a group cannot teach; None for one that can."""
     problem, solution = problem_of(group), group["reference_solution"]
-    good = {trace["reasoning"].strip() for trace in group["positive_pool"]}
-    if good & {trace["reasoning"].strip() for trace in group["negative_bank"]}:
-        return "a flawed trace is equal to a good one"
-    if need == "trace" and not good:
+    if need == "trace" and problem.reference_reasoning is None:
         return "no annotation says what is a calculation"
     if problem.task_type == "math":
         has_value = verify.math_equal(verify.extract_answer(solution), solution)
@@ -584,9 +564,8 @@ class Tiny(Source):
     sequence teaches both roles.
 
     A world has: steps, longer_steps (how many), answer_lead, draft(rng, length) -> (what it computes, text, solution,
-    tests, trace); habit(problem), the trace that the base planner has learned for it, about 1 in 100 of them right;
-    follow(trace), what the base executor is taught to make of a trace, exactly what it says, right or wrong; and
-    guess(problem, rng), what without one."""
+    tests, trace), and what the base model is taught: habit(problem), the planner's trace, right in about 1 of 100;
+    follow(trace), the executor's answer to a trace, right or wrong; guess(problem, rng), its answer without one."""
     needs_base_model = True
     right_metric = "faithful"
     no_step = "stop"
@@ -624,17 +603,17 @@ class Equation(NamedTuple):
 EQUATION = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+|\?)")
 
 
-def equations(text: str) -> list[Equation]:
+def equations(text):
     """All equations that stand in a text."""
     return [Equation(int(a), op, int(b), c) for a, op, b, c in EQUATION.findall(text)]
 
 
-def render_chain(chain: list[Equation]) -> str:
+def render_chain(chain):
     """The text of a math trace."""
     return " ; ".join(f"{a} {op} {b} = {c}" for a, op, b, c in chain)
 
 
-def parse_chain(reasoning: str) -> list[Equation] | None:
+def parse_chain(reasoning):
     """The equations of a math trace; None if it holds anything else."""
     chain = equations(reasoning)
     return chain if chain and render_chain(chain) == reasoning else None
@@ -771,18 +750,18 @@ _PLANNED = {step.show(PLAN): step for step in _ALL}
 _TOLD = {step.show(WORDING): step for step in _ALL}
 
 
-def parse_plan(reasoning: str) -> list[Step] | None:
+def parse_plan(reasoning):
     """The steps of a code trace; None when one is not in the plan language."""
     steps = [_PLANNED.get(text) for text in reasoning.split(" ; ")]
     return None if None in steps else steps
 
 
-def render_plan(steps: list[Step], column: int = PLAN) -> str:
+def render_plan(steps, column=PLAN):
     """The text of a code trace; with column LINE of one that gives the code away."""
     return " ; ".join(step.show(column) for step in steps)
 
 
-def outputs(steps: list[Step]) -> list[int]:
+def outputs(steps):
     """What the function of these steps gives for CODE_INPUTS. Equal outputs: the same function, as far as the tests
     can tell."""
     values = list(CODE_INPUTS)
@@ -824,7 +803,7 @@ class TinyCode(Tiny):
         return str(values), f"{text} .", _program(step.show(LINE) for step in steps), tests, render_plan(steps)
 
     def told(self, problem):
-        """Plan steps in the order in which the problem's text names them."""
+        """The plan steps in the order told."""
         wordings = re.findall(r"(?:\. |all that , )((?!after|before)[^.]+) (?=\.)", problem.problem)
         return [_TOLD[wording] for wording in wordings]
 
@@ -1055,7 +1034,7 @@ def _split_working(before):
     return before.removesuffix(shown), shown
 
 
-def hide_result(annotated: str, answer: str = "") -> str | None:
+def hide_result(annotated, answer=""):
     """The trace that a worked solution contains: without annotations, and with "?" for the last calculation's result,
     since finishing is the executor's part. Every mention of it (and of `answer`) in that line and after becomes "?" as
     well, except in the calculation itself. None without annotations."""
@@ -1071,7 +1050,7 @@ def hide_result(annotated: str, answer: str = "") -> str | None:
     return _ANNOTATION.sub("", annotated[:line] + mention.sub("?", before) + shown + mention.sub("?", after))
 
 
-def calculate(expression: str) -> Fraction | None:
+def calculate(expression):
     """Exact value of an expression of numbers, + - * / and brackets; None for anything else."""
     if not re.fullmatch(r"[\d.+*/() -]{1,200}", expression, re.ASCII) or "**" in expression or "//" in expression:
         return None
@@ -1098,12 +1077,11 @@ _SIDES = re.compile(r"(?<![\w.^:+*/()%-])[\d.+*/()-]+(?:=[\d.+*/()-]+)+(?![\w^:+
 _SINGLE = re.compile(r"-?\d*(?:\.(\d*))?")                                    # one number
 
 
-def stated_calculations(text: str) -> list[bool]:
-    """Whether each calculation that a text states is true, in their order: "2 * 3 = 6", "4 x $1.50 = 12/2 = $6" (two).
+def stated_calculations(text):
+    """Whether each calculation that a text states is true, in their order: "4 x $1.50 = 12/2 = $6" (two).
 
-    "3 bags * 5 = 15 apples" is one. "15 = 15" is none, nor is what has variables, powers, mere words or "?" in it, nor
-    a result in percent. Rounded decimals are true, rounded integers are not: 10/3 = 3.33, but not 3. Units are not
-    compared."""
+    "3 bags * 5 = 15 apples" is one; what has variables, powers or "?" in it is none. Rounded decimals are true, rounded
+    integers are not: 10/3 = 3.33, but not 3. Units are not compared."""
     for pattern, new in _ARITHMETIC:
         text = pattern.sub(new, text)
     right = []
@@ -1161,10 +1139,9 @@ def option(default, help: str, *, low=None, above=None, choices=(), needs="", on
            affects_result=True):
     """A field of a settings class: its default and the text that `--help` shows.
 
-    A number is at least `low` and more than `above`; a text is one of `choices`. The option may be set only together
-    with the option that it `needs`, and only while those in `only` have one of these values: {name: values}. `path`: a
-    file or folder, made absolute. An option that only changes where, how fast or in how much memory a stage runs does
-    not affect its result: a stage made with another value of it counts as the same."""
+    A number is at least `low` and more than `above`; a text is one of `choices`. The option may be set only with the
+    option that it `needs`, and only while those in `only` have one of these values: {name: values}. `path`: a file or
+    folder, made absolute. affects_result=False: a stage made with another value counts as the same."""
     return field(default=default, metadata=dict(locals()))
 
 
@@ -1192,7 +1169,7 @@ class Options:
                 object.__setattr__(self, f.name, os.path.abspath(value))
 
 
-def parse_settings(cls, argv: list[str], prog: str):
+def parse_settings(cls, argv, prog):
     """An instance of the settings class `cls` from command-line flags, one flag per option."""
     parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
     for f in dataclasses.fields(cls):
@@ -1201,12 +1178,10 @@ def parse_settings(cls, argv: list[str], prog: str):
     return cls(**vars(parser.parse_args(argv)))
 
 
-def run_command(main, argv=None) -> None:
+def run_command(main, argv=None):
     """Runs `main(argv)`. What a user can mend (flags, files, the disk, a diverged training, the sandbox) becomes one
     line on stderr and exit code 2; anything else keeps its traceback. Ctrl-C and SIGTERM end it with code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(AttributeError):                                # stdout may be replaced by a plain stream
-        sys.stdout.reconfigure(errors="replace")                  # and a terminal may know ASCII only
     try:
         main(sys.argv[1:] if argv is None else argv)
     except (UserError, OSError, FloatingPointError, verify.SandboxError) as error:
@@ -1231,13 +1206,13 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path, text: str) -> None:
+def write_atomic(path, text):
     """Writes a text file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_bytes(text.encode())
 
 
-def read_json(path) -> dict:
+def read_json(path):
     """The object in a JSON file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -1246,16 +1221,13 @@ def read_json(path) -> dict:
 
 
 @contextmanager
-def stage_folder(path, settings, reads=(), reopen: bool = False):
-    """A folder that appears whole or not at all: `with stage_folder(path, settings) as folder:`
+def stage_folder(path, settings, reads=(), reopen=False):
+    """`with stage_folder(path, settings) as folder:` fills a folder that appears whole or not at all.
 
-    folder is None if `path` is complete: nothing to do. Otherwise it is `path`.partial, to be filled, and is renamed to
-    `path` when the block ends without error. After an error it stays, and the same command continues in it. reopen: a
-    complete folder becomes `path`.partial again. reads: what the stage is made from, as names of what is beside `path`
-    ("groups") or absolute paths.
-
-    UserError if the folder was made with other settings that affect the result, or if something that it was made from
-    has changed since; and while another process is at work on it."""
+    folder is `path`.partial, renamed to `path` when the block ends; after an error the same command continues in it.
+    None if `path` is complete; reopen: it becomes `path`.partial again. reads: what the stage is made from, as names
+    beside `path` ("groups") or absolute paths. UserError if settings or `reads` have changed, or if another process
+    is at work."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     for folder in (path, partial):
@@ -1269,8 +1241,7 @@ def stage_folder(path, settings, reads=(), reopen: bool = False):
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / ".lock", "w") as lock:                    # the lock ends with its process
         try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{partial}: another process is making it; wait for it, or stop it first") from None
         try:
@@ -1286,19 +1257,19 @@ def stage_folder(path, settings, reads=(), reopen: bool = False):
     os.replace(partial, path)
 
 
-def has_content(folder: Path) -> bool:
+def has_content(folder):
     """Whether a folder holds more than settings.json, hidden entries, and what a killed `replacing` left."""
     return any(entry.name != "settings.json" and entry.name[0] != "." and entry.suffix != ".tmp"
                for entry in folder.glob("*"))
 
 
-def made_with(folder, part: str = "settings") -> dict:
+def made_with(folder, part="settings"):
     """The settings that a stage's folder was made with; {} if somebody put it there by hand."""
     path = Path(folder) / "settings.json"
     return read_json(path).get(part, {}) if path.exists() else {}
 
 
-def compare_made(folder, settings=None) -> None:
+def compare_made(folder, settings=None):
     """UserError for the first setting that affects the result and is not what `folder` was made with, and for the first
     thing that it was made from and that has changed since. Nothing is known of a folder put there by hand."""
     folder = Path(folder)
@@ -1313,32 +1284,29 @@ def compare_made(folder, settings=None) -> None:
             raise UserError(f"{folder}: {name} has changed since this was made from it; put it back, {mend}")
 
 
-def fingerprint(path) -> str:
+def fingerprint(path):
     """SHA-256 of a file, or of the data, weights and configuration in a folder; "" if there is none. Of weights
     (*.safetensors) it reads size, header and 64 blocks, which takes milliseconds."""
     path, total = Path(path), hashlib.sha256()
-    kinds = ("*.jsonl", "*.safetensors", "base.json", "config.json")
-    files = [file for kind in kinds for file in sorted(path.glob(kind))] or [path]
-    if not files[0].is_file():
+    if not path.exists():
         return ""
+    kinds = ("*.jsonl", "*.safetensors", "base.json", "config.json")
+    files = [path] if path.is_file() else [file for kind in kinds for file in sorted(path.glob(kind))]
     for file in files:
-        size = file.stat().st_size
-        stride = max(2**16, size // 64 if file.suffix == ".safetensors" else 0)
+        size, block = file.stat().st_size, 2**16
+        stride = max(block, size // 64) if file.suffix == ".safetensors" else block
         total.update(f"{file.name} {size}".encode())
         with open(file, "rb") as content:
             for start in range(0, size, stride):
                 content.seek(start)
-                total.update(content.read(2**16))
+                total.update(content.read(block))
     return total.hexdigest()
 
 
-def environment() -> dict:
-    """Versions, git commit and hardware, for the record."""
-    torch = sys.modules.get("torch")
-    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else ""
-    return {"torch": metadata.version("torch"), "transformers": metadata.version("transformers"), "gpu": gpu,
-            "platform": platform.platform(), "cpu_cores": os.cpu_count(),
-            "commit": subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")}
+def environment():
+    """Versions and git commit, for the record."""
+    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+    return {"commit": commit} | {name: metadata.version(name) for name in ("torch", "transformers", "triton")}
 
 
 GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{}.jsonl"
@@ -1346,7 +1314,7 @@ GSM8K_SHA256 = {"train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed
                 "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
 
 
-def local(path: str) -> str:
+def local(path):
     """The path itself. Of hf://datasets/OWNER/NAME/FILE, and of GSM8K's own address, a copy that is downloaded once."""
     if "://" not in path:
         return path
@@ -1392,15 +1360,14 @@ class DataSettings(Options):
     seed: int = option(0, "random seed for problems and flaws", low=0, only=GENERATED_FLAWS)
 
 
-def load_groups(s: DataSettings) -> dict[str, list[dict]]:
+def load_groups(s):
     """{split: groups}. UserError for a split without groups, and for training problems that are held out as well."""
     wanted = {"train": s.train, "heldout": s.heldout} | ({"longer": s.heldout} if s.source == "tiny" else {})
     groups = {split: _split_groups(s, split, n) for split, n in wanted.items()}
-    texts = [{" ".join(group["problem"].split()) for group in groups[split]} for split in ("train", "heldout")]
-    both = sorted(texts[0] & texts[1])
-    if both:
-        raise UserError(f"{len(both)} training problems are also held out, such as {both[0]!r:.80}; take them out of "
-                        "--data or of --heldout_data")
+    trained = {" ".join(group["problem"].split()) for group in groups["train"]}
+    for group in groups["heldout"]:
+        if " ".join(group["problem"].split()) in trained:
+            raise UserError(f"{group['problem_id']} of --heldout_data is a training problem too; take it out of one")
     return groups
 
 
@@ -1412,26 +1379,24 @@ def _split_groups(s, split, n):
         if not path:
             raise UserError("--source groups: needs --data FILE and --heldout_data FILE")
         path = local(path)
-        groups = read_places(path)
+        groups = read_groups(path)
         if s.tests:
             join_tests(groups, local(s.tests))
         groups = teachable(path, groups, n, "tests" if s.tests else "")
     elif s.source == "gsm8k":
         path = local(path or GSM8K_URL.format(part))
-        problems = [problem_of(group) for group in teachable(path, read_places(path), 10**9, "trace")]
+        problems = [problem_of(group) for group in teachable(path, read_groups(path), 10**9, "trace")]
         problems = [p for p in problems if len(_ANNOTATION.findall(p.reference_solution)) <= s.max_calculations]
         random.Random(s.seed).shuffle(problems)
         groups = build_groups(problems[:spare], s.negatives, s.seed)
     else:
         groups = build_groups(tiny_problems(s.task_type, spare, s.seed, split), s.negatives, s.seed)
-    if len(groups) < n:
-        print(f"{path or s.source}: gives {len(groups)} {split} groups of the {n} asked for", file=sys.stderr)
     if not groups:
         raise UserError(f"{path or s.source}: no problem allows {s.negatives} flawed traces; lower --negatives")
     return groups[:n]
 
 
-def main(argv) -> None:
+def main(argv):
     """The command: writes RUN_DIR/groups/*.jsonl."""
     settings = parse_settings(DataSettings, argv, "data.py")
     groups = Path(settings.run_dir) / "groups"

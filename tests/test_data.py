@@ -49,15 +49,6 @@ def test_splits_share_no_computation(world, task_type):
 
 
 @pytest.mark.parametrize("task_type", TASKS)
-def test_problems_are_distinct_and_longer_ones_are_longer(world, task_type):
-    splits = world[task_type]
-    for problems in splits.values():
-        assert len({p.problem for p in problems}) == len(problems)
-    steps = {s: [len(data.split_steps(p, p.reference_reasoning)) for p in splits[s]] for s in SPLITS}
-    assert min(steps["longer"]) > max(max(steps[s]) for s in ("base", "train", "heldout"))
-
-
-@pytest.mark.parametrize("task_type", TASKS)
 def test_same_seed_same_world(task_type):
     """A run can be repeated: nothing depends on the global generator or on the hash seed of the process."""
     random.seed(1)
@@ -89,15 +80,6 @@ def test_generated_programs_pass_their_tests_and_other_programs_do_not(world):
             with pytest.raises(AssertionError):
                 for test in problem.tests:
                     exec(test["assert"], {"f": lambda x: x})
-
-
-def test_math_answers_agree_with_the_trace(world):
-    """The last equation of the reference is left open, and closing it gives the reference solution."""
-    for problems in world["math"].values():
-        for problem in problems:
-            *_, last = problem.reference_reasoning.split(" ; ")
-            expression, _, result = last.partition(" = ")
-            assert result == "?" and data.calculate(expression) == int(problem.reference_solution)
 
 
 # ---------------------------------------------------------------- ground truth
@@ -158,14 +140,8 @@ TWO_STEPS = "17 + 5 = 22 ; 22 * 2 = ?"
 ])
 def test_check_a_chain(trace, faithful, leak):
     assert check_trace(math_problem(TWO_STEPS, "44"), trace) == (faithful, leak)
-
-
-def test_chains_with_a_subtraction():
-    """Its operands do not commute; and a computation may pass through its result on the way."""
-    problem = math_problem("30 - 12 = 18 ; 18 + 5 = ?", "23")
-    assert check_trace(problem, "12 - 30 = 18 ; 18 + 5 = ?") == (False, False)
-    problem = math_problem("20 + 5 = 25 ; 25 - 5 = 20 ; 20 + 5 = ?", "25")
-    assert check_trace(problem, problem.reference_reasoning) == (True, False)
+    passes = math_problem("20 + 5 = 25 ; 25 - 5 = 20 ; 20 + 5 = ?", "25")     # through its result on the way
+    assert check_trace(passes, passes.reference_reasoning) == (True, False)
 
 
 @pytest.mark.parametrize("trace, faithful, leak", [
@@ -186,12 +162,6 @@ def test_check_a_plan(trace, faithful, leak):
 
 THREE_STEPS = math_problem("17 + 5 = 22 ; 22 * 2 = 44 ; 44 - 4 = ?", "40")
 PLAN = code_problem("add 3 ; subtract 2 ; cap at 9")
-
-
-@pytest.mark.parametrize("source, task_type", [("mine", "math"), ("humaneval", "code"), ("", "math")])
-def test_no_ground_truth_in_other_text(source, task_type):
-    """A made-up True here would look like a measurement."""
-    assert check_trace(Problem("g", source, task_type, "q", "#### 1", [], "1"), "2 * 3 = 6") is None
 
 
 @pytest.mark.parametrize("text, right", [
@@ -227,6 +197,17 @@ def test_ground_truth_on_real_text():
     assert check_trace(gsm8k_problem(final="48"), "48*1 = 48") == (True, False)
     assert check_trace(gsm8k_problem(final="1,250"), "10*125 = $1250") == (True, True)
     assert data.source_of(problem).right_metric == "calculations_right"
+
+
+@pytest.mark.parametrize("answer, given, others", [
+    ("It is 8 coins", ["8", "so 8 pens", "= $8.00.", "8 coins"], ["18", "8.5", "80", "0.8", "coins"]),
+    ("#### 1,200", ["1200", "$1,200", "1200.00"], ["200", "1,2", "12000"]),
+    ("$5.00", ["5", "$5.00", "5.0 dollars"], ["5.50", "50", "500"]),
+    ("#### 2.50", ["2.50"], ["2", "12.50"]), ("#### 3/4", ["3/4"], ["3", "4"]), ("#### x + 1", ["x + 1"], ["1"])])
+def test_the_final_number_in_a_text(answer, given, others):
+    """InT may not put the answer into a trace, in whatever words the reference gives it."""
+    problem = Problem("g", "mine", "math", "How many?", answer)
+    assert [data.gives_number(problem, text) for text in given + others] == [True] * len(given) + [False] * len(others)
 
 
 @pytest.mark.parametrize("piece", ["1+1=2 ", "1+", "(1", "1%", "1 aa bb cc ", "1=", "-1=", "9", "1 1/2 ", " 1  =  ", "$ ", "\n=\n1"])
@@ -392,22 +373,6 @@ def test_built_groups(world, task_type, tmp_path):
     assert all(data.problem_of(g) == by_id[g["problem_id"]] for g in read)
 
 
-def test_groups_round_trip_with_unknown_keys(tmp_path):
-    """The public data set has keys that we do not know; reading and writing must not lose, round or reorder them."""
-    one = group(metadata={"null": None, "float": 0.1 + 0.2, "big": 2 ** 60, "nested": [[], {"ü": "\n\t\u0000"}]}, zz=1, aa=True)
-    one["positive_pool"][0]["annotator"] = "x"
-    one["negative_bank"][0]["rubric"]["comment"] = "late"
-    two = group(problem_id="b", positive_pool=[], negative_bank=[])
-    del two["tests"]
-    first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
-    data.write_groups(first, [one, two])
-    read = data.read_groups(first)
-    assert read == [one, two] and [list(g) for g in read] == [list(one), list(two)]
-    data.write_groups(second, read)
-    assert first.read_bytes() == second.read_bytes()
-    assert data.problem_of(two).tests == [] and data.problem_of(two).reference_reasoning is None
-
-
 def damage(path, value):
     """A group with `value` at `path`; the key removed for `damage`."""
     record = group()
@@ -426,7 +391,7 @@ NEGATIVE = ("negative_bank", 0)
 LINE = json.dumps(group())
 MALFORMED = [
     ("not json", "JSON"), ("{", "JSON"), ("", "JSON"), ("[1]", "object"), ("null", "object"), ("[" * 100_000, "JSON"),
-    (LINE.replace('"1"', '"\\ud83d"'), "surrogates"), ("7" * 6000, "JSON"),
+    ("7" * 6000, "JSON"),
     *[(damage([key], damage), key) for key in ("problem_id", "problem", "reference_solution", "positive_pool",
                                                "negative_bank")],
     (damage(["problem"], 7), "problem"), (damage(["task_type"], ["math"]), "task_type"), (damage(["source"], 3), "source"),
@@ -459,23 +424,17 @@ def test_files_that_cannot_be_read(tmp_path, content, words):
         data.read_groups(tmp_path / "g.jsonl")
 
 
-def written(groups, form):
-    lines = "".join(json.dumps(g, ensure_ascii=False) + "\n" for g in groups)
-    return {"lines": lines.encode(), "lines with a mark": b"\xef\xbb\xbf" + lines.encode(), "gz": gzip.compress(lines.encode()),
-            "windows": lines.replace("\n", "\r\n").encode(), "array": json.dumps(groups).encode(),
-            "indented array": json.dumps(groups, indent=2).encode(), "array with a mark": b"\xef\xbb\xbf" + json.dumps(groups).encode(),
-            "array gz": gzip.compress(json.dumps(groups, indent=1).encode())}[form]
-
-
-@pytest.mark.parametrize("form", ["lines", "lines with a mark", "gz", "windows", "array", "indented array",
-                                  "array with a mark", "array gz"])
+@pytest.mark.parametrize("form", ["lines", "lines with a mark", "windows", "indented array", "array gz"])
 def test_every_form_of_file_gives_the_same_records(tmp_path, form):
-    groups = [group(problem="Zoë\u2028 [1]"), group(problem_id="b", zz=[1, {"y": None}])]
-    (tmp_path / "g").write_bytes(written(groups, form))
+    groups = [group(problem="Zoë\u2028 [1]"), group(problem_id="b", zz=[1, {"y": None, "float": 0.1 + 0.2}])]
+    lines = "".join(json.dumps(g, ensure_ascii=False) + "\n" for g in groups).encode()
+    array = json.dumps(groups, indent=2).encode()
+    (tmp_path / "g").write_bytes({"lines": lines, "lines with a mark": b"\xef\xbb\xbf" + lines, "indented array": array,
+                                  "windows": lines.replace(b"\n", b"\r\n"), "array gz": gzip.compress(array)}[form])
     read = data.read_groups(tmp_path / "g")
     assert read == groups and [list(g) for g in read] == [list(g) for g in groups]
     data.write_groups(tmp_path / "again.jsonl", read)
-    assert (tmp_path / "again.jsonl").read_bytes() == written(groups, "lines")
+    assert (tmp_path / "again.jsonl").read_bytes() == lines
 
 
 # ---------------------------------------------------------------- groups as they are published
@@ -535,7 +494,6 @@ def test_a_group_that_we_built_reads_as_its_problem_does():
         f"<task>math</task>\n<type>math</type>\n<problem>\n{QUESTION}\n</problem>\n<reasoning>\nt\n</reasoning>")
 
 
-
 def test_neither_rubrics_nor_task_type_say_what_a_group_is(tmp_path):
     for record in (public("math", task_type="algebra", positive_pool=[], negative_bank=[]),
                    public("math", positive_pool=[{"reasoning": "r", "rubric": {"total": 1}}], negative_bank=[])):
@@ -557,7 +515,7 @@ def test_groups_without_tests_train_a_reward_model_but_no_planner(tmp_path):
     with pytest.raises(UserError, match="g.jsonl: 0 has no tests.*--tests FILE"):
         data.read_problems(path)
     assert len(data.read_problems(path, need_tests=False)) == 4
-    assert len(data.teachable(path, data.read_places(path), 9)) == 3, "a solution that fails its tests is left out"
+    assert len(data.teachable(path, data.read_groups(path), 9)) == 3, "a solution that fails its tests is left out"
 
 
 TIMES_TWO = "```python\nprint(2 * int(input()))\n```"
@@ -586,7 +544,7 @@ def test_tests_in_a_file_of_their_own(tmp_path, capsys):
     for bad, words in (({"problem_id": "x", "tests": [3]}, "tests.jsonl:2: key 'tests'"), ({"problem_id": "x"}, "tests.jsonl:2: key 'tests'")):
         save(tmp_path / "tests.jsonl", [rows[0], bad])
         with pytest.raises(UserError, match=words):
-            data.join_tests(data.read_places(tmp_path / "train.jsonl"), tmp_path / "tests.jsonl")
+            data.join_tests(data.read_groups(tmp_path / "train.jsonl"), tmp_path / "tests.jsonl")
 
 
 # ---------------------------------------------------------------- problems that cannot teach
@@ -599,20 +557,18 @@ def run_groups(tmp_path, train, heldout, *more):
 
 
 def test_problems_that_cannot_teach_are_counted_named_and_left_out(tmp_path, capsys):
-    good, equal = public("math"), public("math", problem_id="equal", problem="e")
-    equal["negative_bank"] = [*good["negative_bank"], {**good["negative_bank"][0], "reasoning": " Sort, then walk.\n"}]
-    groups = [good, equal, good, public("math", problem_id="again"),
-              public("math", problem_id="nothing", problem="n", reference_solution="some words\n####"),
+    good, nothing = public("math"), public("math", problem_id="nothing", problem="n", reference_solution="words\n####")
+    groups = [good, good, nothing,
               public("math", problem_id="digits", problem="d", reference_solution="#### " + "3" * 5000),
               public("math", problem_id="last", problem="l")]
     heldout = [public("math", problem_id="h", problem="h")]
     assert run_groups(tmp_path, groups, heldout) == [good, groups[-1]]
     said = capsys.readouterr().err
-    for words in ("2 left out, a repeat of an earlier line: math-17, again\n", "good one: equal\n",
+    for words in ("1 left out, a repeat of an earlier line: math-17\n",
                   "2 left out, the reference answer has no value: nothing, digits\n"):
-        assert f"train.jsonl: {words}" in said or words in said
+        assert f"train.jsonl: {words}" in said
     shutil.rmtree(tmp_path / "run")
-    for train, words in (([equal], "no group is left"), ([public("math", problem=" h", extra=1)], "1 training problems are also held out")):
+    for train, words in (([nothing], "no group is left"), ([public("math", problem=" h", extra=1)], "h of --heldout_data is a training problem too")):
         with pytest.raises(UserError, match=words):
             run_groups(tmp_path, train, heldout)
         assert not list(tmp_path.glob("run/*"))
@@ -624,26 +580,25 @@ def test_programs_without_a_meaningful_reward_are_left_out_and_named(tmp_path, c
         return {"task_id": i, "text": f"t{i}", "code": code, "test_list": [test]}
     path = save(tmp_path / "mbpp.jsonl", [row(0, "def f(): return 1", "assert f() == 1"),
                                           row(1, "def f(): return 2", "assert f() == 1"), row(3, "", "assert f() == 1")])
-    assert [g["problem_id"] for g in data.teachable(path, data.read_places(path), 9)] == ["mbpp-0", "mbpp-3"]
+    assert [g["problem_id"] for g in data.teachable(path, data.read_groups(path), 9)] == ["mbpp-0", "mbpp-3"]
     assert "1 left out, the own solution gives failed_test: mbpp-1\n" in capsys.readouterr().err
     save(path, [row(5, "def f(): return 1", "f() == 1")])
-    with pytest.raises(UserError, match="mbpp.jsonl:1: .*; mend the test"):
-        data.teachable(path, data.read_places(path), 9)
+    with pytest.raises(UserError, match="mbpp.jsonl: mbpp-5: .*; mend the test"):
+        data.teachable(path, data.read_groups(path), 9)
 
 
 def test_own_gsm8k_lines_may_be_few(tmp_path, capsys):
     """A file gives what it holds, up to the flags; what cannot teach is named."""
     def row(i, answer=None):
         return {"question": f"{QUESTION} {i}", "answer": answer or f"{solution()}\n#### 68"}
-    rows = [row(0), row(1, f"{solution()}\n####"), row(2), row(2), row(3, "It is 68.\n#### 68"), row(4)]
+    rows = [row(0), row(1, f"{solution()}\n####"), row(2), row(3, "It is 68.\n#### 68"), row(4)]
     train, heldout = save(tmp_path / "train.jsonl", rows), save(tmp_path / "test.jsonl", [row(9)])
     data.main(["--source", "gsm8k", "--negatives", "2", "--data", str(train), "--heldout_data", str(heldout),
                "--run_dir", str(tmp_path / "run")])
     made = {g["problem_id"] for g in data.read_groups(tmp_path / "run/groups/train.jsonl")}
-    assert made == {"gsm8k-train-0", "gsm8k-train-2", "gsm8k-train-5"}
+    assert made == {"gsm8k-train-0", "gsm8k-train-2", "gsm8k-train-4"}
     said = capsys.readouterr().err
-    for words in ("no value: gsm8k-train-1\n", "earlier line: gsm8k-train-3\n", "calculation: gsm8k-train-4\n",
-                  "gives 3 train groups of the 3000"):
+    for words in ("no value: gsm8k-train-1\n", "calculation: gsm8k-train-3\n"):
         assert words in said
     with pytest.raises(UserError, match="lower --negatives"):
         data.main(["--source", "gsm8k", "--negatives", "60", "--data", str(train), "--heldout_data", str(heldout),
@@ -674,7 +629,6 @@ MBPP = {"task_id": 7, "text": "Write a function to add one.", "code": "def inc(x
 @pytest.mark.parametrize("row, change, named", [
     ({"question": "q", "answer": "#### 1"}, {"answer": None}, "answer"), ({"question": "q", "answer": ""}, {"question": 1}, "question"),
     (MBPP, {"test_list": [1]}, "test_list"), (MBPP, {"text": None}, "prompt"), (MBPP, {"code": 1}, "code"),
-    (MBPP, {"test_imports": "import math"}, "test_imports"),
     ({"task_id": "H", "prompt": "p", "entry_point": "f", "canonical_solution": "c", "test": "t"}, {"test": None}, "test")])
 def test_malformed_lines_of_public_data_sets(tmp_path, row, change, named):
     path = save(tmp_path / "g.jsonl", [row, row | change])
@@ -776,12 +730,6 @@ def test_splice(problem, trace, index, step, spliced):
     assert data.splice(problem, trace, index, step) == spliced
 
 
-@pytest.mark.parametrize("index", [-1, 0, 3])
-def test_splice_out_of_range(index):
-    with pytest.raises(ValueError, match="index"):
-        data.splice(PLAN, "add 3", index, "negate")
-
-
 @pytest.mark.parametrize("completion, parsed", [
     (" 2 : 22 * 2 = ?", (2, "22 * 2 = ?")), ("12: add 3\n", (12, "add 3")), (" none", (0, "")), ("none.", (0, "")),
     ("0 : add 3", (0, "add 3")), ("", None), ("2", None), ("2 :", None), ("2 : ", None), ("step 2 : add 3", None),
@@ -844,14 +792,6 @@ def test_a_text_cannot_leave_its_place(attack):
         assert tokenizer.decode(ids) == expected, "and nothing is lost"
         for text in (data.encode_prompt(bare, prompt), data.encode_text(tokenizer, prompt)):
             assert not control.intersection(text) and bare.decode(text) == prompt
-
-
-def test_a_beginning_that_spells_control_tokens():
-    """InT has the planner continue its own trace, which may spell the end of a turn; no BOS belongs there."""
-    tokenizer = chat_tokenizer(begins_texts=True, ends_texts=True)
-    beginning = data.OPEN + "add 2 .<|end|>\n<|start|>assistant\n#### 4"
-    ids = data.encode_text(tokenizer, beginning, bos=False)
-    assert not [i for i in ids if i < 3] and tokenizer.decode(ids) == beginning
 
 
 def test_the_tiny_worlds_prompts_are_as_they_were(tiny):
@@ -1105,18 +1045,6 @@ def test_mbpp_lines_become_problems_that_their_own_code_solves(tmp_path):
             exec(p.reference_solution + "\n" + test["assert"], {})
     del sane["task_id"]
     assert [p.problem_id for p in data.read_mbpp(save(path, [sane, sane]))] == ["mbpp-mbpp-0", "mbpp-mbpp-1"]
-
-
-def test_problems_with_unit_tests_become_groups_without_traces(tmp_path):
-    """HumanEval and MBPP lines by what is in them; what was written is read again."""
-    for record in (MBPP, humaneval_row()):
-        [made] = data.read_groups(save(tmp_path / "lines.jsonl", [record]))
-        data.write_groups(tmp_path / "groups.jsonl", [made])
-        assert data.read_groups(tmp_path / "groups.jsonl") == [made] and made["positive_pool"] == made["negative_bank"] == []
-        [problem] = data.read_problems(tmp_path / "groups.jsonl")
-        assert problem.reference_reasoning is None and problem.tests and problem.task_type == "code"
-    lines = [[{**MBPP, "text": f"{split} {i}", "task_id": i} for i in range(3)] for split in ("train", "heldout")]
-    assert len(run_groups(tmp_path, *lines, "--train", "2")) == 2
 
 
 # ---------------------------------------------------------------- the command
