@@ -63,7 +63,6 @@ class Problem:
     reference_reasoning: str | None = None       # a good trace, without the final answer and without code
     kind: str = ""                               # the type that a public record gives, "algorithm"; "": the task_type
     constraints: str = ""                        # tests or constraints as text, for the reward model to read
-    first_sample: int = 0                        # number of its traces in this step on lower ranks (torchrun)
 
 
 OPEN, CLOSE = "<reasoning>", "</reasoning>"

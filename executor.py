@@ -1249,6 +1249,17 @@ def tiny_training(s, task_type):
                 "learning_rate": s.learning_rate, "title": "base model"}
 
 
+def save(lm, folder, lora=None, base=""):
+    """Writes model and tokenizer as a Hugging Face folder; with an adapter as `Lora.save` does. UserError for a full
+    disk."""
+    with saying(f"{folder}: cannot be saved"):
+        if lora:
+            lora.save(folder, base)
+        else:
+            lm.model.save_pretrained(folder)
+        lm.tokenizer.save_pretrained(folder)
+
+
 def make_base(s, folder):
     """Fills the stage folder with the trained base model, if one is trained, and with what its executor can do."""
     groups, progress = Path(s.run_dir) / "groups", folder / "progress.pt"
@@ -1263,10 +1274,13 @@ def make_base(s, folder):
               "chat_template_kwargs": arguments}
     if tiny or s.cold_start:
         lm, options = tiny_training(s, heldout[0].task_type) if tiny else cold_training(s, arguments)
+        for problem in heldout:                                    # before minutes of training
+            asked = len(data.encode_prompt(lm.tokenizer, data.executor_prompt(problem, problem.reference_reasoning)))
+            if asked + s.max_answer_tokens > lm.context:
+                raise UserError(f"{problem.problem_id}: {asked} tokens and --max_answer_tokens {s.max_answer_tokens} "
+                                f"exceed the model's context of {lm.context}; lower it, or leave the problem out")
         loss = finetune(lm, batch_size=s.batch_size, warmup=s.warmup, seed=s.seed, progress=progress, **options)
-        with saying(f"{folder}: cannot be saved"):
-            lm.model.save_pretrained(folder)
-            lm.tokenizer.save_pretrained(folder)
+        save(lm, folder)
         record |= {"model": ".", "train_loss": loss}
         model = str(folder)
     loaded, tokenizer = load(model, pick_device(s.device), torch.float32 if tiny else None)

@@ -256,8 +256,9 @@ def train_reward_model(s: RMSettings, work: Path) -> None:
     rm = RubricRewardModel(base.base_model, tokenizer, names).to(device)
     check_groups(rm, groups + data.read_groups(path / "heldout.jsonl")[:s.max_heldout])
     with tempfile.TemporaryDirectory() as folder:         # before hours: can this backbone be loaded again?
-        rm.save_pretrained(folder)
-        RubricRewardModel.from_pretrained(folder)
+        with executor.saying(f"{backbone}: cannot be a reward model that is saved and loaded"):
+            rm.save_pretrained(folder)
+            RubricRewardModel.from_pretrained(folder)
     if s.checkpointing:
         executor.enable_checkpointing(base)
     lora = executor.Lora(rm.model, s.lora_rank, s.lora_alpha, seed=s.seed) if s.lora_rank else None
@@ -286,7 +287,8 @@ def train_reward_model(s: RMSettings, work: Path) -> None:
                          f"reward model, step {step}")
     if lora:
         lora.merge()
-    rm.save_pretrained(work)
+    with executor.saying(f"{work}: cannot be saved"):
+        rm.save_pretrained(work)
     loss = statistics.fmean(losses[-20:])
     data.write_atomic(work / "trained.json", json.dumps({"steps": total, "train_loss": loss}))
     progress.unlink(missing_ok=True)

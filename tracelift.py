@@ -580,7 +580,9 @@ class TrainingLog:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, _):
+        if kind is FloatingPointError and len(self.times) == 1:           # in the rollout: the planner's logits
+            raise FloatingPointError(f"step {self.done}: {error}; {executor.DIVERGED}") from None
         if kind is KeyboardInterrupt and len(self.times) < 3:             # in rollout or reward, not amid an update
             if self.frozen:
                 self.frozen.baselines = self.baselines                    # the step measures its own again
@@ -659,18 +661,15 @@ class TrainingLog:
             state = {"steps": self.done, "planner": learning, "optimizer": self.optimizer.state_dict(),
                      "spent": dict(self.spent), "baselines": self.frozen and self.frozen.baselines,
                      "logs": {path.name: path.read_text() for path in self.work.glob("*.jsonl")}}
-            with data.replacing(self.work / "checkpoint.pt") as temporary:
+            path = self.work / "checkpoint.pt"
+            with data.replacing(path) as temporary, executor.saying(f"{path}: cannot be saved"):
                 torch.save(state, temporary)
 
     def save_planner(self, lora) -> None:
         """Model and tokenizer as a Hugging Face folder; with LoRA the merged model, and the adapter beside it."""
         executor.check_alive(self.planner.model, f"step {self.done - 1}")
         if self.ranks.rank == 0:
-            if lora:
-                lora.save(self.work, executor.base_of(self.s.run_dir))
-            else:
-                self.planner.model.save_pretrained(self.work)
-            self.planner.tokenizer.save_pretrained(self.work)
+            executor.save(self.planner, self.work, lora, executor.base_of(self.s.run_dir))
 
 
 def facts(t: Trace) -> dict:
@@ -993,8 +992,7 @@ def intervene(s: IntSettings) -> Path:
                 executor.finetune(planner, sequences, heldout=heldout, epochs=s.epochs, seed=s.seed, warmup=10,
                                   title="InT", learning_rate=s.learning_rate, batch_size=s.batch_size,
                                   progress=work / "progress.pt")
-            planner.model.save_pretrained(work)
-            planner.tokenizer.save_pretrained(work)
+            executor.save(planner, work)
             (work / "progress.pt").unlink(missing_ok=True)
             print(f"{len(records)} failed traces have an intervention that helps")
     print(f"{out}: made\nnext: python tracelift.py train --run_dir {s.run_dir} --init {out} --name tracelift-after-InT")

@@ -167,11 +167,11 @@ CASES = [  # command, flags, what happened to the run before, words of the line
     ("train", NEW + " --init RUN/nowhere", None, ["RUN/nowhere"]),
     ("train", NEW, gone("rm"), ["run/rm", "rm.py"]),
     ("train", NEW, damaged("rm/model.safetensors"), ["run/rm"]),
-    ("train", NEW, damaged("rm/config.json"), ["rm/config.json"]),
+    ("train", NEW, damaged("rm/config.json"), ["run/rm"]),
     ("train", NEW, longer("train"), ["tiny-", "--max_trace_tokens", "512"]),
     ("train", "", damaged("base/base.json", b'{"model": "other"}'), ["base has changed", "delete"]),
     ("int", "--learning_rate 0.1", None, ["--learning_rate", "0.1", "delete"]),
-    ("evaluate", "", gone("groups/heldout.jsonl"), ["groups/heldout.jsonl"]),
+    ("evaluate", "", gone("groups/heldout.jsonl"), ["groups", "changed"]),
     ("inspect", "--traces 1", None, ["--traces 1", "at least 2"]),
     ("inspect", "--planner planner-x-seed0", None, ["planner-x-seed0"])]
 

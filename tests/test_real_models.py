@@ -220,39 +220,6 @@ def kept_in(run_dir):
     return [group["problem_id"] for group in data.read_groups(run_dir / "selected" / "train.jsonl")]
 
 
-def test_problems_between_the_bounds_are_kept(based, capsys):
-    """The last groups are tried, because the first are for a cold start."""
-    tracelift.main(select_flags(based))
-    tries = data.read_json(based / "selected" / "tries.json")
-    ids = [problem.problem_id for problem in data.read_problems(based / "groups" / "train.jsonl")]
-    assert sorted(tries) == sorted(ids[-14:])
-    between = [id for id in ids if 0 < tries.get(id, 0) < 1]
-    assert kept_in(based) == between and 0 < len(between) < 14
-    assert f"{len(between)} of 14 problems kept" in capsys.readouterr().out
-    with pytest.raises(UserError, match="selected: made with --group_size 3, now it is 4"):
-        tracelift.main(select_flags(based, "--group_size", "4"))
-
-
-def test_a_stopped_selection_goes_on(based, tmp_path, monkeypatch):
-    undisturbed = shutil.copytree(based, tmp_path / "other")
-    tracelift.main(select_flags(undisturbed))
-    rollout, calls = tracelift.rollout, []
-
-    def stop(*args, **options):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return rollout(*args, **options)
-
-    monkeypatch.setattr(tracelift, "rollout", stop)
-    with pytest.raises(KeyboardInterrupt):
-        tracelift.main(select_flags(based))
-    tracelift.main(select_flags(based))
-    assert len(calls) == 3
-    for name in "tries.json", "train.jsonl":
-        assert (based / "selected" / name).read_bytes() == (undisturbed / "selected" / name).read_bytes()
-
-
 def test_training_keeps_to_the_selection(based):
     flags = ["train", "--run_dir", str(based), "--device", "cpu", "--mode", "exec_only", "--steps", "2", "--warmup",
              "1",
