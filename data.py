@@ -1181,6 +1181,8 @@ def run_command(main, argv=None):
     """Runs `main(argv)`. What a user can mend (flags, files, the disk, a diverged training, the sandbox) becomes one
     line on stderr and exit code 2; anything else keeps its traceback. Ctrl-C and SIGTERM end it with code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")                  # a terminal may know ASCII only
     try:
         main(sys.argv[1:] if argv is None else argv)
     except (UserError, OSError, FloatingPointError, verify.SandboxError) as error:
@@ -1304,8 +1306,8 @@ def fingerprint(path):
 
 def environment():
     """Versions and git commit, for the record."""
-    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
-    return {"commit": commit} | {name: metadata.version(name) for name in ("torch", "transformers", "triton")}
+    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
+    return {"commit": commit} | {name: metadata.version(name) for name in ("torch", "transformers")}
 
 
 GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{}.jsonl"
