@@ -419,7 +419,7 @@ def train(s: TrainSettings) -> Path:
                 # 2. Reward: the executor tries every trace (1 + K runs) and, once in the whole training, the problem
                 #    alone (K runs); the verifier judges its outputs; the reward model reads problem and trace.
                 log.phase("reward")
-                with base_model():                                        # else the executor would learn
+                with base_model():                                        # else the executor would change with it
                     measure_rewards(traces, frozen, rm, s, rng_key=str(step))
                 reward = torch.tensor([t.reward.total for t in traces], device=planner.device)     # (B,)
 
