@@ -151,11 +151,13 @@ def read_checkpoint(folder):
 
 def batch_of(groups: list[dict], names: list[str], most: int, rng: random.Random | None):
     """The traces of some groups, with at most `most` flawed ones of each, drawn anew -> texts (B), labels (B, D) int64
-    in the order of names, gold (B,) total of the rubric, positive (B,) bool, group (B,) int64. rng None: all."""
+    in the order of names, gold (B,) total of the rubric, positive (B,) bool, group (B,) int64."""
     texts, rows = [], []
     for g, group in enumerate(groups):
         good, flawed = group["positive_pool"], group["negative_bank"]
-        for trace in good + (rng.sample(flawed, min(most, len(flawed))) if rng else flawed):
+        if len(flawed) > most:
+            flawed = [flawed[i] for i in sorted(rng.sample(range(len(flawed)), most))]
+        for trace in good + flawed:
             texts.append(data.rm_text(data.problem_of(group), trace["reasoning"]))
             rubric = trace["rubric"]
             rows.append([*(rubric[name] for name in names), rubric["total"], trace in good, g])

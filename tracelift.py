@@ -906,6 +906,8 @@ def inspect(s: InspectSettings) -> str:
         problem = replace(problem, problem=s.problem, reference_solution="", reference_reasoning=None, tests=[])
     how, needs = trained_with(folder, s), ["runs"] + ["rm"] * (run_dir / "rm").is_dir()        # HumanEval has no rm/
     planner, frozen, rm, _ = load_roles(how, s.planner and str(folder), needs)
+    if not s.planner:
+        how = replace(how, mode="tracelift")                              # the base model was trained with no reward
     traces = rollout(planner, [problem], s.traces, how.temperature, f"{s.seed} inspect", how)
     shown = [("problem", problem.problem)]
     if s.problem:
@@ -914,7 +916,7 @@ def inspect(s: InspectSettings) -> str:
             shown += [("trace", t.text), ("  executor", t.runs[0].output.strip())]
     else:
         shown += reward_lines(traces, frozen, rm, how) + token_lines(planner, traces[0], how)
-    text = "\n".join(f"{name:40}{value}" for name, value in shown)
+    text = "\n".join(f"{name:42}{value}" for name, value in shown)
     print(text)
     return text
 
