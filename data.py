@@ -100,9 +100,11 @@ class Source:
                ": corrected step', or 'none'."}
 
     def check_trace(self, problem, reasoning):
+        """(right, leak) of a trace; None where nobody can tell."""
         return None
 
     def perturb(self, problem, reasoning, kind, rng):
+        """The trace with a flaw of this kind; None if it allows none."""
         return None
 
     def flaw(self, problem, kind, rng):
@@ -1344,7 +1346,7 @@ class DataSettings(Options):
     """Settings of `python data.py`."""
     run_dir: str = option("runs/tiny-math", "run folder", affects_result=False)
     task_type: str = option("math", "math or code; for the tiny world", choices=("math", "code"),
-                            only={"source": ("tiny", "groups")})
+                            only={"source": ("tiny",)})
     source: str = option("tiny", "tiny: generated; gsm8k: built from GSM8K solutions; groups: TraceLift-Groups as they "
                                  "are, or HumanEval or MBPP lines (no traces: no reward model)",
                          choices=("tiny", "gsm8k", "groups"))

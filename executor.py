@@ -117,7 +117,7 @@ def prefill(model, prompts, slots):
     for start in range(0, P, columns):
         end = min(start + columns, P)
         logits = forward(model, ids[:, start:end], position[:, start:end].clamp(min=0), mask[:, :end], cache)
-    return logits, cache, mask, length                                            # positions count from 0
+    return logits, cache, mask, length                                            # the next position is the prompt's length
 
 
 def sample(logits, temperature, uniform):
@@ -243,22 +243,22 @@ def generate(model, prompts: list[list[int]], *, num_samples: int | list[int] = 
         logits, mask, position = logits[rows], mask[rows], position[rows]
         uniform = uniforms[out_index].to(device)                                  # (R, max_new_tokens)
 
-        # 3. Decode. The host reads `look` tokens at a time. Tokens after the end of a row are dropped.
-        look, few = (8, 0.5) if device.type == "cuda" else (1, 0.75)
+        # 3. Decode. The host reads `read_every` tokens at a time. Tokens after the end of a row are dropped.
+        read_every, shrink_at = (8, 0.5) if device.type == "cuda" else (1, 0.75)
         done, step, unread = [False] * len(out_index), None, []
         for t in range(max_new_tokens):
             token, logp = sample(logits, temperature, uniform[:, t])
             unread.append(torch.stack([token.double(), logp.double()]))
             last = t == max_new_tokens - 1
-            if len(unread) == look or last:
-                on_host, unread = torch.stack(unread, dim=-1).tolist(), []        # (2, R, look): the host waits here
+            if len(unread) == read_every or last:
+                on_host, unread = torch.stack(unread, dim=-1).tolist(), []        # (2, R, read): the host waits here
                 record(result, out_index, done, ends, *on_host)
                 if all(done) or last:
                     break
 
-                # 4. Leave. Moving the other rows costs the time of a few steps, and on CUDA a capture.
+                # 4. Leave. Compacting the batch costs the time of a few steps, and on CUDA a new graph.
                 stay = [row for row, over in enumerate(done) if not over]
-                if len(stay) <= few * len(done):
+                if len(stay) <= shrink_at * len(done):
                     rows = torch.tensor(stay, device=device)
                     cache.reorder_cache(rows)
                     token, mask, position, uniform = token[rows], mask[rows], position[rows], uniform[rows]
@@ -291,6 +291,8 @@ def eos_ids(model, tokenizer) -> list[int]:
 
 def decode_text(tokenizer, rows: list[list[int]]) -> list[str]:
     """Texts of rows of ids. The clean-up of spaces would turn ' '.join(a) into ''.join(a)."""
+    if not rows:                                  # older versions of transformers decode no rows as one
+        return []
     return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -321,7 +323,7 @@ def autocast(model):
 
 
 class LM:
-    """A causal LM with its tokenizer, and what section 5 finds out about it: `context` is the longest sequence,
+    """A causal LM with its tokenizer, and what `examine` finds out about it once: `context` is the longest sequence,
     `equal_lengths` says that a batch must hold prompts of one length, `plain_head` says that the logits are the head
     applied to the last hidden states, and `tokens_per_gib` tokens of keys and values fit into one GiB."""
 
@@ -336,7 +338,7 @@ class LM:
                  rng_keys: list[str], max_cache_gib: float = CACHE_GIB) -> Completions:
         """Runs `generate` with one rng key per row. UserError for a prompt that leaves no room for its completion."""
         try:
-            with autocast(self.model):                            # as in `hidden`: the sampler is the scorer
+            with autocast(self.model):                            # as in `hidden`, so sampled and scored log-probs agree
                 return generate(self.model, prompts, num_samples=num_samples, max_new_tokens=max_new_tokens,
                                 temperature=temperature, eos_id=self.eos_ids, equal_lengths=self.equal_lengths,
                                 uniforms=uniform_numbers(rng_keys, max_new_tokens),
@@ -469,14 +471,6 @@ class Executor:
     def _without_baseline(self, problems, num_runs):
         new = {p.problem_id: p for p in problems if (p.problem_id, num_runs) not in self.baselines}
         return list(new.values())
-
-    def state(self):
-        """What a checkpoint needs: the baselines measured so far, and the costs."""
-        return {"baseline": dict(self.baselines), "spent": dict(self.spent)}
-
-    def load_state(self, state):
-        """Restores `state`."""
-        self.baselines, self.spent = dict(state["baseline"]), dict(state["spent"])
 
 
 # ----------------------------------------------------------------------------------------- 3. captured steps
@@ -1309,7 +1303,7 @@ def main(argv):
         if folder is not None:
             make_base(s, folder)
     record = base_record(s.run_dir)
-    print(f"{base}/base.json: {record['model']}; executor success on {record['problems']} held-out problems:")
+    print(f"{base}/base.json: {base_of(s.run_dir)}; executor success on {record['problems']} held-out problems:")
     for key in ("no_trace", "reference_trace", "executor_truncated"):
         print(f"  {key.replace('_', ' ')}: " + ("not measured" if record[key] is None else f"{record[key]:.2f}"))
     if (record["executor_truncated"] or 0) > 0.05:

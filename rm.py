@@ -74,8 +74,8 @@ class RubricRewardModel(nn.Module):
         return 0.5 * rubric + 0.5 * torch.sigmoid(total_logit), expected
 
     def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Texts -> ids and mask (B, T), right padding. What exceeds the context is cut, as in the public code. Training
-        refuses groups and problems that would be; a trace can still have more tokens read than sampled."""
+        """Texts -> ids and mask (B, T), right padding. A text beyond the context is cut, as in the public code. Training
+        refuses problems that cannot fit; a trace may still be longer in this tokenizer than in the planner's."""
         rows = [torch.tensor(data.encode_text(self.tokenizer, text)[:self.context]) for text in texts]
         ids = pad_sequence(rows, batch_first=True)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)

@@ -10,10 +10,11 @@
 #   PRESET=code MODES=exec_only DATA=FILE HELDOUT_DATA=FILE ./run.sh      the same on MBPP or HumanEval lines
 #
 # Environment: SEEDS ("0 1 2"), MODES ("exec_only tracelift"), TASKS ("math code", tiny world), PRESET (tiny, smollm2,
-# gsm8k, code, paper-math, paper-code), MODEL, RUN (prefix of the run folders), DATA, HELDOUT_DATA and TESTS (files
-# instead of downloads), SOURCE=groups (gsm8k: the files are TraceLift-Groups), DEVICE, COLD_START=N (gsm8k: training
-# groups of a cold start), INT=1 (also the InT warm start, and tracelift after it), SKIP_INSTALL=1 (use the current
-# python3). A stage whose output is complete is skipped, so the same command continues a stopped run.
+# gsm8k, code, paper-math, paper-code), MODEL, RM_MODEL (paper presets), RUN (prefix of the run folders), DATA,
+# HELDOUT_DATA and TESTS (files instead of downloads), SOURCE=groups (gsm8k: the files are TraceLift-Groups), DEVICE,
+# COLD_START=N (gsm8k: training groups of a cold start), INT=1 (also the InT warm start, and tracelift after it),
+# SKIP_INSTALL=1 (use the current python3). A stage whose output is complete is skipped, so the same command continues a
+# stopped run.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -68,7 +69,6 @@ case $preset in
     answer=256 held=200 data="--source gsm8k --train 4000 --heldout 200 --negatives 3"
     if [ "$preset" = code ]; then answer=384 held=80; fi
     if [ "$preset" = code ] || [ "${SOURCE:-}" = groups ]; then data="--source groups --train 4000 --heldout $held"; fi
-    if [ "$preset" = code ]; then data="$data --task_type code"; fi
     base="--model ${MODEL:-Qwen/Qwen2.5-0.5B-Instruct} --eval_problems 80 --max_answer_tokens $answer"
     if [ "${COLD_START:-0}" != 0 ]; then
       base="$base --cold_start $COLD_START --cold_learning_rate 1e-5 --checkpointing 1"
@@ -82,7 +82,7 @@ case $preset in
                                                   # the planner (140 GiB at 7B): a card of 80 GB needs a smaller MODEL
     answer=$([ "$preset" = paper-math ] && echo 256 || echo 768)
     sizes="--max_trace_tokens 512 --max_answer_tokens $answer --executor_temperature 0.5 --checkpointing 1"
-    data="--source groups --task_type ${preset#paper-} --train 100000 --heldout 200"
+    data="--source groups --train 100000 --heldout 200"
     base="--model ${MODEL:-Qwen/Qwen2.5-7B} --eval_problems 80 --max_answer_tokens $answer --executor_temperature 0.5"
     rm="--model ${RM_MODEL:-Qwen/Qwen2.5-7B-Instruct} --epochs 3 --groups_per_batch 4 --lora_rank 32 --lora_alpha 64
         --learning_rate 1e-4 --warmup 0.03 --max_heldout 200 --checkpointing 1"

@@ -140,7 +140,7 @@ class Place(Options):
 @dataclass(frozen=True)
 class Settings(Place):
     """How traces are sampled and executed: shared by `train`, `int` and `select`."""
-    max_trace_tokens: int = option(80, "longest planner completion; a longer one is cut there and used as it is", low=1)
+    max_trace_tokens: int = option(80, "longest planner completion; a longer one is cut there", low=1)
     executor_temperature: float = option(0.7, "temperature of the executor", low=0)
     max_answer_tokens: int = option(64, "longest executor output", low=1)
     max_cache_gib: float = option(executor.CACHE_GIB, "keys and values of one decoding batch, GiB", above=0,
@@ -218,6 +218,7 @@ class Trace:
 
     @property
     def length(self) -> int:
+        """Tokens of prompt and completion."""
         return len(self.prompt) + len(self.tokens)
 
 
@@ -296,7 +297,7 @@ class MicroBatch:
     seq_idx: torch.Tensor         # (m,) int64, which of the B traces; a micro-batch may cut through a group
     weight: torch.Tensor          # (m,) weight of the token in the loss of the whole step
     sampled_logp: torch.Tensor    # (m,) log-prob of the target when it was sampled
-    learns: bool                  # False: all advantages are 0 and there is no KL, so there is no gradient
+    learns: bool                  # whether to run backward; False if every A is 0 and beta is 0
     old_logp: torch.Tensor | None = None    # (m,) under the policy that sampled; None: that is still the planner
     ref_logp: torch.Tensor | None = None    # (m,) under the reference policy; None: no KL
 
@@ -310,8 +311,8 @@ def micro_batches(traces: list[Trace], advantage: torch.Tensor, s: TrainSettings
     M = sum(ranks.exchange(sum(len(traces[b].tokens) for b in used)))
     B = s.problems_per_step * s.group_size
     batches = []
-    for spread in (True, False):
-        order = sorted((b for b in used if bool(advantage[b]) == spread), key=lambda b: -traces[b].length)
+    for learns in (True, False):
+        order = sorted((b for b in used if bool(advantage[b]) == learns), key=lambda b: -traces[b].length)
         while order:
             T = traces[order[0]].length
             size = max(1, s.micro_tokens // T)
@@ -321,27 +322,29 @@ def micro_batches(traces: list[Trace], advantage: torch.Tensor, s: TrainSettings
                 tokens = traces[b].tokens
                 ids.append(traces[b].prompt + tokens + [0] * (T - traces[b].length))
                 first = i * T + len(traces[b].prompt) - 1                 # the last prompt token predicts the first one
-                length = {"dapo": M, "grpo": B * len(tokens), "dr_grpo": B * s.max_trace_tokens}[s.loss_aggregation]
+                divisor = {"dapo": M, "grpo": B * len(tokens), "dr_grpo": B * s.max_trace_tokens}[s.loss_aggregation]
                 for k, (token, logp) in enumerate(zip(tokens, traces[b].logprobs)):
-                    rows.append((first + k, token, b, 1 / length, logp))
+                    rows.append((first + k, token, b, 1 / divisor, logp))
             tensors = [torch.tensor(column, device=advantage.device) for column in (ids, *zip(*rows))]
-            batches.append(MicroBatch(*tensors, learns=spread or s.beta > 0))
+            batches.append(MicroBatch(*tensors, learns=learns or s.beta > 0))
     return batches, M
 
 
 def policy_loss(logp, A, weight, old, ref, clip_low: float, clip_high: float, beta: float) -> torch.Tensor:
-    """GRPO's loss of m tokens (arXiv 2402.03300, eq. 3); tensors are (m,). A sum, since the weights divide already.
+    """GRPO's loss of m tokens (arXiv 2402.03300, eq. 3); tensors are (m,). A sum, since the weights divide already,
+    and over a part of the tokens at a time: a loss that couples the tokens of a trace (GSPO) does not fit.
 
     old None: on-policy, so rho is 1 and its derivative is that of logp. ref None: no KL."""
     rho = torch.exp(logp - (logp.detach() if old is None else old))
     loss = -torch.minimum(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
     if ref is not None:
         gap = ref - logp
-        loss = loss + beta * rho * (torch.expm1(gap) - gap)               # with rho its gradient is the reverse KL's
+        loss = loss + beta * rho * (torch.expm1(gap) - gap)               # d/dlogp: rho * (logp - ref), the reverse KL's
     return (weight * loss).sum()
 
 
-HEAD_ROWS = 3072                  # tokens whose logits exist at one time: (m, V) is the widest tensor of a step
+HEAD_ROWS = 3072                  # tokens whose logits exist at one time: (m, V) is the widest tensor of a step. (Models
+                                  # without a plain head, such as Gemma 2, make all logits of a micro-batch.)
 
 
 def accumulate_gradient(planner: LM, batch: MicroBatch, reward: torch.Tensor, s: TrainSettings) -> dict:
@@ -351,7 +354,7 @@ def accumulate_gradient(planner: LM, batch: MicroBatch, reward: torch.Tensor, s:
     planner.model.train(bool(s.checkpointing))                            # recomputes activations in training mode only
     with torch.set_grad_enabled(batch.learns):
         hidden = planner.hidden(batch.ids, batch.positions)                                    # (m, H)
-        leaf = hidden.detach().requires_grad_(batch.learns)               # collects the gradient of all pieces
+        leaf = hidden.detach().requires_grad_(batch.learns)               # each piece's backward stops here
         for rows in torch.arange(len(leaf), device=leaf.device).split(HEAD_ROWS):
             logits = planner.head(leaf[rows])                                                  # (rows, V)
             logp, entropy, A = kernels.advantage_logp(logits, batch.target[rows], reward, batch.seq_idx[rows],
@@ -362,12 +365,12 @@ def accumulate_gradient(planner: LM, batch: MicroBatch, reward: torch.Tensor, s:
                 loss.backward()
             columns.append((loss.detach()[None], logp.detach(), entropy, A))
         if batch.learns:
-            hidden.backward(leaf.grad)
+            hidden.backward(leaf.grad)                                    # through the trunk, once
     planner.model.eval()
     loss, logp, entropy, A = (torch.cat(column) for column in zip(*columns))
     health = token_health(batch, logp, entropy, A, s) | {"loss": loss.sum()}
     if batch.old_logp is None:
-        batch.old_logp = logp                                             # from the second update on, rho starts here
+        batch.old_logp = logp                                             # later updates measure rho from here
     return health
 
 
@@ -383,7 +386,7 @@ def token_health(batch: MicroBatch, logp, entropy, A, s: TrainSettings) -> dict:
     if batch.ref_logp is not None:
         gap = batch.ref_logp - logp
         health["kl"] = rho * (torch.expm1(gap) - gap)
-    return {name: values.sum() for name, values in health.items()}        # on the device: no wait for a GPU
+    return {name: values.sum() for name, values in health.items()}        # no .item(): the host would wait
 
 
 @torch.no_grad()
@@ -398,8 +401,18 @@ def completion_logp(model: LM, batch: MicroBatch, temperature: float) -> torch.T
 
 
 def train(s: TrainSettings) -> Path:
-    """Trains one planner with GRPO and returns its folder: model, tokenizer, metrics.jsonl, samples.jsonl. A stopped
-    training continues from its last checkpoint."""
+    """Trains one planner with GRPO and returns its folder: model, tokenizer, metrics.jsonl, samples.jsonl.
+
+    A stopped training continues from its last checkpoint, to the same end: problems are a function of seed and step; the
+    random numbers of a trace of seed, step, problem and g; those of an executor run also of k, and without a trace of
+    seed, problem and k alone. An error stops training; the steps since the last checkpoint are made again.
+
+    A step with N = 12, G = 8, K = 3:                                             LoRA's adapter
+        planner      12 prompts, 96 outputs; then each update scores 96 sequences   on
+        executor     96 prompts, 384 outputs; 1 prompt, 3 outputs per new problem   off
+        reward model 96 texts                                                       -
+        reference    scores 96 sequences if beta > 0                                off
+    """
     with training_folder(s) as (work, out, ranks):
         if work is None:
             return out                                                    # it is there already
@@ -409,22 +422,23 @@ def train(s: TrainSettings) -> Path:
         reference = copy.deepcopy(planner) if s.beta and not lora else planner
         learning = [p for p in planner.model.parameters() if p.requires_grad]                  # LoRA: the adapter's
         optimizer = torch.optim.AdamW(learning, betas=(0.9, 0.95), weight_decay=0.0, fused=learning[0].is_cuda)
-        with TrainingLog(work, planner, optimizer, frozen, ranks, s) as log:                   # restores a checkpoint
+        with TrainingLog(work, planner, optimizer, frozen, base_model, ranks, s) as log:       # restores a checkpoint
             for step in log.steps():
                 # 1. Rollout: the planner writes G traces for each of N problems.
                 log.phase("rollout")
                 own = ranks.share(problems_of_step(problems, step, s.problems_per_step, s.seed))
                 traces = rollout(planner, own, s.group_size, s.temperature, f"{s.seed} {step}", s)
 
-                # 2. Reward: the executor tries every trace (1 + K runs) and, once in the whole training, the problem
-                #    alone (K runs); the verifier judges its outputs; the reward model reads problem and trace.
+                # 2. Reward: the executor tries every trace (1 + K runs; exec_only: one) and, once in the whole
+                #    training, the problem alone (K runs); the verifier judges its outputs; the reward model reads
+                #    problem and trace.
                 log.phase("reward")
-                with base_model():                                        # else the executor would change with it
+                with base_model():                                        # else the executor would run with the adapter
                     measure_rewards(traces, frozen, rm, s, rng_key=str(step))
                 reward = torch.tensor([t.reward.total for t in traces], device=planner.device)     # (B,)
 
-                # 3. Advantage: better or worse than the other traces of the same problem? All equal: exactly 0. (The
-                #    loss computes it again for each token; here it tells which traces have no gradient.)
+                # 3. Advantage: better or worse than the other traces of the same problem? All equal: exactly 0. Here it
+                #    only sets aside traces without gradient; the loss computes A from `reward`, in the fused kernel.
                 advantage = kernels.group_advantage(reward, s.group_size, s.scale == "std")        # (B,)
 
                 # 4. Update: raise the log-probs of sampled tokens where A > 0, lower them where A < 0.
@@ -553,7 +567,7 @@ def check_lengths(problems: list[Problem], s: Settings, trace_tokens: int, plann
 @dataclass
 class TrainingLog:
     """What a training writes: metrics.jsonl, samples.jsonl, checkpoints, at the end the planner. A new one restores the
-    last checkpoint; Ctrl-C and SIGTERM write another.
+    last checkpoint; Ctrl-C and SIGTERM during rollout or reward write another.
 
     A checkpoint holds what training has changed: the weights that learn, the optimizer's state, the executor's
     baselines, the costs, the logs. Not in it: the frozen models, the settings (settings.json) and random generators,
@@ -562,6 +576,7 @@ class TrainingLog:
     planner: LM
     optimizer: torch.optim.Optimizer
     frozen: Executor | None
+    base_model: Callable              # a context in which a LoRA planner's model is the executor
     ranks: "Ranks"
     s: TrainSettings
 
@@ -583,7 +598,7 @@ class TrainingLog:
     def __exit__(self, kind, error, _):
         if kind is FloatingPointError and len(self.times) == 1:           # in the rollout: the planner's logits
             raise FloatingPointError(f"step {self.done}: {error}; {executor.DIVERGED}") from None
-        if kind is KeyboardInterrupt and len(self.times) < 3:             # in rollout or reward, not amid an update
+        if kind is KeyboardInterrupt and 0 < len(self.times) < 3:         # in rollout or reward, not amid an update
             if self.frozen:
                 self.frozen.baselines = self.baselines                    # the step measures its own again
             self.save_checkpoint()
@@ -621,7 +636,7 @@ class TrainingLog:
             print("the rewards of a group differ by too little or too much for float32: nothing is learned; scale them")
         last = self.done == s.steps
         if s.eval_every and self.ranks.rank == 0 and (last or self.done % s.eval_every == 0):
-            line["heldout_success"] = greedy_success(self.planner, self.frozen, s)
+            line["heldout_success"] = greedy_success(self.planner, self.frozen, self.base_model, s)
         self.append("metrics.jsonl", json.dumps(line) + "\n")
         for t in traces[:s.group_size] if step % s.save_every == 0 else ():
             outputs = [run.output for run in t.runs]
@@ -708,13 +723,14 @@ def execute(frozen: Executor, traces: list[Trace], rng_key: str, num_runs: int =
         t.runs = own
 
 
-def greedy_success(planner: LM, frozen: Executor, s: TrainSettings) -> float:
+def greedy_success(planner: LM, frozen: Executor, base_model: Callable, s: TrainSettings) -> float:
     """Success on a few held-out problems, greedy in both roles; its cost is not counted."""
     problems = data.read_problems(Path(s.run_dir) / "groups" / "heldout.jsonl")[:s.eval_problems]
     greedy = copy.copy(frozen)
     greedy.temperature, greedy.spent = 0.0, dict(frozen.spent)
     traces = rollout(planner, problems, 1, 0.0, "eval", s)
-    execute(greedy, traces, "eval")
+    with base_model():                                                    # as in `train`
+        execute(greedy, traces, "eval")
     return statistics.fmean(t.runs[0].ok for t in traces)
 
 
@@ -922,8 +938,10 @@ def inspect(s: InspectSettings) -> str:
 
 
 def reward_lines(traces: list[Trace], frozen: Executor, rm, how: TrainSettings) -> list[tuple]:
-    """Every part of the rewards of one group, then reward and advantage as the planner's own mode computes them."""
-    mode, parts = REWARDS[how.mode if rm else "uplift_only"], "tracelift" if rm else "uplift_only"
+    """Every part of the rewards of one group, then reward and advantage as the planner's own mode computes them;
+    without a reward model uplift_only stands in for a mode that needs one."""
+    own = how.mode if rm or "rm" not in REWARDS[how.mode].needs else "uplift_only"
+    mode, parts = REWARDS[own], "tracelift" if rm else "uplift_only"
     measure_rewards(traces, frozen, rm, TrainSettings(mode=parts, num_runs=how.num_runs), "inspect")
     totals = [mode.total(t.reward, how.w_e, how.w_r) for t in traces]
     advantage = kernels.group_advantage(torch.tensor(totals), len(traces), how.scale == "std")

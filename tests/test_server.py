@@ -151,7 +151,7 @@ def test_greedy_outputs_are_those_in_process(stub, prepared, problems):
     want, got = (each.run_with_baseline(problems, traces, 2) for each in (own, other))
     assert got == want and len({run.output for runs in got[0] for run in runs}) > 5
     assert {run.ok for runs in got[0] for run in runs} == {True, False} and set(got[1]) == {0, 2}
-    assert other.state() == own.state() and other.spent["executor_tokens"] > 60
+    assert other.baselines == own.baselines and other.spent == own.spent and other.spent["executor_tokens"] > 60
     texts = [data.executor_prompt(p, t) for p, t in zip(problems * 2, traces + [None] * 12)]
     assert {tuple(body["prompt"]) for body in stub.bodies} == {tuple(data.encode_prompt(prepared[2], text))
                                                                for text in texts}
@@ -237,7 +237,7 @@ def test_what_a_server_does_wrong_is_an_error_and_no_output(stub, prepared, prob
         frozen.run(problems[:5], None, 2)
     assert str(caught.value).startswith(f"the executor's server {stub.url}")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-    assert frozen.state() == {"baseline": {}, "spent": dict.fromkeys(frozen.spent, 0)}
+    assert not frozen.baselines and not any(frozen.spent.values())
     tries = max(stub.bodies.count(body) for body in stub.bodies)
     assert tries == (1 if kind in WRONG else 3)
 
