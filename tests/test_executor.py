@@ -958,7 +958,7 @@ def test_baseline_is_measured_once_per_problem(canned):
     assert [len(call["prompts"]) for call in calls] == [1, 1, 1]
     again, calls = canned()
     again.baselines = dict(frozen.baselines)                             # a resumed run measures nothing again
-    assert again.baseline(MATH, 2) == [1, 2] and not calls and again.spent == frozen.spent
+    assert again.baseline(MATH, 2) == [1, 2] and not calls and not any(again.spent.values())
 
 
 def test_traces_and_baselines_in_one_call(canned):
