@@ -277,7 +277,7 @@ def test_flawed_traces_are_drawn_anew_at_each_visit(groups):
         texts, labels, gold, positive, group = batch_of(groups[:2], NAMES, 2, rng)
         assert positive.tolist() == [True, False, False] * 2 and group.tolist() == [0, 0, 0, 1, 1, 1]
         seen.add(tuple(texts[1:3]))
-    every, labels, gold, positive, _ = batch_of(groups[:1], NAMES, 2, None)
+    every, labels, gold, positive, _ = batch_of(groups[:1], NAMES, 10**6, rng)
     assert len(seen) > 5 and {text for pair in seen for text in pair} == set(every[1:])
     rubric = groups[0]["negative_bank"][0]["rubric"]
     assert labels[1].tolist() == [rubric[name] for name in NAMES] and gold[1].item() == pytest.approx(rubric["total"])
