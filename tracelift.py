@@ -850,6 +850,9 @@ def evaluate(s: EvalSettings) -> list[dict]:
             data.write_atomic(path, json.dumps(known, indent=1))
         rows += [asked | row for row in known["rows"]]
     data.write_atomic(run_dir / "results.md", table(rows))
+    cut = max(row["executor_truncated"] or 0 for row in rows)
+    if cut > 0.05:
+        print(f"up to {cut:.0%} of a row's executor outputs were cut and count as failures: raise --max_answer_tokens")
     print(f"{table(rows)}{run_dir}/results.md: written\nnext: python tracelift.py inspect --run_dir {run_dir}")
     return rows
 
